@@ -1,0 +1,119 @@
+// One vector of floats, as wide as the machine's registers, and the few conversions that packed weights need.
+//
+// The arithmetic is written in the compiler's portable vector types, so one source serves AVX-512, AVX2 and NEON;
+// only half-precision conversion and the 16-entry table look-up name instructions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace tc {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef float VecFU __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1)));
+typedef int8_t SBytes __attribute__((vector_size(kLanes), aligned(1)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(1)));
+
+inline VecF load(const float* p) { return *reinterpret_cast<const VecFU*>(p); }
+inline void store(float* p, VecF v) { *reinterpret_cast<VecFU*>(p) = v; }
+inline VecF splat(float x) { return x - VecF{}; }
+
+// Bytes to 32-bit lanes. Named instructions: compilers turn the portable conversion into one insertion for each lane.
+inline VecI widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecI>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecI>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), VecI);
+#endif
+}
+
+inline VecI widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecI>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecI>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const SBytes*>(p), VecI);
+#endif
+}
+
+inline VecU widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecU>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), VecU);
+#endif
+}
+
+inline VecF to_float(VecI v) { return __builtin_convertvector(v, VecF); }
+inline VecF bits_to_float(VecU v) { return reinterpret_cast<VecF>(v); }
+
+inline VecF from_bfloat16(const uint16_t* p) { return bits_to_float(widen(p) << 16); }
+
+inline float scalar_from_bfloat16(uint16_t h) {
+  uint32_t u = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline float scalar_from_half(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  __fp16 f;  // Arm's own half type
+  std::memcpy(&f, &h, 2);
+  return static_cast<float>(f);
+#endif
+}
+
+inline VecF from_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  VecF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = scalar_from_half(p[i]);
+  return v;
+#endif
+}
+
+// The low four bits of each lane as a float from 0 to 15.
+inline VecF low_nibble(VecI v) {
+#if defined(__AVX512F__)
+  // A table look-up reads only the low four bits of its index: one instruction instead of mask and conversion.
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return reinterpret_cast<VecF>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(v), table));
+#else
+  return to_float(v & 15);
+#endif
+}
+
+// Bits 4 to 7 of each lane, where no higher bit is set, as a float from 0 to 15.
+inline VecF high_nibble(VecI v) {
+#if defined(__AVX512F__)
+  return low_nibble(v >> 4);
+#else
+  return to_float(v >> 4);
+#endif
+}
+
+}  // namespace tc

@@ -1,0 +1,229 @@
+"""The table of storage formats: how numbers are packed, on disk and in arrays.
+
+A format cuts the contraction axis into blocks. On disk (GGUF) a block is a run of bytes; in arrays each *field* of the
+block is an array of its own, with the block index leading and the output axis N contiguous, so that one row of codes
+feeds N independent sums:
+
+    disk   [N, K / block, bytes_per_block]  uint8
+    arrays codes [K / block, rows, N], scale [K / block, N], ...
+
+`decode` is the definition of a format: a pure function from fields to float32, vectorized over every axis but the block
+row. `unpack` and `pack` only move bytes. Adding a format is adding an entry to `FORMATS`.
+
+Sources: ggml's block definitions, as the public GGUF tools decode them. Decoding is bit-exact with the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from trustcore.errors import QuantizationError
+
+Fields = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One part of a block.
+
+    Args:
+        name: its name in `QuantizedArray.fields`.
+        dtype: of its elements.
+        offset: of its first byte in a block on disk.
+        rows: elements a block; None for a single one, which has no axis of its own.
+    """
+
+    name: str
+    dtype: np.dtype
+    offset: int
+    rows: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a block."""
+        return self.dtype.itemsize * (self.rows or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """The shape of most formats: `w = scale * code + shift`, one scale and shift a block.
+
+    Products use it to sum codes first and scale the sum once a block.
+
+    Args:
+        codes: name of the field that holds the codes, `[..., K / block, rows, N]`.
+        split: stored codes `[...]` to the float values they hold, in order: value p of stored row j belongs to weight
+            `j + p * rows` of its block.
+        scale: fields to float32 `[..., K / block, N]`.
+        shift: the same, or None where it is zero.
+    """
+
+    codes: str
+    split: Callable[[jax.Array], tuple[jax.Array, ...]]
+    scale: Callable[[Fields], jax.Array]
+    shift: Callable[[Fields], jax.Array] | None = None
+
+    def decode(self, fields: Fields) -> jax.Array:
+        """Returns float32 `[..., K / block, block, N]`."""
+        values = jnp.concatenate(self.split(fields[self.codes]), axis=-2)
+        decoded = values * self.scale(fields)[..., None, :]
+        return decoded if self.shift is None else decoded + self.shift(fields)[..., None, :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way to store weights.
+
+    Args:
+        name: as in `QuantizedArray.format` and `LazyArray.encoding`.
+        block: weights that share a block; 1 where each stands alone.
+        fields: parts of a block; together they cover its bytes on disk.
+        decode: fields `[..., K/block, rows, N]` and `[..., K/block, N]` to float32 `[..., K/block, block, N]`
+            (for block 1: `[..., K, N]`).
+        affine: the parts of `decode` where the format has that shape.
+    """
+
+    name: str
+    block: int
+    fields: tuple[Field, ...]
+    decode: Callable[[Fields], jax.Array]
+    affine: Affine | None = None
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of a block on disk; the arrays take exactly as many."""
+        return sum(field.nbytes for field in self.fields)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage of a weight, scales included."""
+        return 8 * self.bytes_per_block / self.block
+
+    def unpack(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the fields of weights as they lie on disk.
+
+        Args:
+            blocks: uint8 `[..., N, K / block * bytes_per_block]`, the bytes of N rows of K weights.
+
+        Raises:
+            QuantizationError: the rows are not a whole number of blocks.
+        """
+        if blocks.dtype != np.uint8 or blocks.ndim < 2 or blocks.shape[-1] % self.bytes_per_block:
+            raise QuantizationError(
+                f"{self.name}: rows must be uint8 and a multiple of {self.bytes_per_block} bytes long "
+                f"({self.block} weights a block), got {blocks.dtype}{list(blocks.shape)}."
+            )
+        blocks = blocks.reshape(*blocks.shape[:-1], -1, self.bytes_per_block)  # [..., N, blocks, bytes]
+        fields = {}
+        for field in self.fields:
+            part = blocks[..., field.offset : field.offset + field.nbytes]
+            # A field of one element is one column of bytes wide: view it as its dtype before the axes move.
+            part = _view(part, field.dtype)  # [..., N, blocks, rows]
+            axes = (*range(part.ndim - 3), part.ndim - 2, part.ndim - 1, part.ndim - 3)
+            part = np.ascontiguousarray(part.transpose(axes))  # [..., blocks, rows, N]
+            fields[field.name] = part if field.rows is not None else part[..., 0, :]
+        return fields
+
+    def pack(self, fields: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the bytes on disk, uint8 `[..., N, K / block * bytes_per_block]`: the inverse of `unpack`."""
+        parts = []
+        for field in sorted(self.fields, key=lambda f: f.offset):
+            part = np.asarray(fields[field.name])
+            part = part if field.rows is not None else part[..., None, :]
+            axes = (*range(part.ndim - 3), part.ndim - 1, part.ndim - 3, part.ndim - 2)
+            parts.append(np.ascontiguousarray(part.transpose(axes)).view(np.uint8))  # [..., N, blocks, bytes]
+        packed = np.concatenate(parts, axis=-1)
+        return packed.reshape(*packed.shape[:-2], -1)
+
+    def field_shapes(self, k: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of the fields of a `[K, N]` weight."""
+        if k % self.block:
+            raise QuantizationError(f"{self.name}: {k} weights are not a multiple of the block size {self.block}.")
+        shape = {f.name: (k // self.block, *(() if f.rows is None else (f.rows,)), n) for f in self.fields}
+        return {f.name: jax.ShapeDtypeStruct(shape[f.name], f.dtype) for f in self.fields}
+
+
+def _view(part: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype.itemsize == 1:
+        return part.view(dtype)
+    return np.ascontiguousarray(part).view(dtype)
+
+
+def _fields(*parts: tuple[str, Any, int | None]) -> tuple[Field, ...]:
+    """Fields that follow each other without a gap."""
+    fields, offset = [], 0
+    for name, dtype, rows in parts:
+        fields.append(Field(name, np.dtype(dtype), offset, rows))
+        offset += fields[-1].nbytes
+    return tuple(fields)
+
+
+def _nibbles(codes: jax.Array) -> tuple[jax.Array, ...]:
+    return (codes & jnp.uint8(15)).astype(jnp.float32), (codes >> jnp.uint8(4)).astype(jnp.float32)
+
+
+def _bytes(codes: jax.Array) -> tuple[jax.Array, ...]:
+    return (codes.astype(jnp.float32),)
+
+
+def _field(name: str) -> Callable[[Fields], jax.Array]:
+    return lambda fields: fields[name].astype(jnp.float32)
+
+
+_Q4_0 = Affine("codes", _nibbles, _field("scale"), lambda fields: -8.0 * fields["scale"].astype(jnp.float32))
+_Q4_1 = Affine("codes", _nibbles, _field("scale"), _field("minimum"))
+_Q8_0 = Affine("codes", _bytes, _field("scale"))
+
+
+def _decode_f16(fields: Fields) -> jax.Array:
+    return fields["values"].astype(jnp.float32)
+
+
+def _decode_bf16(fields: Fields) -> jax.Array:
+    # By bits: XLA's CPU compiler converts bfloat16 an order of magnitude slower than it shifts integers.
+    bits = jax.lax.bitcast_convert_type(fields["values"], jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits << jnp.uint32(16), jnp.float32)
+
+
+_SCALE = ("scale", np.float16, None)
+_MINIMUM = ("minimum", np.float16, None)
+
+FORMATS: Mapping[str, Format] = {
+    f.name: f
+    for f in (
+        Format("f16", 1, _fields(("values", np.float16, None)), _decode_f16),
+        Format("bf16", 1, _fields(("values", ml_dtypes.bfloat16, None)), _decode_bf16),
+        Format("q4_0", 32, _fields(_SCALE, ("codes", np.uint8, 16)), _Q4_0.decode, _Q4_0),
+        Format("q4_1", 32, _fields(_SCALE, _MINIMUM, ("codes", np.uint8, 16)), _Q4_1.decode, _Q4_1),
+        Format("q8_0", 32, _fields(_SCALE, ("codes", np.int8, 32)), _Q8_0.decode, _Q8_0),
+    )
+}
+
+
+def get_format(name: str) -> Format:
+    """Returns the entry of the table called `name`.
+
+    Raises:
+        QuantizationError: there is none; the message lists those that are.
+    """
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise QuantizationError(f"Format {name!r} is not known. Known formats: {', '.join(sorted(FORMATS))}.") from None
+
+
+def decode_matrix(format: Format, fields: Fields) -> jax.Array:
+    """Returns float32 `[..., K, N]`, every weight of `fields`."""
+    decoded = format.decode(fields)
+    if format.block == 1:
+        return decoded
+    *lead, blocks, block, n = decoded.shape
+    return decoded.reshape(*lead, blocks * block, n)
+

@@ -1,0 +1,268 @@
+"""Products with packed weights: `y = x @ decode(w)` without the decoded matrix.
+
+Implementations, all accumulating in float32:
+
+- `native`: the CPU handler in `trustcore/ops/cpu/packed_matmul.cc`; several weights in one call. Decodes in registers
+  for few rows, into a strip in the L2 cache for many. Needs a C++ compiler on the machine once.
+- `stream`: plain XLA for few rows. A scan over blocks adds `x[k] * code[k, :]` row by row, so the codes are read once
+  and nothing larger than `[rows, N]` exists.
+- `tiles`: plain XLA for many rows and for transposed weights. A loop decodes `TILE` columns at a time into a dot.
+- `dequantize`: decodes everything, then one dot at highest precision. The oracle; never chosen.
+
+Gradients: with respect to x, `g @ decode(w).T` by tiles; with respect to the float fields (scales, minima), the exact
+derivative through `decode`, by tiles; integer codes have none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trustcore import _jax
+from trustcore.errors import ImplementationError
+from trustcore.ops import cpu
+from trustcore.quant.array import QuantizedArray
+from trustcore.quant.formats import decode_matrix
+
+TILE = 512  # columns decoded at a time: 512 x 1536 float32 are 3 MB, which the cache of a core still holds
+FEW_ROWS = 16  # rows up to which streaming the codes beats decoding tiles into a dot
+
+Products = Callable[[jax.Array, tuple[QuantizedArray, ...]], tuple[jax.Array, ...]]
+
+
+def packed_products(
+    x: jax.Array, weights: list[QuantizedArray], *, implementation: str | None = None
+) -> tuple[jax.Array, ...]:
+    """Returns `x @ w` for each packed weight.
+
+    Args:
+        x: float `[..., K]`.
+        weights: logical shapes `[K, N_i]`.
+        implementation: None, "native", "stream", "tiles" or "dequantize".
+
+    Returns:
+        Arrays `[..., N_i]` in the dtype of x.
+
+    Raises:
+        ImplementationError: shapes disagree, or the named implementation cannot compute this product.
+    """
+    for w in weights:
+        if w.ndim != 2 or w.shape[0] != x.shape[-1]:
+            raise ImplementationError(f"linear: x {x.dtype}{list(x.shape)} does not fit {w!r}: K must agree.")
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    results = _products(rows, tuple(weights), implementation)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in results)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _products(x: jax.Array, weights: tuple[QuantizedArray, ...], implementation: str | None) -> tuple[jax.Array, ...]:
+    results: list[Any] = [None] * len(weights)
+    groups: dict[str, list[int]] = {}
+    for i, w in enumerate(weights):
+        groups.setdefault(choose(x.shape[0], w, implementation), []).append(i)
+    for name, places in groups.items():
+        for i, y in zip(places, IMPLEMENTATIONS[name](x, tuple(weights[i] for i in places)), strict=True):
+            results[i] = y
+    return tuple(results)
+
+
+def choose(rows: int, w: QuantizedArray, implementation: str | None = None) -> str:
+    """Returns the implementation that computes a product of `rows` rows with w.
+
+    Raises:
+        ImplementationError: `implementation` names one that cannot, and why.
+    """
+    reasons = {name: why(rows, w) for name, why in _REFUSALS.items()}
+    if implementation is not None:
+        if implementation not in reasons:
+            raise ImplementationError(
+                f"linear: implementation {implementation!r} is not known for packed weights; "
+                f"choose from {', '.join(reasons)} or pass None."
+            )
+        if reasons[implementation]:
+            raise ImplementationError(f"linear: {implementation!r} cannot multiply by {w!r}: {reasons[implementation]}")
+        return implementation
+    if jax.default_backend() == "cpu":
+        if not reasons["native"]:
+            return "native"
+        if rows <= FEW_ROWS and not reasons["stream"]:
+            return "stream"
+    return "tiles"
+
+
+def _native_refusal(rows: int, w: QuantizedArray) -> str:
+    if w.transposed:
+        return "its blocks run along the output axis; use 'tiles'."
+    if w.format not in cpu.FORMATS:
+        return f"it knows only {', '.join(cpu.FORMATS)}; use 'stream' or 'tiles'."
+    if jax.default_backend() != "cpu":
+        return f"it runs on the CPU and the default backend is {jax.default_backend()}."
+    return cpu.why_not()
+
+
+_REFUSALS: dict[str, Callable[[int, QuantizedArray], str]] = {
+    "native": _native_refusal,
+    "stream": lambda rows, w: _stream_refusal(w),
+    "tiles": lambda rows, w: "",
+    "dequantize": lambda rows, w: "",
+}
+
+
+def _stream_refusal(w: QuantizedArray) -> str:
+    if w.transposed:
+        return "its blocks run along the output axis; use 'tiles'."
+    if w.spec.affine is None and w.spec.block > 1:
+        return f"{w.format} is not of the form scale * code + shift; use 'tiles'."
+    return ""
+
+
+# ---- implementations -------------------------------------------------------------------------------------------------
+
+
+def _native(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
+    return cpu.packed_matmul(x, [(w.format, w.fields) for w in weights])
+
+
+def _stream(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
+    return tuple(_stream_one(x, w) for w in weights)
+
+
+def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
+    spec = w.spec
+    k, n = w.stored_shape
+    rows = x.shape[0]
+    unroll = _jax.STREAM_UNROLL
+    if spec.affine is None:  # 16-bit floats: every row of w stands alone
+
+        def add_weights(acc: jax.Array, step: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+            xk, fields = step
+            return acc + xk[:, None] * spec.decode(fields)[None, :], None
+
+        return jax.lax.scan(add_weights, jnp.zeros((rows, n)), (x.T, w.fields), unroll=unroll)[0]
+
+    affine = spec.affine
+    stored = w.fields[affine.codes].shape[-2]  # rows of codes in a block
+    parts = spec.block // stored  # weights in a code
+
+    def add_block(acc: jax.Array, step: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+        xb, fields = step  # [stored, parts, rows], fields of one block
+
+        def add_codes(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            xs, codes = row
+            for p, values in enumerate(affine.split(codes)):
+                total = total + xs[p][:, None] * values[None, :]
+            return total, None
+
+        total = jax.lax.scan(add_codes, jnp.zeros((rows, n)), (xb, fields[affine.codes]), unroll=unroll)[0]
+        acc = acc + total * affine.scale(fields)[None, :]
+        if affine.shift is not None:
+            acc = acc + xb.sum((0, 1))[:, None] * affine.shift(fields)[None, :]
+        return acc, None
+
+    blocks = x.T.reshape(k // spec.block, parts, stored, rows).swapaxes(1, 2)
+    return jax.lax.scan(add_block, jnp.zeros((rows, n)), (blocks, w.fields))[0]
+
+
+def _tiles(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
+    return tuple(_transposed_tiles(x, w) if w.transposed else _forward_tiles(x, w) for w in weights)
+
+
+def _forward_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
+    """y[:, tile] = x @ decode(w[:, tile])."""
+    n = w.stored_shape[-1]
+
+    def one(start: Any, width: int) -> jax.Array:
+        return x @ _decode_tile(w, start, width)
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(y, one(i * TILE, TILE), (0, i * TILE))
+
+    y = jax.lax.fori_loop(0, n // TILE, step, jnp.zeros((x.shape[0], n))) if n >= TILE else jnp.zeros((x.shape[0], n))
+    rest = n % TILE
+    return jax.lax.dynamic_update_slice(y, one(n - rest, rest), (0, n - rest)) if rest else y
+
+
+def _transposed_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
+    """y = sum over tiles of x[:, tile] @ decode(w)[:, tile].T."""
+    k, n = w.stored_shape
+
+    def one(start: Any, width: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, width, 1) @ _decode_tile(w, start, width).T
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        return y + one(i * TILE, TILE)
+
+    y = jax.lax.fori_loop(0, n // TILE, step, jnp.zeros((x.shape[0], k))) if n >= TILE else jnp.zeros((x.shape[0], k))
+    rest = n % TILE
+    return y + one(n - rest, rest) if rest else y
+
+
+def _decode_tile(w: QuantizedArray, start: Any, width: int) -> jax.Array:
+    fields = {name: jax.lax.dynamic_slice_in_dim(f, start, width, f.ndim - 1) for name, f in w.fields.items()}
+    return decode_matrix(w.spec, fields)
+
+
+def _dequantize(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.matmul(x, w.dequantize(), precision="highest") for w in weights)
+
+
+IMPLEMENTATIONS: dict[str, Products] = {
+    "native": _native,
+    "stream": _stream,
+    "tiles": _tiles,
+    "dequantize": _dequantize,
+}
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _forward(x: jax.Array, weights: tuple[QuantizedArray, ...], implementation: str | None) -> Any:
+    return _products(x, weights, implementation), (x, weights)
+
+
+def _backward(implementation: str | None, residuals: Any, cotangents: tuple[jax.Array, ...]) -> Any:
+    x, weights = residuals
+    dx = sum(_tiles(g, (w.T,))[0] for g, w in zip(cotangents, weights, strict=True))
+    return dx, tuple(_field_gradients(x, w, g) for g, w in zip(cotangents, weights, strict=True))
+
+
+def _field_gradients(x: jax.Array, w: QuantizedArray, g: jax.Array) -> QuantizedArray:
+    """Cotangents of the fields: `decode`'s own derivative applied to x.T @ g, tile by tile."""
+    n = w.stored_shape[-1]
+    trained = {name: f for name, f in w.fields.items() if jnp.issubdtype(f.dtype, jnp.floating)}
+    fixed = {name: f for name, f in w.fields.items() if name not in trained}
+
+    def tile(start: Any, width: int) -> dict[str, jax.Array]:
+        def cut(f: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(f, start, width, f.ndim - 1)
+
+        other = g if w.transposed else x
+        here = jax.lax.dynamic_slice_in_dim(x if w.transposed else g, start, width, 1)
+        codes = {name: cut(f) for name, f in fixed.items()}
+        _, pull = jax.vjp(lambda t: decode_matrix(w.spec, {**t, **codes}), {n: cut(f) for n, f in trained.items()})
+        return pull(other.T @ here)[0]
+
+    def write(grads: dict[str, jax.Array], start: Any, width: int) -> dict[str, jax.Array]:
+        parts = tile(start, width)
+        return {
+            name: jax.lax.dynamic_update_slice_in_dim(grads[name], part, start, part.ndim - 1)
+            for name, part in parts.items()
+        }
+
+    grads = {name: jnp.zeros_like(f) for name, f in trained.items()}
+    if n >= TILE:
+        grads = jax.lax.fori_loop(0, n // TILE, lambda i, t: write(t, i * TILE, TILE), grads)
+    if n % TILE:
+        grads = write(grads, n - n % TILE, n % TILE)
+    none = {name: np.zeros(f.shape, jax.dtypes.float0) for name, f in fixed.items()}
+    # Fields keep the format's order: the pytree structure must be that of w.
+    return QuantizedArray(w.format, {name: {**grads, **none}[name] for name in w.fields}, transposed=w.transposed)
+
+
+_products.defvjp(_forward, _backward)
