@@ -4,8 +4,9 @@
 which are what the byte order of a file changes. Sources: ggml.h (ids), ggml-common.h (the `block_*` structs).
 
 Fields (`words`) follow the structs. Bytes that ggml reads one by one, or with an operation that works alike on every
-byte, are no field. `qh` of q5_0 and q5_1 is one: ggml copies it into a `uint32_t`. The iq1, iq2 and iq3 families mix
-words, bytes and tables of words, and nothing states what a big-endian file of them holds: `words` is None.
+byte, are not among them; `qh` of q5_0 and q5_1 is, because ggml copies it into a `uint32_t`. The iq1, iq2 and iq3
+families mix words, bytes and tables of words, and nothing states what a big-endian file of them holds: their `words`
+is None, and such a tensor is refused by name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from trustcore.weights.checkpoint import Encoding
+from trustcore.weights.encoding import Encoding
 
 # Metadata value types (GGUF specification): the scalars as NumPy type codes, and three that are no NumPy number.
 BOOL, STRING, ARRAY = 7, 8, 9

@@ -16,7 +16,7 @@ import numpy as np
 
 from trustcore.ops.cpu.build import load, why_not
 
-__all__ = ["FORMATS", "load", "packed_matmul", "why_not"]
+__all__ = ["FORMATS", "cached_attention", "load", "packed_matmul", "vector_lanes", "why_not"]
 
 # Formats of packed_matmul.cc; their order is the numbering there.
 FORMATS: tuple[str, ...] = ("q4_0", "q4_1", "q8_0", "f16", "bf16")
@@ -61,6 +61,60 @@ def packed_matmul(x: jax.Array, weights: Sequence[tuple[str, Mapping[str, jax.Ar
         return ys, tuple(True for _ in fields)
 
     return call(x, fields)
+
+
+def cached_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array,
+    cache: Sequence[jax.Array],
+    *,
+    scale: float,
+    soft_cap: float,
+    window: int,
+) -> tuple[jax.Array, ...]:
+    """Returns the attention output `[B, T, N, H]` and the extended cache; see attention.cc for the layout.
+
+    Args:
+        query: float32 `[B, T, N, H]`, H a multiple of the vector length.
+        key: float32 `[B, T, K, H]`.
+        value: float32 `[B, T, K, H]`.
+        start: int32 `[B]`, the slot of each row's first token.
+        cache: keys and values (float32, bfloat16 or int8) and, for int8, their scales.
+        scale: of the scores.
+        soft_cap: 0 for none.
+        window: 0 for none.
+
+    Under vmap the batch is folded into B. Not differentiable by itself.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(query: Any, key: Any, value: Any, start: Any, cache: Any) -> tuple[jax.Array, ...]:
+        load()
+        shapes = [jax.ShapeDtypeStruct(query.shape, jnp.float32)]
+        shapes += [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in cache]
+        # Results lie over their operands: a donated cache is extended in place.
+        aliases = {4 + i: 1 + i for i in range(len(cache))}
+        target = jax.ffi.ffi_call("trustcore_cached_attention", shapes, input_output_aliases=aliases)
+        attributes = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap), "window": np.int64(window)}
+        return tuple(target(query, key, value, start, *cache, **attributes))
+
+    @call.def_vmap
+    def batched(size: int, in_batched: Any, *args: Any) -> tuple[tuple[jax.Array, ...], Any]:
+        def fold(arg: jax.Array, is_batched: bool) -> jax.Array:
+            arg = arg if is_batched else jnp.broadcast_to(arg, (size, *arg.shape))
+            return arg.reshape(-1, *arg.shape[2:])
+
+        results = call(*jax.tree.map(fold, args, tuple(in_batched)))
+        return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * len(results)
+
+    return call(query, key, value, start, tuple(cache))
+
+
+def vector_lanes() -> int:
+    """Returns the float32 lanes of the vectors that the handlers were built for: 16 with AVX-512, else 8."""
+    return int(load().trustcore_vector_lanes())
 
 
 def _loop(call: Any, size: int, axes: Any, *args: Any) -> Any:

@@ -24,9 +24,9 @@ import jaxlib
 from trustcore.cache import cache_folder
 from trustcore.errors import ImplementationError
 
-SOURCES = ("packed_matmul.cc",)
+SOURCES = ("packed_matmul.cc", "attention.cc")
 HEADERS = ("parallel.h", "simd.h")
-TARGETS = ("trustcore_packed_matmul",)
+TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention")
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")

@@ -1,0 +1,118 @@
+"""`trustcore chat`: a conversation in the terminal, or one turn a line where stdin is piped.
+
+Invariant: the history alternates user and assistant; a turn enters it only with its answer, whole or stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from trustcore.cli import console, options
+from trustcore.cli.generate import figures, show
+from trustcore.errors import GenerationError, TokenizerError
+
+_COMMANDS = {
+    "/reset": "forget the conversation, but not the system message",
+    "/help": "show this",
+    "/exit": "leave (Ctrl-D too)",
+}
+
+
+def chat(
+    model: options.Model,
+    *,
+    system: Annotated[str | None, typer.Option(help="What the model is told first, and after /reset.")] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    context: options.Context = None,
+    cache_dtype: options.CacheDtype = None,
+    dtype: options.Dtype = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Speed and memory after each answer.")] = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer; /reset forgets; /exit or Ctrl-D leaves."""
+    import trustcore
+
+    sampling = options.given(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+        stop=stop,
+        context=context,
+        cache_dtype=cache_dtype,
+    )
+    with console.progress_bar() as progress:
+        loaded = trustcore.load(model, progress=progress, **options.given(dtype=dtype))
+    told = [{"role": "system", "content": system}] if system else []
+    history: list[dict[str, str]] = []
+    if sys.stdin.isatty():
+        console.err().print("Ctrl-C stops an answer; /help lists the commands.", style="dim")
+    while (line := read_turn()) is not None:
+        if not line:
+            continue
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/reset":
+            history.clear()
+            console.err().print("The conversation is forgotten.", style="dim")
+        elif line.startswith("/") and " " not in line:
+            console.err().print("\n".join(f"{name:8} {what}" for name, what in _COMMANDS.items()), style="dim")
+        else:
+            turn = {"role": "user", "content": line}
+            answer = _answer(trustcore, loaded, [*told, *history, turn], sampling, stats=stats)
+            if answer is not None:
+                history += [turn, {"role": "assistant", "content": answer}]
+
+
+def read_turn() -> str | None:
+    """Returns what the user says next; None at the end of the input. Ctrl-C throws the line away and asks again."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # no line editing on this system
+            import readline  # noqa: F401 - importing it gives input() its history and its arrow keys
+    while True:
+        try:
+            return input("> " if terminal else "").strip()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            if terminal:
+                print(file=sys.stderr)
+            return None
+
+
+def _answer(trustcore: Any, model: Any, messages: list[dict[str, str]], sampling: Any, *, stats: bool) -> str | None:
+    """Streams an answer and returns what there is of it; None where there is none to keep."""
+    try:
+        stream = trustcore.chat(model, messages, stream=True, **sampling)
+        stopped = show(stream)
+    except GenerationError as error:
+        console.err().print(f"trustcore: {error} /reset forgets the conversation.", style="red", markup=False)
+        return None
+    except TokenizerError:
+        raise  # no chat template, or it refuses these roles: no later turn can work
+    except KeyboardInterrupt:  # before the first piece
+        console.write("\n")
+        return None
+    if stats:
+        console.err().print(figures(stream), style="dim", soft_wrap=True)
+    if stopped:
+        console.err().print("(stopped)", style="dim")
+    return stream.text or None

@@ -1,0 +1,7 @@
+"""Model families: configuration, modules, and the names their weights have in checkpoints."""
+
+from trustcore.models.config import DecoderConfig
+from trustcore.models.decoder import Decoder
+from trustcore.models.from_checkpoint import decoder_from_checkpoint
+
+__all__ = ["Decoder", "DecoderConfig", "decoder_from_checkpoint"]

@@ -1,0 +1,138 @@
+"""From a checkpoint to a decoder: configuration, names, shapes; then tensor by tensor, packed ones as they are.
+
+A tensor is read, laid out and given to the device before the next one is touched, and its pages of the file are handed
+back: the host never holds more than the model and one tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trustcore.errors import ModelError
+from trustcore.models.config import DecoderConfig
+from trustcore.models.decoder import Decoder
+from trustcore.models.names import NOT_WEIGHTS, Name, decoder_names
+from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.weights import Checkpoint, LazyArray
+
+Progress = Callable[[int, int], None]
+
+_PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of FORMATS stay packed
+
+
+def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Decoder:
+    """Returns the decoder whose configuration and weights the checkpoint holds.
+
+    Args:
+        checkpoint: an opened GGUF file or safetensors model.
+        dtype: None keeps matrices as they are stored (packed, or 16-bit) and computes in float32 on CPUs, bfloat16
+            elsewhere. A dtype decodes all of them into arrays of that dtype and computes in it.
+        progress: called with (bytes done, bytes in all) after each tensor.
+
+    Raises:
+        ModelError: the architecture is not supported, or tensors are missing, unexpected or of the wrong shape or
+            encoding: all of them in one message.
+    """
+    from_gguf = checkpoint.format == "gguf"
+    config = _read_config(checkpoint, from_gguf)
+    if config.layers > len(checkpoint):  # bounds the work below by the file's own size
+        raise ModelError(f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors.")
+    compute = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    model = Decoder(config, dtype=compute)
+    plan = _match(model, checkpoint, decoder_names(config.layers), from_gguf)
+
+    total, done = sum(tensor.nbytes for _, _, tensor in plan), 0
+    # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        values = pool.map(lambda item: _read(item[0], item[2], dtype, compute), plan)
+        for (_, parameter, tensor), value in zip(plan, values, strict=True):
+            parameter.set_value(value)
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, total)
+    model.source = checkpoint.path.name
+    return model
+
+
+def _read_config(checkpoint: Checkpoint, from_gguf: bool) -> DecoderConfig:
+    if not from_gguf:
+        config = checkpoint.metadata.get("config")
+        if config is None:
+            raise ModelError(f"{checkpoint.path}: there is no config.json beside the weights; put the model's there.")
+        return DecoderConfig.from_hugging_face(config)
+    table = checkpoint.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise ModelError(f"{checkpoint.path}: token_embd.weight [V, D] is missing; this is not a decoder's file.")
+    divisors = checkpoint.get("rope_freqs.weight")
+    return DecoderConfig.from_gguf(
+        checkpoint.metadata,
+        vocab_size=table.shape[0],
+        tied="output.weight" not in checkpoint,
+        rope_divisors=() if divisors is None else tuple(float(x) for x in divisors.numpy().reshape(-1)),
+    )
+
+
+def _match(
+    model: Decoder, checkpoint: Checkpoint, names: tuple[Name, ...], from_gguf: bool
+) -> list[tuple[str, nnx.Param[Any], LazyArray]]:
+    """Pairs parameters with tensors, or tells every disagreement at once."""
+    plan, faults, used = [], [], set()
+    for name in names:
+        parameter = _find(model, name.path)
+        given = name.gguf if from_gguf else name.hugging_face
+        if parameter is None:
+            continue
+        tensor = checkpoint.get(given)
+        if tensor is None:
+            near = difflib.get_close_matches(given, list(checkpoint), n=1)
+            faults.append(f"{given} is missing" + (f" (nearest: {near[0]})" if near else ""))
+            continue
+        used.add(given)
+        shape = parameter.get_value().shape
+        expected = tuple(reversed(shape)) if name.path.endswith("kernel") else tuple(shape)
+        if tuple(tensor.shape) != expected:
+            faults.append(f"{given} has shape {list(tensor.shape)}, expected {list(expected)}")
+        elif tensor.encoding not in FORMATS and tensor.encoding not in _PLAIN:
+            known = ", ".join((*_PLAIN, *FORMATS))
+            faults.append(f"{given} is stored as {tensor.encoding}; readable encodings: {known}")
+        plan.append((name.path, parameter, tensor))
+    tied_twice = {"lm_head.weight", "output.weight"} if model.output is None else set()
+    for given in checkpoint:
+        if given not in used and given not in tied_twice and not given.endswith(NOT_WEIGHTS):
+            faults.append(f"{given} is unexpected")
+    if faults:
+        shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise ModelError(f"{checkpoint.path}: the tensors do not fit a {model.config.family} model: {shown}.")
+    return plan
+
+
+def _find(module: Any, path: str) -> nnx.Param[Any] | None:
+    for part in path.split("."):
+        if module is None:
+            return None
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module
+
+
+def _read(path: str, tensor: LazyArray, dtype: Any, compute: Any) -> Any:
+    """Returns the tensor in the orientation of the module: packed where it is a packed matrix, else an array."""
+    transposed = not path.endswith("kernel")
+    if tensor.encoding in FORMATS and len(tensor.shape) == 2:
+        value: Any = QuantizedArray.from_blocks(tensor.encoding, tensor.raw(), transposed=transposed)
+        if dtype is not None:
+            value = value.dequantize().astype(dtype)
+    else:
+        array = tensor.numpy()
+        # Norms and biases are added in float32, whatever the matrices are.
+        array = array.astype(np.float32 if array.ndim == 1 else compute)
+        value = jax.device_put(np.ascontiguousarray(array if transposed else array.T), may_alias=True)
+    tensor.release()
+    return value

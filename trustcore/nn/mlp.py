@@ -1,0 +1,36 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from trustcore.nn.linear import Linear, project
+from trustcore.ops.activate import swiglu
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`. Shazeer, arXiv 2002.05202, eq. 6.
+
+    Args:
+        features: D.
+        hidden: F.
+        bias: whether the three products have one.
+        dtype: of the parameters.
+        rngs: None leaves them abstract.
+    """
+
+    def __init__(
+        self, features: int, hidden: int, *, bias: bool = False, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+    ):
+        self.gate = Linear(features, hidden, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(features, hidden, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, features, bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Returns the layer's output, in the dtype of x."""
+        gate, up = project(x, self.gate, self.up)
+        return self.down(swiglu(gate, up))
