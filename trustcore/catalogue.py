@@ -103,6 +103,8 @@ def resolve(source: str | os.PathLike[str], *, progress: Progress | None = None)
     """
     if not isinstance(source, str):
         return _existing(Path(source))
+    if not source.strip():  # as a path it would be the working folder
+        raise _unknown(source)
     if any(entry.name == source for entry in ENTRIES):
         return pull(source, progress=progress)
     if not source.startswith("hf:"):

@@ -138,7 +138,9 @@ def _answer(stdout: str) -> dict[str, Any] | None:
 
 
 def _why(error: str, stderr: str) -> str:
-    text = _short(error)
+    """jax's own words, and the exception of the plugin, which jax only logs."""
+    raised = [line.strip() for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b.*:", line)]
+    text = _short("; ".join([*raised[-1:], error]))
     if _NO_DEVICE.search(f"{error}\n{stderr}"):
         return f"no device: {text}"
     return f"does not start: {text}"

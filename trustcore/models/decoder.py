@@ -155,6 +155,8 @@ class Decoder(nnx.Module):
             f"context {c.context})"
         )
 
+    __str__ = __repr__  # nnx would print every layer
+
 
 @jax.jit
 def _run_block(block: Block, x: jax.Array, turn: Any, positions: jax.Array, cache: LayerCache | None) -> Any:

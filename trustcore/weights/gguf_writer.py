@@ -147,7 +147,7 @@ class _Writer:
             return self.integers([value], _INTEGERS, field)
         if isinstance(value, float):
             return self.floats([value], field)
-        if isinstance(value, Sequence):
+        if isinstance(value, (list, tuple)):
             if depth == MAX_DEPTH:
                 raise self.error(f"lists are nested deeper than {MAX_DEPTH}", field)
             kind, data = self.elements(value, field, depth)

@@ -1,0 +1,60 @@
+# Everything a user or developer runs. Each Python version has a virtual environment of its own, .venv-<version>; files
+# called .installed-* in it remember what is there, so that a second run starts at once.
+#
+#   make demo                      answers a question with a real model
+#   make test                      all tests but the slow ones   (TESTS="tests/quant tests/cli" takes a part)
+#   make lint                      ruff and pyright
+#   make demo PYTHON=python3.12    any of them with another interpreter (3.11 or newer)
+#   make clean                     removes what these made; downloaded models stay in the cache folder
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint clean python
+
+OLDEST := (3, 11)
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < $(OLDEST))' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
+VERSION := $(if $(strip $(PYTHON)),$(shell "$(PYTHON)" -c 'import sys; \
+	print("%d.%d" % sys.version_info[:2] if sys.version_info >= $(OLDEST) else "")' 2>/dev/null))
+VENV := .venv-$(VERSION)
+BIN := $(VENV)/bin
+TESTS ?=
+QUESTION ?= What is the capital of France, and what is it known for?
+
+help:
+	@sed -n '/^#   make/s/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed-package
+	@$(BIN)/trustcore pull smollm2
+	@$(BIN)/trustcore generate smollm2 --chat --stats --max-tokens 200 "$(QUESTION)"
+
+# Tests that measure time run by themselves, after the others; exit status 5 means that TESTS has none of them.
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -m "not slow and not serial" $(TESTS)
+	$(BIN)/python -m pytest -m "serial and not slow" $(TESTS) || [ $$? -eq 5 ]
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+WRONG := $(if $(strip $(PYTHON)),$(PYTHON) is not Python 3.11 or newer.,no Python 3.11 or newer on the path.)
+EXAMPLE := make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON=/path/to/python3.12
+
+python:
+	@test -n "$(VERSION)" || { echo >&2 "make: $(WRONG) Name one: $(EXAMPLE)"; exit 1; }
+
+$(VENV)/.made: | python
+	@echo "Making $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.made
+	@echo "Installing trustcore and what it needs into $(VENV) (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(filter-out package,$*),[$*])'
+	@touch $@

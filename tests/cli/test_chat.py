@@ -1,0 +1,88 @@
+"""`trustcore chat`: history, commands, and Ctrl-C in a real terminal, which stops the answer and not the program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def turns(calls) -> list:
+    return [[(m["role"], m["content"]) for m in arguments[0]] for name, arguments in calls if name == "chat"]
+
+
+def test_history_is_kept(cli, calls) -> None:
+    done = cli("chat", "echo", "--system", "S", stdin=b"one\n\ntwo\n")
+    assert (done.status, done.out) == (0, "(2) one\n(4) two\n")
+    assert turns(calls) == [
+        [("system", "S"), ("user", "one")],
+        [("system", "S"), ("user", "one"), ("assistant", "(2) one"), ("user", "two")],
+    ]
+
+
+def test_reset_and_exit(cli, calls) -> None:
+    done = cli("chat", "echo", "--system", "S", stdin=b"one\n/reset\ntwo\n/exit\nthree\n")
+    assert done.out == "(2) one\n(2) two\n"
+    assert turns(calls)[-1] == [("system", "S"), ("user", "two")]
+
+
+def test_an_unknown_command_lists_the_commands(cli, calls) -> None:
+    done = cli("chat", "echo", stdin=b"/what\n")
+    assert turns(calls) == []
+    assert "/reset" in done.err and "/exit" in done.err
+
+
+def test_a_refused_turn_leaves_the_history(cli, calls) -> None:
+    done = cli("chat", "echo", stdin=b"one\noverflow\ntwo\n")
+    assert done.status == 0
+    assert "the conversation does not fit /reset" in done.err
+    assert [role for role, _ in turns(calls)[-1]] == ["user", "assistant", "user"]
+
+
+def test_a_stopped_answer_stays_in_the_history(cli, calls) -> None:
+    done = cli("chat", "stops", stdin=b"two three\nfour\n")
+    assert done.status == 0
+    assert turns(calls)[1][1] == ("assistant", "(1) two")
+
+
+def test_options_are_passed_on(cli, calls) -> None:
+    done = cli("chat", "echo", "--temperature", "0.5", "--seed", "3", "--stats", stdin=b"one\n")
+    assert calls[1][1][1] == {"temperature": 0.5, "seed": 3}
+    assert "first token after" in done.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_in_a_terminal(program) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    seen = b""
+
+    def until(text: bytes) -> bytes:
+        nonlocal seen
+        end = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < end, seen
+            seen += os.read(master, 4096)
+        before, _, seen = seen.partition(text)
+        return before
+
+    with program("chat", "slow", stdin=slave, stdout=slave, stderr=slave, start_new_session=False) as process:
+        os.close(slave)
+        assert b"\x1b" in until(b"> ")  # a terminal gets colours
+        os.write(master, b"a b c d e f g h i j k l m n o p\n")
+        until(b"(1) a b")
+        process.send_signal(2)
+        assert b"p" not in until(b"(stopped)").replace(b"\x1b", b"")
+        until(b"> ")
+        os.write(master, b"next\n")
+        until(b"(3) next")
+        until(b"> ")
+        process.send_signal(2)  # at the prompt: asks again
+        until(b"> ")
+        os.write(master, b"\x04")
+        assert process.wait(60) == 0
+    os.close(master)

@@ -1,0 +1,254 @@
+"""The loop that makes tokens: prompts go in by chunks, answers come out several tokens a dispatch.
+
+    prompts -> prefill (one program a chunk length) -> first token -> decode (one program, up to DISPATCH tokens) -> ...
+
+State lives on the device: the cache, the last token, which rows are done, the penalties' history. The host only reads
+tokens. The cache is donated to every program and grows in place. Random numbers come from (seed, row, step) alone, so a
+text does not depend on how its tokens were dispatched. Programs are compiled for (batch, slots, plan); slots are
+rounded so that few are needed, and JAX's persistent cache keeps them between processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trustcore.errors import GenerationError
+from trustcore.generation.programs import keep_programs
+from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
+from trustcore.nn.cache import KVCache
+
+CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
+DISPATCH = 32  # tokens a decode program can make before the host looks
+PAUSE = 0.05  # seconds a dispatch should last: text arrives smoothly and Python's share stays under one percent
+
+
+class State(NamedTuple):
+    """What a decode program carries from token to token.
+
+    Attributes:
+        cache: of keys and values; it does not hold `token` yet.
+        token: int32 `[B]`, the last token of each row.
+        done: bool `[B]`, rows that have ended.
+        step: int32, tokens made so far.
+        key: of the random numbers.
+        history: of the penalties.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    done: jax.Array
+    step: jax.Array
+    key: jax.Array
+    history: History
+
+
+class Step(NamedTuple):
+    """What a dispatch brought: int32 `[B, n]` tokens; -1 where a row had ended. `prefill` marks the first."""
+
+    tokens: np.ndarray
+    prefill: bool = False
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop_ids: Iterable[int] = (),
+    seed: int = 0,
+    context: int | None = None,
+    cache_dtype: Any = None,
+) -> Generator[Step, np.ndarray | None, None]:
+    """Yields the tokens that follow the prompts, a few at a time, the first one as soon as it is there.
+
+    Args:
+        model: as `trustcore.load` returns it.
+        prompts: token ids, one list a row; lengths may differ.
+        max_tokens: for each row, at most.
+        sampling: how tokens are chosen; None is greedy.
+        stop_ids: tokens that end a row; they are yielded too.
+        seed: of the random numbers; row b of a batch draws from (seed, b).
+        context: tokens a row may have in all, prompt included; None: what the model was made for.
+        cache_dtype: float32, bfloat16 or int8; None: float32 on CPUs, bfloat16 elsewhere.
+
+    Send a bool array `[B]` into the generator to end rows from outside.
+
+    Raises:
+        GenerationError: a prompt is empty, too long or has a token outside the vocabulary; an option is out of range.
+    """
+    keep_programs()
+    sampling = sampling or Sampling()
+    limit = _check(model, prompts, max_tokens, context)
+    max_tokens = min(max_tokens, limit - max(len(p) for p in prompts))
+    plan, values = sampling.plan, sampling.values
+    stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
+    longest = max(len(p) for p in prompts)
+    state = _start(model, len(prompts), _slots(longest, max_tokens, limit), plan, seed, _cache_dtype(cache_dtype))
+    state = _read_prompts(model, state, prompts, plan, values, stops)
+
+    done = yield Step(np.asarray(state.token)[:, None], prefill=True)
+    made, wanted = 1, 1
+    while made < max_tokens:
+        if done is not None:
+            state = state._replace(done=state.done | jnp.asarray(done))
+        count = min(wanted, max_tokens - made)
+        began = time.perf_counter()
+        tokens, state = _decode(model, state, values, stops, jnp.int32(count), plan=plan)
+        new = np.asarray(tokens)[:, :count]
+        if (new < 0).all():
+            return
+        # Aim at dispatches of PAUSE seconds, growing by doubling: the first of all may have compiled the program.
+        each = (time.perf_counter() - began) / count
+        wanted = max(1, min(2 * wanted, DISPATCH, int(PAUSE / each) if each > 0 else DISPATCH))
+        made += count
+        done = yield Step(new)
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, context: int | None) -> int:
+    """Returns the tokens a row may have; raises for a request that is impossible."""
+    most, vocabulary = model.config.context, model.config.vocab_size
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise GenerationError(f"max_tokens is {max_tokens!r}; it must be a whole number, at least 1.")
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 2):
+        raise GenerationError(f"context is {context!r}; it must be a whole number of tokens, at least 2.")
+    if not prompts:
+        raise GenerationError("there are no prompts; pass at least one.")
+    limit = min(context, most) if context else most
+    for i, prompt in enumerate(prompts):
+        which = f"prompt {i}" if len(prompts) > 1 else "the prompt"
+        if len(prompt) == 0:
+            raise GenerationError(f"{which} is empty; a model needs at least one token to continue from.")
+        if len(prompt) >= limit:
+            raise GenerationError(
+                f"{which} has {len(prompt)} tokens and the context is {limit}; shorten it"
+                + (f" or pass context up to {most}." if limit < most else ".")
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise GenerationError(f"{which} has token ids outside 0 .. {vocabulary - 1}.")
+    return limit
+
+
+def _cache_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    names = ("float32", "bfloat16", "int8")
+    try:
+        given = jnp.dtype(dtype)
+    except TypeError:
+        given = None
+    if given is None or given.name not in names:
+        raise GenerationError(f"cache_dtype is {dtype!r}; choose from {', '.join(names)}.")
+    return given
+
+
+def _slots(longest: int, max_tokens: int, limit: int) -> int:
+    """Slots for a row: 1 or 1.5 times a power of two, so that few programs are compiled; at least a chunk's padding."""
+    needed = max(longest + max_tokens, _padded(longest))
+    size = 256
+    while size < needed:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _padded(length: int) -> int:
+    return sum(_chunks(length))
+
+
+def _chunks(length: int) -> list[int]:
+    """Lengths of the programs that take in a prompt of that many tokens."""
+    whole, rest = divmod(length, CHUNKS[-1])
+    return [CHUNKS[-1]] * whole + ([next(c for c in CHUNKS if c >= rest)] if rest else [])
+
+
+def _start(model: Any, batch: int, slots: int, plan: Plan, seed: int, cache_dtype: Any) -> State:
+    return State(
+        cache=model.new_cache(batch, slots, dtype=cache_dtype),
+        token=jnp.zeros((batch,), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key(seed & 0xFFFFFFFF),
+        history=History.start(plan, batch, model.config.vocab_size),
+    )
+
+
+def _read_prompts(
+    model: Any, state: State, prompts: Sequence[Sequence[int]], plan: Plan, values: Values, stops: jax.Array
+) -> State:
+    """Returns the state after the prompts, with the first token of each answer."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    chunks = _chunks(int(lengths.max()))
+    padded = np.zeros((len(prompts), sum(chunks)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+    first = 0
+    for chunk in chunks:
+        here = np.clip(lengths - first, 0, chunk)
+        tokens = jnp.asarray(padded[:, first : first + chunk])
+        logits, state = _prefill(model, state, logits, tokens, jnp.asarray(here), plan=plan)
+        first += chunk
+    return _first(state, logits, values, stops, plan=plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames=("state", "logits"))
+def _prefill(
+    model: Any, state: State, logits: jax.Array, tokens: jax.Array, lengths: jax.Array, *, plan: Plan
+) -> tuple[jax.Array, State]:
+    """Takes in T tokens of each row, `lengths` of which count; keeps the logits after each row's last token."""
+    hidden, cache = model.hidden_states(tokens, cache=state.cache, lengths=lengths)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    ends = model.logits(jnp.take_along_axis(hidden, jnp.broadcast_to(last, (*last.shape[:2], hidden.shape[2])), axis=1))
+    logits = jnp.where(lengths[:, None] > 0, ends[:, 0], logits)
+    valid = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < lengths[:, None]
+    return logits, state._replace(cache=cache, history=state.history.prompt(tokens, valid))
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def _first(state: State, logits: jax.Array, values: Values, stops: jax.Array, *, plan: Plan) -> State:
+    return _choose(state, logits, values, stops, plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def _decode(
+    model: Any, state: State, values: Values, stops: jax.Array, count: jax.Array, *, plan: Plan
+) -> tuple[jax.Array, State]:
+    """Makes up to `count` tokens of each row; int32 `[B, DISPATCH]`, -1 where a row had ended or beyond `count`."""
+    made = jnp.full((state.token.shape[0], DISPATCH), -1, jnp.int32)
+
+    def more(carry: Any) -> jax.Array:
+        i, _, state = carry
+        return (i < count) & ~jnp.all(state.done)
+
+    def step(carry: Any) -> Any:
+        i, made, state = carry
+        # A row that has ended adds nothing to its cache: the slot it writes is not counted.
+        grows = jnp.where(state.done, 0, 1)
+        logits, cache = model(state.token[:, None], cache=state.cache, lengths=grows)
+        state = _choose(state._replace(cache=cache), logits[:, 0], values, stops, plan)
+        return i + 1, jax.lax.dynamic_update_slice(made, state.token[:, None], (0, i)), state
+
+    _, made, state = jax.lax.while_loop(more, step, (jnp.int32(0), made, state))
+    return made, state
+
+
+def _choose(state: State, logits: jax.Array, values: Values, stops: jax.Array, plan: Plan) -> State:
+    batch = logits.shape[0]
+    if plan.greedy:
+        uniform = jnp.zeros((batch,), jnp.float32)
+    else:
+        rows = jax.lax.broadcasted_iota(jnp.uint32, (batch,), 0)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(state.key, row), state.step))(rows)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+    token = jnp.where(state.done, -1, sample(logits, plan, values, state.history, uniform))
+    ended = jnp.any(token[:, None] == stops[None, :], axis=-1)
+    return state._replace(
+        token=token, done=state.done | ended, step=state.step + 1, history=state.history.answer(token)
+    )

@@ -1,0 +1,44 @@
+"""From a name or a path to a model that can answer: catalogue, checkpoint, weights and tokenizer joined."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from trustcore.models import Decoder, decoder_from_checkpoint
+
+
+def load(
+    source: str | os.PathLike[str], *, dtype: Any = None, progress: Callable[[int, int], None] | None = None
+) -> Decoder:
+    """Returns the model that `source` names, with its tokenizer.
+
+    Args:
+        source: a name of the catalogue ("smollm2"), a GGUF or safetensors file, a folder with a model, or a Hugging Face
+            id ("owner/name", "owner/name:Q4_K_M"). What is not on this machine yet is brought to the cache folder.
+        dtype: None keeps matrices as they are stored (packed, or 16-bit) and computes in float32 on CPUs, bfloat16
+            elsewhere. A dtype decodes all of them and computes in it.
+        progress: called with (bytes done, bytes in all) while weights are read.
+
+    Raises:
+        CatalogueError: the name is unknown or could not be brought here.
+        CheckpointError: the file is broken.
+        ModelError: its architecture is not supported, or its tensors do not fit.
+        TokenizerError: its tokenizer cannot be built.
+
+    Example:
+        >>> model = trustcore.load("smollm2")  # doctest: +SKIP
+    """
+    from trustcore.catalogue import resolve
+    from trustcore.text import Tokenizer
+    from trustcore.weights import open_checkpoint
+
+    checkpoint = open_checkpoint(resolve(source))
+    with checkpoint:
+        model = decoder_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+        if checkpoint.format == "gguf":
+            model.tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+        else:
+            model.tokenizer = Tokenizer.from_file(checkpoint.path.parent)
+    return model
