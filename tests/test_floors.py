@@ -42,7 +42,7 @@ FLOORS: dict[str, int] = {
     "trustcore.data": 5,
     "trustcore.execute": 5,
     "trustcore.export": 5,
-    "trustcore.generate": 5,
+    "trustcore.generation": 5,
     "trustcore.train": 5,
     "trustcore": 6,
     "trustcore.cli": 6,
@@ -139,6 +139,12 @@ def test_file_holds_its_floor(path: Path) -> None:
 def test_sources_are_found() -> None:
     modules = {module_of(path) for path in sources()}
     assert {"trustcore", "trustcore.errors", "trustcore.cli.app", "trustcore_xla.discovery"} <= modules
+
+
+def test_every_folder_of_sources_is_a_package() -> None:
+    """A wheel leaves out a folder without `__init__.py`, though it can be imported from a checkout."""
+    folders = {path.parent for path in sources()}
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from trustcore.errors import BackendError, CatalogueError
         (["generate", "refuses", "x"], 2, "trustcore: model of two lines refused\n"),
         (["generate", "breaks", "x"], 1, "trustcore: internal error: RuntimeError: a defect (run again with --debug"),
         (["generate"], 2, "Missing argument 'MODEL'"),
-        (["generate", "echo", "x", "--top-p", "2"], 2, "2.0 is not in the range 0<=x<=1"),
+        (["generate", "echo", "x", "--top-p", "2"], 2, "Invalid value for '--top-p'"),
         (["generate", "echo", "x", "--colour"], 2, "No such option: --colour"),
         (["genrate"], 2, "No such command 'genrate'"),
         (["pull", "smolm2"], 2, "Did you mean 'smollm2'"),
@@ -135,11 +135,7 @@ def test_figures_for_people() -> None:
 
 
 def test_peak_memory_counts_bytes() -> None:
+    touched = bytearray(b"x") * (64 << 20)
     peak = peak_memory()
     assert peak is not None
-    before, block = peak, bytes(256 << 20)  # zeroed pages count once touched
-    touched = bytearray(block)
-    after = peak_memory()
-    assert after is not None
-    assert len(touched) <= after
-    assert after >= before
+    assert len(touched) <= peak < 1 << 40

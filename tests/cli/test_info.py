@@ -85,5 +85,5 @@ def test_every_kind_of_metadata_becomes_json(model: Path) -> None:
 
 def test_a_broken_configuration_is_named(model: Path) -> None:
     (model.parent / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"config.json: not JSON"):
         describe(fake({}, model), tensors=False)

@@ -128,7 +128,7 @@ LONG = (
     "numbers were for. He said that a number is a kind of lamp: it shows you where you have been. She laughed, took "
     "the ledger to her room, and came back in the morning with a table. On days with a west wind, she said, the ferry "
     "was late by eleven minutes on average; on days with fog it did not come at all, except once, on the third of "
-    "March, when it came twice. \"That is not possible,\" said the keeper. \"It is what you wrote,\" said his daughter. "
+    'March, when it came twice. "That is not possible," said the keeper. "It is what you wrote," said his daughter. '
     "They looked at the page together. The two lines stood there in his own hand, one at 6:40 and one at 6:55, and "
     "beside the second a small mark that he did not remember making. He put on his coat and went up the stairs, all "
     "one hundred and ninety-six of them, and lit the lamp although it was day. Then he waited. Below, the sea was "
@@ -144,7 +144,7 @@ CHAT = [
         {"role": "assistant", "content": "A model, small and true."},
         {"role": "user", "content": "And what can you do?"},
     ],
-    [{"role": "user", "content": "  spaces kept \n<b>&amp; \"quotes\"</b> {{ not_a_variable }} {% raw %} é 😀"}],
+    [{"role": "user", "content": '  spaces kept \n<b>&amp; "quotes"</b> {{ not_a_variable }} {% raw %} é 😀'}],
 ]
 
 PROMPTS = [

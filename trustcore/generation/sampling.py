@@ -2,15 +2,16 @@
 
     logits --penalties--> --temperature--> --top-k--> --top-p--> --min-p--> one uniform number picks a token
 
-Each filter is a threshold on the probabilities: top-k's is the k-th largest, top-p's is found by bisection, min-p's is
-a share of the largest. The draw inverts the cumulative distribution in two levels, so its cost is two passes over the
-vocabulary and one random number a row.
+Each filter is a threshold on the probabilities: top-k's and top-p's are found by bisection over the bit patterns of
+float32, which are ordered as their values are, so they are exact; min-p's is a share of the largest. The draw inverts
+the cumulative distribution in two levels: its cost is two passes over the vocabulary and one random number a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import GenerationError
 
-_BISECTIONS = 24  # halvings of the range of a probability: finer than float32 tells neighbours apart near top-p's edge
+_BISECTIONS = 30  # halvings of the bit patterns from 0.0 to 1.0, 0 to 0x3f800000: down to a single one
 _BLOCK = 256  # tokens summed at the first level of the cumulative distribution
 
 
@@ -62,7 +63,7 @@ class Sampling:
         greedy = self.temperature == 0
         return Plan(
             greedy=greedy,
-            top_k=0 if greedy else int(self.top_k or 0),
+            top_k=not greedy and bool(self.top_k),
             top_p=not greedy and self.top_p is not None and self.top_p < 1,
             min_p=not greedy and bool(self.min_p),
             repetition=self.repetition_penalty != 1,
@@ -77,6 +78,7 @@ class Sampling:
                 jnp.float32(x)
                 for x in (
                     self.temperature,
+                    self.top_k or 0,
                     1.0 if self.top_p is None else self.top_p,
                     self.min_p or 0.0,
                     self.repetition_penalty,
@@ -91,7 +93,7 @@ class Plan(NamedTuple):
     """The static part of a `Sampling`: which steps a program has."""
 
     greedy: bool
-    top_k: int
+    top_k: bool
     top_p: bool
     min_p: bool
     repetition: bool
@@ -102,6 +104,7 @@ class Values(NamedTuple):
     """The dynamic part of a `Sampling`: float32 scalars."""
 
     temperature: jax.Array
+    top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
     repetition: jax.Array
@@ -160,8 +163,19 @@ def sample(
     """
     logits = penalize(logits, plan, values, history)
     if plan.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
     return draw(filtered(logits, plan, values), uniform)
+
+
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Returns the first index of each row's largest logit, int32.
+
+    By a maximum and a minimum: XLA's CPU compiler vectorizes both but not argmax (24 against 230 microseconds for 49152
+    logits on two Zen 5 cores, jax 0.10.2).
+    """
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == top, places, logits.shape[1] - 1), axis=-1)
 
 
 def penalize(logits: Float[Array, "B V"], plan: Plan, values: Values, history: History) -> Float[Array, "B V"]:
@@ -178,14 +192,15 @@ def penalize(logits: Float[Array, "B V"], plan: Plan, values: Values, history: H
 
 
 def filtered(logits: Float[Array, "B V"], plan: Plan, values: Values) -> Float[Array, "B V"]:
-    """Returns unnormalized probabilities, 0 for the tokens that the filters cut; the likeliest has 1 and always stays."""
+    """Returns unnormalized probabilities, 0 where a filter cut; the likeliest token has 1 and always stays."""
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / values.temperature
     weights = jnp.exp(scaled)
-    if 0 < plan.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(weights, plan.top_k)[0][:, -1:]
-        weights = jnp.where(weights >= kth, weights, 0.0)
+    if plan.top_k:
+        enough = lambda kept: jnp.sum(kept > 0, axis=-1, keepdims=True).astype(jnp.float32) >= values.top_k  # noqa: E731
+        weights = _largest(weights, enough)
     if plan.top_p:
-        weights = jnp.where(weights >= _nucleus(weights, values.top_p), weights, 0.0)
+        wanted = values.top_p * jnp.sum(weights, axis=-1, keepdims=True)
+        weights = _largest(weights, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= wanted)
     if plan.min_p:
         weights = jnp.where(weights >= values.min_p, weights, 0.0)
     return weights
@@ -207,18 +222,20 @@ def draw(weights: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int[Array
     return (block * _BLOCK + jnp.minimum(within, last)).astype(jnp.int32)
 
 
-def _nucleus(weights: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Returns `[B, 1]`, the largest threshold at which the weights above it still sum to top_p of their total."""
-    wanted = top_p * jnp.sum(weights, axis=-1, keepdims=True)
+def _largest(weights: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns weights in [0, 1] with the small ones set to 0: as many as `enough`, bool `[B, 1]`, allows."""
+
+    def keep(bits: jax.Array) -> jax.Array:
+        return jnp.where(weights >= jax.lax.bitcast_convert_type(bits, jnp.float32), weights, 0.0)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # thresholds; at `low` there is enough
-        middle = (low + high) / 2
-        enough = jnp.sum(jnp.where(weights >= middle, weights, 0.0), axis=-1, keepdims=True) >= wanted
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        low, high = bounds  # at `low` there is enough, at `high` there is not
+        middle = (low + high) // 2
+        good = enough(keep(middle))
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
 
-    bounds = jnp.zeros_like(wanted), jnp.ones_like(wanted)
-    return jax.lax.fori_loop(0, _BISECTIONS, halve, bounds)[0]
+    low = jnp.zeros((weights.shape[0], 1), jnp.int32)
+    return keep(jax.lax.fori_loop(0, _BISECTIONS, halve, (low, jnp.full_like(low, 0x3F800001)))[0])
 
 
 def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:

@@ -73,7 +73,9 @@ def generate(
     prompts, several = _prompts(prompt)
     if several and stream:
         raise GenerationError("stream=True takes one prompt; for several, call generate without it.")
-    ids = [tokenizer.encode(p, parse_special=parse_special) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    ids = [
+        tokenizer.encode(p, parse_special=parse_special) if isinstance(p, str) else [int(i) for i in p] for p in prompts
+    ]
     if isinstance(prompt, str) and not ids[0] and tokenizer.bos_id is not None:
         ids[0] = [tokenizer.bos_id]  # an empty prompt: whatever the model begins with
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -84,9 +86,7 @@ def generate(
         model,
         ids,
         max_tokens=max_tokens,
-        sampling=Sampling(
-            temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty
-        ),
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty),
         stop_ids=stop_ids,
         seed=seed,
         context=context,

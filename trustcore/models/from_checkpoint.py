@@ -44,7 +44,9 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
     from_gguf = checkpoint.format == "gguf"
     config = _read_config(checkpoint, from_gguf)
     if config.layers > len(checkpoint):  # bounds the work below by the file's own size
-        raise ModelError(f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors.")
+        raise ModelError(
+            f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
+        )
     compute = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     model = Decoder(config, dtype=compute)
     plan = _match(model, checkpoint, decoder_names(config.layers), from_gguf)

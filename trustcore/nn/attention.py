@@ -74,9 +74,7 @@ class Attention(nnx.Module):
         )
         query, key = rotate(query, turn, self.rope), rotate(key, turn, self.rope)
         if cache is None:
-            y = attention(
-                query, key, value, query_positions=positions, key_positions=positions, window=self.window
-            )
+            y = attention(query, key, value, query_positions=positions, key_positions=positions, window=self.window)
         else:
             y, cache = cached_attention(query, key, value, cache, positions[:, 0], window=self.window)
         return self.out(y.reshape(*y.shape[:2], -1)), cache

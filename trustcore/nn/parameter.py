@@ -8,9 +8,7 @@ import jax
 from flax import nnx
 
 
-def parameter(
-    initializer: Any, shape: tuple[int, ...], dtype: Any, rngs: nnx.Rngs | None
-) -> nnx.Param[Any]:
+def parameter(initializer: Any, shape: tuple[int, ...], dtype: Any, rngs: nnx.Rngs | None) -> nnx.Param[Any]:
     """Returns a parameter of that shape: `initializer(key, shape, dtype)`, or abstract when `rngs` is None."""
     if rngs is None:
         return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import kernels_pallas.attention as kernels
 from jaxtyping import Array, Float, Int
 
+import kernels_pallas.attention as kernels
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
 
@@ -134,7 +134,8 @@ def _xla(
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
     if cache.key_scale is None or cache.value_scale is None:
         cache = LayerCache(
-            kernels.extend_cache(cache.keys, key, start, axis=3), kernels.extend_cache(cache.values, value, start, axis=2)
+            kernels.extend_cache(cache.keys, key, start, axis=3),
+            kernels.extend_cache(cache.values, value, start, axis=2),
         )
         keys, values = cache.keys, cache.values
     else:
@@ -168,9 +169,7 @@ def _native(
     window, scale, soft_cap = options
     wide = (x.astype(jnp.float32) for x in (query, key, value))
     parts = [part for part in cache if part is not None]
-    out, *parts = cpu.cached_attention(
-        *wide, start, parts, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0
-    )
+    out, *parts = cpu.cached_attention(*wide, start, parts, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0)
     return out.astype(query.dtype), LayerCache(*parts)
 
 

@@ -236,4 +236,3 @@ def decode_matrix(format: Format, fields: Fields) -> jax.Array:
         return decoded
     *lead, blocks, block, n = decoded.shape
     return decoded.reshape(*lead, blocks * block, n)
-

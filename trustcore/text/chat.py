@@ -5,18 +5,23 @@ out, no change to the messages) and under a meter:
 
     steps     loop iterations, calls and filters                         at most MAX_STEPS
     written   characters put out, blocks and macros that are captured included, at most MAX_TEXT
-    value     length of any text or list that an operator or filter makes, at most MAX_TEXT
+    weight    characters of any value that the template makes, with all
+              that it holds, plus ITEM_WEIGHT for each item              at most MAX_TEXT beyond its variables' own
     time      looked at with each step                                   at most MAX_SECONDS
 
-An operation whose result would be larger is refused before it runs, so neither memory nor time is spent on it. The
-meter is put into the program by rewriting the parsed template: loops are wrapped, constant text goes through the same
-door as computed text. What fails for whatever reason is one `TokenizerError`.
+An operation whose result would be larger is refused before it runs, so neither memory nor time is spent on it. A value
+counts as often as it is held: a list that holds one list twice, sixty levels deep, is small in memory and endless for
+whoever prints it. The meter is put into the program by rewriting the parsed template: loops, literals and `~` are
+wrapped, constant text goes through the same door as computed text. What fails for whatever reason is one
+`TokenizerError`.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +32,7 @@ from trustcore.errors import TokenizerError
 MAX_STEPS = 1_000_000
 MAX_TEXT = 32_000_000
 MAX_SECONDS = 10.0
+ITEM_WEIGHT = 32
 _MAX_NUMBER = 1_000_000  # for an argument of a call or filter: a width, a count
 _MAX_BITS = 4096  # of an integer that arithmetic makes
 _MAX_SOURCE = 1_000_000
@@ -37,6 +43,7 @@ _FILTERS = (
     "trim truncate unique upper wordcount join indent format"
 ).split()
 _METHODS_REFUSED = frozenset("format format_map translate expandtabs maketrans encode decode".split())
+_CONTAINERS = (list, tuple, dict)
 _WIDTH = re.compile(r"\*|\d{4}")
 
 
@@ -59,7 +66,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     try:
         if len(source) > _MAX_SOURCE:
             raise _Refused(f"its source has {len(source)} characters, more than {_MAX_SOURCE}")
-        return _environment(_Meter()).from_string(source).render(variables)
+        return _environment(_Meter(MAX_TEXT + _weight(dict(variables), math.inf))).from_string(source).render(variables)
     except jinja2.TemplateSyntaxError as error:
         raise TokenizerError(f"chat template, line {error.lineno}: {error.message}.") from None
     except _Raised as error:
@@ -73,9 +80,10 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
 
 class _Meter:
-    """Counts what one rendering spends."""
+    """Counts what one rendering spends; `limit` is the weight that a value may have."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float):
+        self.limit = limit
         self.steps = 0
         self.written = 0
         self.deadline = time.monotonic() + MAX_SECONDS
@@ -92,24 +100,43 @@ class _Meter:
             self.step()
             yield item
 
-    def write(self, value: Any) -> Any:
+    def write(self, value: Any) -> str:
         """Counts what is put out; a value other than text counts as its text."""
-        text = value if isinstance(value, str) else str(value)
+        text = value if isinstance(value, str) else str(self.value(value))
         self.written += len(text)
-        if self.written > MAX_TEXT:
-            raise _Refused(f"it wrote more than {MAX_TEXT} characters")
+        if self.written > self.limit:
+            raise _Refused(f"it wrote more than {self.limit} characters")
         return text
 
     def value(self, value: Any) -> Any:
-        """Passes on a value that is small enough."""
-        if isinstance(value, str | list | tuple | dict | bytes):
-            _bounded(len(value))
+        """Passes on a value that is not too heavy."""
+        self.bound(_weight(value, self.limit))
         return value
 
+    def bound(self, weight: float) -> None:
+        """Refuses a value of that weight if it is too much."""
+        if weight > self.limit:
+            raise _Refused(f"it made a value of more than {self.limit} characters")
 
-def _bounded(size: int) -> None:
-    if size > MAX_TEXT:
-        raise _Refused(f"it made a value of {size} characters or items, more than {MAX_TEXT}")
+
+def _weight(value: Any, limit: float) -> int:
+    """Characters in a value and all that it holds, `ITEM_WEIGHT` more for each item; it stops counting past `limit`."""
+    import jinja2.utils
+
+    total, waiting = 0, [value]
+    while waiting and total <= limit:
+        part = waiting.pop()
+        if isinstance(part, str | bytes):
+            total += len(part)
+        elif isinstance(part, jinja2.utils.Namespace):
+            waiting.append(part._Namespace__attrs)  # pyright: ignore[reportAttributeAccessIssue] (repr shows them)
+        elif isinstance(part, _CONTAINERS):
+            total += ITEM_WEIGHT * len(part)
+            if total <= limit:
+                waiting += part
+                if isinstance(part, dict):
+                    waiting += part.values()
+    return total
 
 
 def _environment(meter: _Meter) -> Any:
@@ -121,7 +148,7 @@ def _environment(meter: _Meter) -> Any:
     from jinja2.visitor import NodeTransformer
 
     class Instrument(NodeTransformer):
-        """Puts the meter into loops, constant text and `~`."""
+        """Puts the meter into loops, constant text, literals and `~`."""
 
         def visit_For(self, node: nodes.For) -> nodes.Node:
             self.generic_visit(node)
@@ -133,7 +160,15 @@ def _environment(meter: _Meter) -> Any:
 
         def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
             self.generic_visit(node)
+            node.nodes = [_filter(part, "metered_value") for part in node.nodes]
             return _filter(node, "metered_value")
+
+        def _literal(self, node: Any) -> nodes.Node:
+            self.generic_visit(node)
+            constant = node.find(nodes.Name) is None and node.find(nodes.Filter) is None
+            return node if constant or getattr(node, "ctx", "load") != "load" else _filter(node, "metered_value")
+
+        visit_List = visit_Tuple = visit_Dict = _literal
 
     def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
@@ -154,14 +189,16 @@ def _environment(meter: _Meter) -> Any:
             return Instrument().visit(super()._parse(source, name, filename))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operands(operator, left, right)
+            _check_operands(meter, operator, left, right)
             return meter.value(super().call_binop(context, operator, left, right))
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
             meter.step()
-            _check_numbers(args, kwargs)
-            _check_method(__obj, args)
+            args = _check_arguments(meter, _method_of_text(__obj), getattr(__obj, "__self__", None), args, kwargs)
             return meter.value(super().call(__context, __obj, *args, **kwargs))
+
+        def wrap_str_format(self, value: Any) -> None:
+            """No `str.format`: its widths are out of reach of a check. `%` and the filter `format` are there."""
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             return attr not in _METHODS_REFUSED and super().is_safe_attribute(obj, attr, value)
@@ -184,37 +221,27 @@ def _environment(meter: _Meter) -> Any:
     environment.filters["metered_value"] = meter.value
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)  # noqa: DTZ005
+    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
 def _metered(meter: _Meter, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that counts as a step, whose sizes are checked, and whose endless input is a bounded one."""
-    import functools
+    """A filter that counts as a step, and whose result is weighed, as far as possible before it is made."""
+    # jinja2 passes its own argument first to functions that are marked so.
+    own = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
 
     @functools.wraps(function)
     def filtered(*args: Any, **kwargs: Any) -> Any:
         meter.step()
-        _check_numbers(args, kwargs)
-        subject = args[1] if _takes_environment(function) and len(args) > 1 else args[0] if args else None
-        rest = args[args.index(subject) + 1 :] if any(a is subject for a in args) else ()
-        if name == "replace":
-            _check_replace(str(subject), rest)
-        elif name == "join":
-            _check_join(subject, kwargs.get("d", rest[0] if rest else ""))
-        elif name == "indent":
-            width = kwargs.get("width", rest[0] if rest else 4)
-            lines = str(subject).count("\n") + 1
-            _bounded(len(str(subject)) + lines * (len(width) if isinstance(width, str) else int(width)))
-        elif name == "format" and _WIDTH.search(str(subject)):
-            raise _Refused("it formats with a width of more than 999")
-        return meter.value(function(*args, **kwargs))
+        head, subject, rest = args[:own], args[own], args[own + 1 :]
+        if name == "join":  # the separator may come by its name, or not at all
+            separator = kwargs.get("d", rest[0] if rest else "")
+            subject = subject if isinstance(subject, str | dict) else list(subject)
+            _check_arguments(meter, "join", str(separator), (subject,), {})
+        rest = _check_arguments(meter, name, meter.value(subject), rest, kwargs) if name != "join" else rest
+        return meter.value(function(*head, subject, *rest, **kwargs))
 
     return filtered
-
-
-def _takes_environment(function: Callable[..., Any]) -> bool:
-    return getattr(function, "jinja_pass_arg", None) is not None
 
 
 def _tojson(
@@ -228,6 +255,13 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _strftime_now(form: str) -> str:
+    """The local time, as Hugging Face's templates ask for it."""
+    if _WIDTH.search(form):
+        raise _Refused("it formats with a width of more than 999")
+    return datetime.datetime.now().strftime(form)
+
+
 def _raise_exception(message: object) -> None:
     raise _Raised(str(message))
 
@@ -235,43 +269,52 @@ def _raise_exception(message: object) -> None:
 # What an operation would cost, before it runs
 
 
-def _check_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _method_of_text(function: Any) -> str | None:
+    subject = getattr(function, "__self__", None)
+    return getattr(function, "__name__", None) if isinstance(subject, str) else None
+
+
+def _check_arguments(
+    meter: _Meter, name: str | None, subject: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Refuses a call or filter that would make too much; gives back the arguments, iterators among them as lists."""
+    meter.value([*args, *kwargs.values()])
     for value in (*args, *kwargs.values()):
         if isinstance(value, int) and abs(value) > _MAX_NUMBER:
-            raise _Refused(f"it passed the number {value:.3g} to a function, more than {_MAX_NUMBER}")
+            raise _Refused(f"it passed a number above {_MAX_NUMBER} to a function")
+    if name == "replace" and len(args) >= 2:
+        text, old, new = str(subject), str(args[0]), str(args[1])
+        meter.bound(len(text) + text.count(old) * len(new))
+    elif name == "join" and args:
+        items = args[0] if isinstance(args[0], str | dict) else list(args[0])
+        meter.bound(_weight(items, meter.limit) + len(items) * len(subject))
+        return (items, *args[1:])
+    elif name == "indent":
+        width = kwargs.get("width", args[0] if args else 4)
+        text = str(subject)
+        meter.bound(len(text) + (text.count("\n") + 1) * (len(width) if isinstance(width, str) else int(width)))
+    elif name == "tojson" and (width := kwargs.get("indent", args[1] if len(args) > 1 else 0)):
+        meter.bound(_weight(subject, meter.limit) * (len(width) if isinstance(width, str) else int(width)))
+    elif name == "format" and _WIDTH.search(str(subject)):
+        raise _Refused("it formats with a width of more than 999")
+    elif name == "sum" and not isinstance(kwargs.get("start", args[1] if len(args) > 1 else 0), int | float):
+        raise _Refused("it sums what are not numbers")
+    return args
 
 
-def _check_operands(operator: str, left: Any, right: Any) -> None:
+def _check_operands(meter: _Meter, operator: str, left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
         if operator == "**" and abs(left) > 1 and max(right, 0) * left.bit_length() > _MAX_BITS:
-            raise _Refused(f"a power of more than {_MAX_BITS} bits")
+            raise _Refused(f"it made a power of more than {_MAX_BITS} bits")
         if operator == "*" and left.bit_length() + right.bit_length() > _MAX_BITS:
-            raise _Refused(f"a product of more than {_MAX_BITS} bits")
+            raise _Refused(f"it made a product of more than {_MAX_BITS} bits")
     elif operator == "*":
         for sequence, count in ((left, right), (right, left)):
             if isinstance(sequence, str | list | tuple | bytes) and isinstance(count, int):
-                _bounded(len(sequence) * max(count, 0))
-    elif operator == "%" and isinstance(left, str) and _WIDTH.search(left):
-        raise _Refused("it formats with a width of more than 999")
-
-
-def _check_method(function: Any, args: tuple[Any, ...]) -> None:
-    """`str.replace` and `str.join` can make far more than they are given."""
-    subject = getattr(function, "__self__", None)
-    if isinstance(subject, str):
-        name = getattr(function, "__name__", "")
-        if name == "replace":
-            _check_replace(subject, args)
-        elif name == "join" and args:
-            _check_join(args[0], subject)
-
-
-def _check_replace(text: str, args: tuple[Any, ...]) -> None:
-    if len(args) >= 2:
-        old, replacement = str(args[0]), str(args[1])
-        _bounded(len(text) + text.count(old) * len(replacement))
-
-
-def _check_join(items: Any, separator: Any) -> None:
-    if isinstance(items, str | list | tuple | dict):
-        _bounded(len(items) * len(str(separator)) + sum(len(i) for i in items if isinstance(i, str)))
+                meter.bound(_weight(sequence, meter.limit) * max(count, 0))
+    elif operator == "+":
+        meter.bound(_weight([left, right], meter.limit))
+    elif operator == "%" and isinstance(left, str):
+        meter.value(right)
+        if _WIDTH.search(left):
+            raise _Refused("it formats with a width of more than 999")

@@ -45,9 +45,7 @@ _DEFAULT_IDS = {
     "bert": {"bos": 101, "unknown": 100, "seperator": 102, "padding": 0},
     "gpt2": {},
 }
-_ID_KEYS = (
-    "bos eos eot eom unknown seperator padding mask fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep".split()
-)
+_ID_KEYS = "bos eos eot eom unknown seperator padding mask fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep".split()
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -163,9 +161,7 @@ def _bpe_words(fields: _Fields, ids: dict[str, int], family: PreTokenizer | None
 def _score_words(fields: _Fields, ids: dict[str, int], unk_id: int | None, add_space: bool) -> Words:
     scores = fields.numbers("scores", len(ids))
     merge = ScoreMerger(ids, scores, unk_id)
-    return lambda text, after_special: merge(
-        (" " + text if add_space and after_special else text).replace(" ", SPACE)
-    )
+    return lambda text, after_special: merge((" " + text if add_space and after_special else text).replace(" ", SPACE))
 
 
 def _wordpiece_words(fields: _Fields, ids: dict[str, int], named: dict[str, int]) -> Words:

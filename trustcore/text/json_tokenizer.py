@@ -162,7 +162,10 @@ def _pieces(data: dict[str, Any], file: Path) -> tuple[Callable[[str], bytes], b
         return lambda token: b" " + token.encode(), True
     if "WordPiece" in kinds:
         mark = steps[kinds.index("WordPiece")].get("prefix", "##")
-        return lambda token: token.removeprefix(mark).encode() if token.startswith(mark) else b" " + token.encode(), True
+        return (
+            lambda token: token.removeprefix(mark).encode() if token.startswith(mark) else b" " + token.encode(),
+            True,
+        )
     known = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
     if set(kinds) <= known and kinds.count("Replace") + kinds.count("Metaspace") == 1:
         strip_space = any(

@@ -33,9 +33,7 @@ class ScoreMerger:
         """
         self._ids = ids
         self._scores = scores
-        self._bytes = [
-            ids.get(f"<0x{b:02X}>", ids.get(chr(b), unk_id) if b < 128 else unk_id) for b in range(256)
-        ]
+        self._bytes = [ids.get(f"<0x{b:02X}>", ids.get(chr(b), unk_id) if b < 128 else unk_id) for b in range(256)]
         self._neighbours = {token[i : i + 2] for token in ids for i in range(len(token) - 1)}
         self._known: dict[str, list[int]] = {}
 

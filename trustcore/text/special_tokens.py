@@ -69,8 +69,10 @@ def correct(
 
     # In the harmony and Solar formats <|end|> closes a message, not the answer.
     texts = {name for name in _STOPS & ids.keys() if ids[name] in stops}
-    if {"<|return|>", "<|end|>"} <= texts and texts & {"<|call|>", "<|calls|>"} or (
-        {"<|flush|>", "<|end|>"} <= texts and texts & {"<|call|>", "<|calls|>"}
+    if (
+        {"<|return|>", "<|end|>"} <= texts
+        and texts & {"<|call|>", "<|calls|>"}
+        or ({"<|flush|>", "<|end|>"} <= texts and texts & {"<|call|>", "<|calls|>"})
     ):
         stops.discard(ids["<|end|>"])
         types[ids["<|end|>"]] = USER_DEFINED

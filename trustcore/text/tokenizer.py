@@ -110,7 +110,9 @@ class Tokenizer:
             TokenizerError: no token has this id.
         """
         if not 0 <= id < self.vocab_size:
-            raise TokenizerError(f"token id {id} does not exist: this vocabulary has {self.vocab_size} tokens from 0 on.")
+            raise TokenizerError(
+                f"token id {id} does not exist: this vocabulary has {self.vocab_size} tokens from 0 on."
+            )
         return self._vocabulary.tokens[id]
 
     @property

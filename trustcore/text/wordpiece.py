@@ -14,7 +14,9 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 
 SPACE = "▁"
-_WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))))
+_WHITE_SPACE = frozenset(
+    "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+)
 # The blocks that BERT calls Chinese characters; 2B920 is what the reference implementation has.
 _IDEOGRAPHS = (
     (0x4E00, 0x9FFF),
