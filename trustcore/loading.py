@@ -15,8 +15,8 @@ def load(
     """Returns the model that `source` names, with its tokenizer.
 
     Args:
-        source: a name of the catalogue ("smollm2"), a GGUF or safetensors file, a folder with a model, or a Hugging Face
-            id ("owner/name", "owner/name:Q4_K_M"). What is not on this machine yet is brought to the cache folder.
+        source: a name of the catalogue ("smollm2"), a GGUF or safetensors file, a folder with a model, or a Hugging
+            Face id ("owner/name", "owner/name:Q4_K_M"). What is not on this machine yet is brought to the cache folder.
         dtype: None keeps matrices as they are stored (packed, or 16-bit) and computes in float32 on CPUs, bfloat16
             elsewhere. A dtype decodes all of them and computes in it.
         progress: called with (bytes done, bytes in all) while weights are read.

@@ -18,11 +18,13 @@ A second run with the same versions writes the same ids; logits move in the last
 The file is long because the texts are part of the record: nothing else decides what is compared.
 """
 
+# ruff: noqa: RUF001, SIM905 (the texts are to hold look-alikes; names read better as words than as a page of strings)
 from __future__ import annotations
 
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import platform
 import tempfile
@@ -177,7 +179,8 @@ TEMPLATES = {
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}{{- system }}{{- "<|eot_id|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
@@ -208,13 +211,14 @@ TEMPLATES = {
 
 # Every `tokenizer.ggml.pre` that vocab_bpe.json records.
 PRE = (
-    "default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe deepseek-llm "
-    "deepseek-coder deepseek-v3 spark2_5 youtu falcon mpt starcoder gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es "
+    "default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
+    "deepseek-llm deepseek-coder deepseek-v3 spark2_5 youtu falcon mpt starcoder gpt-2 phi-2 jina-es jina-de "
+    "gigachat jina-v2-es "
     "jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code roberta-bpe jais-2 refact command-r qwen2 "
     "deepseek-r1-qwen kormo f2llmv2 qwen35 stablelm2 olmo poro-chat chatglm-bpe glm4 glm5 viking jais tekken smollm "
     "codeshell bloom gpt3-finnish exaone exaone4 exaone-moe chameleon minerva-7b megrez gpt-4o llama4 kanana2 talkie "
-    "granite-embed-multi-97m trillion granite-docling bailingmoe bailingmoe2 llada-moe seed-coder hunyuan hunyuan-dense "
-    "hy_v4 joyai-llm ufakzeka grok-2 laguna minimax-m2 solar-open mellum2 minicpm5"
+    "granite-embed-multi-97m trillion granite-docling bailingmoe bailingmoe2 llada-moe seed-coder hunyuan "
+    "hunyuan-dense hy_v4 joyai-llm ufakzeka grok-2 laguna minimax-m2 solar-open mellum2 minicpm5"
 ).split()
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -286,8 +290,8 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
 def record_model(path: str, template: Jinja2ChatFormatter) -> tuple[dict, dict]:
     model = llama_cpp.Llama(path, n_ctx=1024, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
     greedy, logits = [], []
-    for name, text, parse in PROMPTS:
-        text = template(messages=CHAT[0]).prompt if text is None else text
+    for name, given, parse in PROMPTS:
+        text = template(messages=CHAT[0]).prompt if given is None else given
         prompt = model.tokenize(text.encode(), add_bos=True, special=parse)
         model.reset()
         model.eval(prompt)
@@ -355,7 +359,7 @@ def train_pairs(sequences: list[list[str]], count: int) -> list[tuple[str, str]]
     """Byte-pair merges over whole texts. Words are no boundary here: a pre-tokenizer's boundary then shows in ids."""
     merges = []
     for _ in range(count):
-        pairs = Counter(pair for s in sequences for pair in zip(s, s[1:], strict=False))
+        pairs = Counter(pair for s in sequences for pair in itertools.pairwise(s))
         if not pairs:
             break
         left, right = max(pairs, key=lambda p: (pairs[p], p))

@@ -55,8 +55,8 @@ def generate(
         context: tokens that prompt and answer may have together; None: what the model was made for.
         cache_dtype: float32, bfloat16 or int8 for the key-value cache; None chooses.
         ignore_eos: go on after the model's own end tokens.
-        parse_special: read "<|im_end|>" and the like in the prompt as the tokens of that name. Off by default: text that
-            a user typed must not speak with the voice of the system.
+        parse_special: read "<|im_end|>" and the like in the prompt as the tokens of that name. Off by default: what a
+            user typed must not speak with the voice of the system.
 
     Returns:
         A string, a list of strings for several prompts, or a `Stream`.

@@ -1,8 +1,8 @@
 """The key-value cache: what a decoder has seen, one `LayerCache` a layer.
 
 Slot s of a row holds the token at position s, so a row's length is all the state there is. Rows grow on their own:
-prompts of different lengths share a batch, padded on the right; what padding leaves behind a row's length is not visible
-and is overwritten by the tokens that follow.
+prompts of different lengths share a batch, padded on the right; what padding leaves behind a row's length is not
+visible, and is overwritten by the tokens that follow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What may stand where a weight matrix stands, besides an array.
 
-`linear` is the one door for a product with a weight. A float array goes to a dot; anything else is a `Weight` and brings
-its own product: packed codes, sparse blocks. Callers never branch on which.
+`linear` is the one door for a product with a weight. A float array goes to a dot; anything else is a `Weight` and
+brings its own product: packed codes, sparse blocks. Callers never branch on which.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ wrapped, constant text goes through the same door as computed text. What fails f
 `TokenizerError`.
 """
 
+# ruff: noqa: SIM905 (names read better as words)
 from __future__ import annotations
 
 import datetime
@@ -158,12 +159,12 @@ def _environment(meter: _Meter) -> Any:
         def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
             return nodes.Const(node.data, lineno=node.lineno)
 
-        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        def visit_Concat(self, node: Any) -> nodes.Node:
             self.generic_visit(node)
             node.nodes = [_filter(part, "metered_value") for part in node.nodes]
             return _filter(node, "metered_value")
 
-        def _literal(self, node: Any) -> nodes.Node:
+        def _literal(self, node: Any) -> Any:
             self.generic_visit(node)
             constant = node.find(nodes.Name) is None and node.find(nodes.Filter) is None
             return node if constant or getattr(node, "ctx", "load") != "load" else _filter(node, "metered_value")
@@ -192,7 +193,7 @@ def _environment(meter: _Meter) -> Any:
             _check_operands(meter, operator, left, right)
             return meter.value(super().call_binop(context, operator, left, right))
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             meter.step()
             args = _check_arguments(meter, _method_of_text(__obj), getattr(__obj, "__self__", None), args, kwargs)
             return meter.value(super().call(__context, __obj, *args, **kwargs))

@@ -45,7 +45,7 @@ _DEFAULT_IDS = {
     "bert": {"bos": 101, "unknown": 100, "seperator": 102, "padding": 0},
     "gpt2": {},
 }
-_ID_KEYS = "bos eos eot eom unknown seperator padding mask fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep".split()
+_ID_KEYS = "bos eos eot eom unknown seperator padding mask fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep".split()  # noqa: SIM905 (reads better as words)
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -277,7 +277,8 @@ def _types(fields: _Fields, tokens: list[str]) -> list[int]:
         return [NORMAL] * len(tokens)
     if len(types) < len(tokens):
         raise TokenizerError(
-            f"{_key('token_type')} has {len(types)} values, but {_key('tokens')} has {len(tokens)} tokens; each needs one."
+            f"{_key('token_type')} has {len(types)} values, but {_key('tokens')} has {len(tokens)} tokens; "
+            "each needs one."
         )
     if not set(map(type, types)) <= {int} or not set(types) <= TYPES:
         i = next(i for i, kind in enumerate(types) if type(kind) is not int or kind not in TYPES)

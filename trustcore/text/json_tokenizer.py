@@ -124,7 +124,7 @@ def _by_id(ids: dict[str, int], file: Path) -> tuple[str, ...]:
 
 
 def _ids(value: object, count: int, file: Path) -> list[int]:
-    values = [] if value is None else value if isinstance(value, list) else [value]
+    values: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
     for i in values:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count:
             raise TokenizerError(f"{file}: eos_token_id {i!r} is no token id; expected 0 to {count - 1}.")

@@ -43,7 +43,8 @@ def pre_tokenizer(name: str) -> PreTokenizer:
         return PRE_TOKENIZERS[name]
     except KeyError:
         raise TokenizerError(
-            f"tokenizer.ggml.pre: the pre-tokenizer {name!r} is unknown. Known are {', '.join(sorted(PRE_TOKENIZERS))}. "
+            f"tokenizer.ggml.pre: the pre-tokenizer {name!r} is unknown. "
+            f"Known are {', '.join(sorted(PRE_TOKENIZERS))}. "
             "If it cuts words as one of these does, set tokenizer.ggml.pre to that name, or load the model's "
             "tokenizer.json with Tokenizer.from_file."
         ) from None

@@ -8,6 +8,7 @@ their text and finds the stop tokens by their text (`llama_vocab::impl::load`); 
 for it.
 """
 
+# ruff: noqa: RUF001, SIM905 (DeepSeek writes its tokens with a wide bar; names read better as words)
 from __future__ import annotations
 
 import dataclasses
@@ -69,11 +70,8 @@ def correct(
 
     # In the harmony and Solar formats <|end|> closes a message, not the answer.
     texts = {name for name in _STOPS & ids.keys() if ids[name] in stops}
-    if (
-        {"<|return|>", "<|end|>"} <= texts
-        and texts & {"<|call|>", "<|calls|>"}
-        or ({"<|flush|>", "<|end|>"} <= texts and texts & {"<|call|>", "<|calls|>"})
-    ):
+    calls = texts & {"<|call|>", "<|calls|>"}
+    if "<|end|>" in texts and (("<|return|>" in texts and calls) or ("<|flush|>" in texts and calls)):
         stops.discard(ids["<|end|>"])
         types[ids["<|end|>"]] = USER_DEFINED
     if "</s>" in texts and "<|tool_response>" in texts:

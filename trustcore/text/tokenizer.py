@@ -23,9 +23,8 @@ class Tokenizer:
     """Encodes text, decodes ids, renders chats.
 
     Example:
-        >>> tokenizer = Tokenizer.from_gguf(
-        ...     {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁hi", "▁", "h", "i", "hi"]}
-        ... )
+        >>> tokens = ["<unk>", "<s>", "</s>", "▁hi", "▁", "h", "i", "hi"]
+        >>> tokenizer = Tokenizer.from_gguf({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens})
         >>> tokenizer.encode("hi"), tokenizer.decode([1, 3])
         ([1, 3], 'hi')
     """

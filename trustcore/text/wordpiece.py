@@ -54,9 +54,7 @@ class WordPiece:
             if char in _WHITE_SPACE:
                 yield from filter(None, [word])
                 word = ""
-            elif char in "\0\ufffd" or (kind[0] == "C" and kind != "Cn"):
-                continue
-            elif self._strip_accents and kind[0] == "M":
+            elif char in "\0\ufffd" or (kind[0] == "C" and kind != "Cn") or (self._strip_accents and kind[0] == "M"):
                 continue
             else:
                 letter = char.lower()[0] if self._lowercase else char
