@@ -43,6 +43,7 @@ FLOORS: dict[str, int] = {
     "trustcore.execute": 5,
     "trustcore.export": 5,
     "trustcore.generation": 5,
+    "trustcore.loading": 5,
     "trustcore.train": 5,
     "trustcore": 6,
     "trustcore.cli": 6,

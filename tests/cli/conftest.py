@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import trustcore
+from trustcore import catalogue
 from trustcore.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What the command line calls of the stand-in, which stands in for `trustcore` during the test."""
     fake = runpy.run_path(str(PROGRAM))
     for name, function in fake["API"].items():
-        monkeypatch.setattr(trustcore, name, function, raising=False)
+        monkeypatch.setattr(trustcore, name, function)
+    monkeypatch.setattr(catalogue, "resolve", fake["resolve"])
     return fake["CALLS"]
 
 

@@ -6,10 +6,12 @@ never ends, "stops" is interrupted after two words, "refuses" and "breaks" raise
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,15 +65,22 @@ class FakeStream:
         self.pieces.close()
 
 
-def load(source: str, *, dtype: Any = None, progress: Any = None) -> str:
+def resolve(source: str, *, progress: Any = None) -> Path:
+    if progress is not None:
+        progress("downloading", 50, 100)
+        progress("downloading", 100, 100)
+    return Path(source)
+
+
+def load(path: Path, *, dtype: Any = None, progress: Any = None) -> str:
+    source = os.fspath(path)
     CALLS.append(("load", (source, dtype)))
     if source == "refuses":
         raise ModelError("model of\ntwo lines\nrefused")
     if source == "breaks":
         raise RuntimeError("a defect")
     if progress is not None:
-        progress("downloading", 50, 100)
-        progress("downloading", 100, 100)
+        progress(100, 100)
     return source
 
 
@@ -92,8 +101,10 @@ API = {"load": load, "generate": generate, "chat": chat}
 
 if __name__ == "__main__":
     import trustcore
+    from trustcore import catalogue
     from trustcore.cli import main
 
     for name, function in API.items():
         setattr(trustcore, name, function)
+    catalogue.resolve = resolve
     main(sys.argv[1:])

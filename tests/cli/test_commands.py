@@ -21,10 +21,10 @@ from trustcore.errors import BackendError, CatalogueError
         (["generate"], 2, "Missing argument 'MODEL'"),
         (["generate", "echo", "x", "--top-p", "2"], 2, "Invalid value for '--top-p'"),
         (["generate", "echo", "x", "--colour"], 2, "No such option: --colour"),
+        (["generate", "echo", "x", "--dtype", "float64"], 2, "Invalid value for '--dtype'"),
         (["genrate"], 2, "No such command 'genrate'"),
         (["pull", "smolm2"], 2, "Did you mean 'smollm2'"),
         (["pull", "owner/name", "--verify"], 2, "checksums are known for smollm2 only"),
-        (["info", "nothing.gguf"], 2, "nothing.gguf: no such file or folder"),
     ],
 )
 def test_errors_are_one_line(cli, calls, words: list[str], status: int, complaint: str) -> None:
@@ -34,6 +34,11 @@ def test_errors_are_one_line(cli, calls, words: list[str], status: int, complain
     assert complaint in done.err
     assert done.err.startswith("trustcore: ") and done.err.count("\n") == 1
     assert "Traceback" not in done.err
+
+
+def test_info_of_nothing_is_one_line(cli) -> None:
+    done = cli("info", "nothing.gguf")
+    assert (done.status, done.err) == (2, "trustcore: nothing.gguf: no such file or folder.\n")
 
 
 @pytest.mark.parametrize("words", [["--debug", "generate", "breaks", "x"], ["generate", "breaks", "x", "--debug"]])

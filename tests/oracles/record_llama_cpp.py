@@ -9,6 +9,9 @@ Files written (each begins with "about": versions, the model's SHA-256, settings
     smollm2_tokens.json   ids of `TEXTS`, special-token text parsed and not, and what decoding gives back
     smollm2_greedy.json   greedy continuations of 64 tokens, with the log-probability gap to the runner-up
     smollm2_logits.json   the 20 largest logits at several positions of several prompts
+    smollm2_f32_greedy.json, smollm2_f32_logits.json
+                          the same from the same weights decoded to float32 beforehand, with a float32 cache: llama.cpp
+                          then rounds no activation to 8 bits, which it does before every product with a packed weight
     smollm2_chat.json     prompts rendered from the model's chat template and from templates written here
     vocab_bpe.json        one synthetic byte-level vocabulary under every pre-tokenizer
     vocab_spm.json        synthetic SentencePiece vocabularies: scores, ties, byte fallback
@@ -213,8 +216,7 @@ TEMPLATES = {
 PRE = (
     "default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
     "deepseek-llm deepseek-coder deepseek-v3 spark2_5 youtu falcon mpt starcoder gpt-2 phi-2 jina-es jina-de "
-    "gigachat jina-v2-es "
-    "jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code roberta-bpe jais-2 refact command-r qwen2 "
+    "gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code roberta-bpe jais-2 refact command-r qwen2 "
     "deepseek-r1-qwen kormo f2llmv2 qwen35 stablelm2 olmo poro-chat chatglm-bpe glm4 glm5 viking jais tekken smollm "
     "codeshell bloom gpt3-finnish exaone exaone4 exaone-moe chameleon minerva-7b megrez gpt-4o llama4 kanana2 talkie "
     "granite-embed-multi-97m trillion granite-docling bailingmoe bailingmoe2 llada-moe seed-coder hunyuan "
@@ -287,8 +289,27 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
     return row - np.log(np.exp(row).sum())
 
 
-def record_model(path: str, template: Jinja2ChatFormatter) -> tuple[dict, dict]:
-    model = llama_cpp.Llama(path, n_ctx=1024, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
+def decode_file(source: str, target: str) -> None:
+    """Writes a copy of a GGUF file in which every tensor is float32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, np.ascontiguousarray(decoded))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def record_model(path: str, template: Jinja2ChatFormatter, **options: int) -> tuple[dict, dict]:
+    threads = {"n_threads": 2, "n_threads_batch": 2}
+    model = llama_cpp.Llama(path, n_ctx=1024, **threads, logits_all=True, verbose=False, **options)
     greedy, logits = [], []
     for name, given, parse in PROMPTS:
         text = template(messages=CHAT[0]).prompt if given is None else given
@@ -565,6 +586,14 @@ def main() -> None:
         greedy, logits = record_model(args.model, formatter)
         write("smollm2_greedy", greedy, **model)
         write("smollm2_logits", logits, **model)
+    if wanted("smollm2_f32_greedy", "smollm2_f32_logits"):
+        with tempfile.TemporaryDirectory() as folder:
+            decode_file(args.model, f"{folder}/f32.gguf")
+            wide = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+            greedy, logits = record_model(f"{folder}/f32.gguf", formatter, **wide)
+        settings = "weights decoded to float32; n_ctx 1024, n_batch 512, 2 threads, KV cache f32, flash attention off"
+        write("smollm2_f32_greedy", greedy, **(model | {"settings": settings}))
+        write("smollm2_f32_logits", logits, **(model | {"settings": settings}))
     if wanted("smollm2_chat"):
         write("smollm2_chat", record_chat(source), **model)
     for name, record in (("vocab_bpe", record_bpe), ("vocab_spm", record_spm), ("vocab_wpm", record_wpm)):

@@ -13,6 +13,7 @@ import typer
 
 from trustcore.cli import console, options
 from trustcore.cli.generate import figures, show
+from trustcore.cli.model import load_model
 from trustcore.errors import GenerationError, TokenizerError
 
 _COMMANDS = {
@@ -56,10 +57,9 @@ def chat(
         seed=seed,
         stop=stop,
         context=context,
-        cache_dtype=cache_dtype,
+        cache_dtype=cache_dtype and cache_dtype.value,
     )
-    with console.progress_bar() as progress:
-        loaded = trustcore.load(model, progress=progress, **options.given(dtype=dtype))
+    loaded = load_model(model, dtype)
     told = [{"role": "system", "content": system}] if system else []
     history: list[dict[str, str]] = []
     if sys.stdin.isatty():

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trustcore.cli import console, options
+from trustcore.cli.model import load_model
 from trustcore.errors import GenerationError
 
 
@@ -58,10 +59,9 @@ def generate(
         stop=stop,
         ignore_eos=ignore_eos,
         context=context,
-        cache_dtype=cache_dtype,
+        cache_dtype=cache_dtype and cache_dtype.value,
     )
-    with console.progress_bar() as progress:
-        loaded = trustcore.load(model, progress=progress, **options.given(dtype=dtype))
+    loaded = load_model(model, dtype)
     if chat:
         told = [{"role": "system", "content": system}] if system else []
         stream = trustcore.chat(loaded, [*told, {"role": "user", "content": text}], stream=True, **sampling)

@@ -5,12 +5,30 @@ A value that is not given is not passed on: the defaults are those of the Python
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated, Any
 
 import typer
 
 _SAMPLING = "Sampling"
 _RUNNING = "Running"
+
+
+class FloatType(enum.Enum):
+    """Dtypes that a model computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class CacheType(enum.Enum):
+    """Dtypes of the key-value cache."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A file or folder, a catalogue name (smollm2), or owner/name[:Q4_K_M].")
@@ -45,10 +63,11 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the e
 Context = Annotated[
     int | None, typer.Option(min=1, help="Tokens of prompt and answer to make room for.", rich_help_panel=_RUNNING)
 ]
-CacheDtype = Annotated[
-    str | None, typer.Option(help="Keys and values in float32, bfloat16 or int8.", rich_help_panel=_RUNNING)
+CacheDtype = Annotated[CacheType | None, typer.Option(help="How keys and values are kept.", rich_help_panel=_RUNNING)]
+Dtype = Annotated[
+    FloatType | None,
+    typer.Option(help="Decode the weights to this and compute in it; else they stay packed.", rich_help_panel=_RUNNING),
 ]
-Dtype = Annotated[str | None, typer.Option(help="Activations in float32 or bfloat16.", rich_help_panel=_RUNNING)]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _environment(meter: _Meter) -> Any:
     class Instrument(NodeTransformer):
         """Puts the meter into loops, constant text, literals and `~`."""
 
-        def visit_For(self, node: nodes.For) -> nodes.Node:
+        def visit_For(self, node: Any) -> Any:
             self.generic_visit(node)
             node.iter = _filter(node.iter, "metered_loop")
             return node
