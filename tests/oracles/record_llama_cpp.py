@@ -119,6 +119,8 @@ TEXTS = [
     "                                 ",
     "=" * 70,
     "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "Ankara'dan İzmir'deki 'twas O'Reilly'llama rock'n'roll'd'Ve",
+    "a   12  345\t\t6 \n 7\n\n\n8   \n",
     "http://example.com/path?query=1&b=%20#frag user@example.org C:\\Users\\x",
     "The year 1984's   novel—by Orwell—sold 30,000,000 copies;\n\n\tsee p. 12 (ibid.)\n",
     "👋🏻 Hello नमस्ते 你好 مرحبا\n\n```python\nprint('héllo  wörld', 3.14)\n```\n\n* item 1\n* item 2\n\n"
@@ -216,11 +218,12 @@ TEMPLATES = {
 PRE = (
     "default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
     "deepseek-llm deepseek-coder deepseek-v3 spark2_5 youtu falcon mpt starcoder gpt-2 phi-2 jina-es jina-de "
-    "gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code roberta-bpe jais-2 refact command-r qwen2 "
-    "deepseek-r1-qwen kormo f2llmv2 qwen35 stablelm2 olmo poro-chat chatglm-bpe glm4 glm5 viking jais tekken smollm "
-    "codeshell bloom gpt3-finnish exaone exaone4 exaone-moe chameleon minerva-7b megrez gpt-4o llama4 kanana2 talkie "
-    "granite-embed-multi-97m trillion granite-docling bailingmoe bailingmoe2 llada-moe seed-coder hunyuan "
-    "hunyuan-dense hy_v4 joyai-llm ufakzeka grok-2 laguna minimax-m2 solar-open mellum2 minicpm5"
+    "gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code roberta-bpe jais-2 "
+    "refact command-r qwen2 deepseek-r1-qwen kormo f2llmv2 qwen35 stablelm2 olmo poro-chat chatglm-bpe glm4 glm5 "
+    "viking jais tekken smollm codeshell bloom gpt3-finnish exaone exaone4 exaone-moe chameleon minerva-7b megrez "
+    "gpt-4o llama4 kanana2 talkie granite-embed-multi-97m trillion granite-docling bailingmoe bailingmoe2 "
+    "llada-moe seed-coder hunyuan hunyuan-dense hy_v4 joyai-llm "
+    "ufakzeka grok-2 laguna minimax-m2 solar-open mellum2 minicpm5"
 ).split()
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -297,7 +300,9 @@ def decode_file(source: str, target: str) -> None:
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
         kind = field.types[0]
-        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+        writer.add_key_value(
+            name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        )
     for tensor in reader.tensors:
         decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         writer.add_tensor(tensor.name, np.ascontiguousarray(decoded))

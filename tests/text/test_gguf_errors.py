@@ -31,9 +31,15 @@ CASES = [
     ({**SPM, f"{G}scores": [float("nan")] * 6}, "tokenizer.ggml.scores[0]: expected a number, found float nan."),
     ({**SPM, f"{G}scores": ["x"] * 6}, "tokenizer.ggml.scores[0]: expected a number, found str 'x'."),
     ({**SPM, f"{G}token_type": [1]}, "tokenizer.ggml.token_type has 1 values, but tokenizer.ggml.tokens has 6 tokens"),
-    ({**SPM, f"{G}token_type": [1] * 5 + [9]}, "tokenizer.ggml.token_type[5]: expected a number from 0 to 6, found int 9."),
+    (
+        {**SPM, f"{G}token_type": [1] * 5 + [9]},
+        "tokenizer.ggml.token_type[5]: expected a number from 0 to 6, found int 9.",
+    ),
     ({**SPM, f"{G}token_type": [6] * 6}, "tokenizer.ggml.tokens: '<unk>' is of type byte; expected <0x00> to <0xFF>."),
-    ({**SPM, f"{G}bos_token_id": 6}, "tokenizer.ggml.bos_token_id is 6, but tokenizer.ggml.tokens has 6 tokens (0 to 5)."),
+    (
+        {**SPM, f"{G}bos_token_id": 6},
+        "tokenizer.ggml.bos_token_id is 6, but tokenizer.ggml.tokens has 6 tokens (0 to 5).",
+    ),
     ({**SPM, f"{G}eos_token_id": True}, "tokenizer.ggml.eos_token_id: expected a token id, found bool True."),
     ({**SPM, f"{G}add_bos_token": 1}, "tokenizer.ggml.add_bos_token: expected true or false, found int 1."),
     ({**SPM, "tokenizer.chat_template": 5}, "tokenizer.chat_template: expected a string, found int 5."),
@@ -75,7 +81,7 @@ def test_an_empty_token_gets_a_name_of_its_own():
 def test_a_default_beyond_the_vocabulary_is_no_token():
     tokenizer = Tokenizer.from_gguf({**SPM, f"{G}tokens": ["a"]})
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (None, None, 0)
-    assert tokenizer.encode("a", add_special=True) == [0, 0]  # the space in front has no token but the unknown one
+    assert tokenizer.encode("a") == [0, 0, 0, 0]  # no BOS; the space in front is three bytes without a token
 
 
 VALUES = st.recursive(

@@ -36,8 +36,11 @@ def test_the_demo_model_has_llama_cpp_s_special_tokens(smollm2_tokenizer, record
     assert smollm2_tokenizer.vocab_size == data["vocab_size"]
     assert (smollm2_tokenizer.bos_id, smollm2_tokenizer.eos_id) == (data["bos"], data["eos"])
     assert smollm2_tokenizer.stop_ids == set(data["stops"])
-    hidden = [i for i in range(smollm2_tokenizer.vocab_size) if smollm2_tokenizer.token_bytes(i) and not
-              smollm2_tokenizer.decode([i])]
+    hidden = [
+        i
+        for i in range(smollm2_tokenizer.vocab_size)
+        if smollm2_tokenizer.token_bytes(i) and not smollm2_tokenizer.decode([i])
+    ]
     assert hidden == data["controls"]
 
 
@@ -66,11 +69,14 @@ def test_the_recording_tells_the_families_apart(recorded):
     """Without this, a table that held one pattern for all names might pass."""
     data = recorded("vocab_bpe")
     by_name = {
-        pre: str([next(c["ids"] for c in given if pre in c["pre"]) for given in data["cases"]]) for pre in PRE_TOKENIZERS
+        pre: str([next(c["ids"] for c in given if pre in c["pre"]) for given in data["cases"]])
+        for pre in PRE_TOKENIZERS
     }
-    families = {str(family.patterns): name for name, family in PRE_TOKENIZERS.items()}
+    families = {family.patterns: name for name, family in PRE_TOKENIZERS.items()}
     results = {by_name[name] for name in families.values()}
-    assert len(results) == len(families)
+    # Two of them differ in writing alone: after a greedy \\s*, [\\r\\n] and [\\r\\n]+ match the same.
+    assert by_name["bailingmoe"] == by_name["qwen2"]
+    assert len(results) == len(families) - 1
     tokenizer = Tokenizer.from_gguf({**data["metadata"], "tokenizer.ggml.pre": "qwen2"})
     cases = [next(c for c in given if "llama-bpe" in c["pre"]) for given in data["cases"]]
     assert differences(tokenizer, data["texts"], cases)

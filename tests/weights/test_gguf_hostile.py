@@ -311,6 +311,20 @@ SPARSE = {
     "elements": (head(pairs=1) + pair("k", ARRAY, array(U8, MAX_ELEMENTS + 1)), 2**36, "the limit of this reader"),
     "strings": (head(pairs=1) + pair("k", ARRAY, array(STRING, MAX_ELEMENTS + 1)), 2**36, "the limit of this reader"),
     "arrays": (head(pairs=1) + pair("k", ARRAY, array(ARRAY, 2**17)), 2**36, "at most 65536, the limit of this"),
+    "elements of two arrays": (
+        head(pairs=2)
+        + pair("a", ARRAY, array(U8, MAX_ELEMENTS // 2, bytes(MAX_ELEMENTS // 2)))
+        + pair("b", ARRAY, array(U8, MAX_ELEMENTS // 2 + 1)),
+        2**36,
+        f"the count is {MAX_ELEMENTS // 2 + 1}; expected at most {MAX_ELEMENTS // 2}, the limit of this reader",
+    ),
+    "arrays of two arrays": (
+        head(pairs=2)
+        + pair("a", ARRAY, array(ARRAY, 2**15, bytes(12 * 2**15)))
+        + pair("b", ARRAY, array(ARRAY, 2**15 + 1)),
+        2**36,
+        "the count is 32769; expected at most 32768, the limit of this reader",
+    ),
     "pairs": (head(pairs=MAX_PAIRS + 1), 2**36, f"at most {MAX_PAIRS}, the limit of this reader"),
     "tensors": (head(tensors=MAX_TENSORS + 1), 2**36, f"at most {MAX_TENSORS}, the limit of this reader"),
     "names": (head(tensors=MAX_TENSORS), 2**36, "the tensor '' stands twice"),

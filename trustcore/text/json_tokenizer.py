@@ -70,12 +70,18 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
             return head + out
         return out
 
+    def token_piece(token: int) -> bytes:
+        if token in special:
+            return tokens[token].encode()
+        text = tokenizer.id_to_token(token)  # an added token as its normalizer spells it, which is what decoding sees
+        return piece(text) if text else b""
+
     return Vocabulary(
         kind=f"{model.get('type', 'model') if isinstance(model, dict) else 'model'} of {file.name}",
         tokens=tokens,
         ids=ids,
         encode=encode,
-        piece=lambda token: tokens[token].encode() if token in special else piece(tokens[token]),
+        piece=token_piece,
         hidden=frozenset(special),
         strip_space=strip_space,
         bos_id=bos_id,

@@ -25,7 +25,7 @@ class Tokenizer:
     Example:
         >>> tokens = ["<unk>", "<s>", "</s>", "▁hi", "▁", "h", "i", "hi"]
         >>> tokenizer = Tokenizer.from_gguf({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens})
-        >>> tokenizer.encode("hi"), tokenizer.decode([1, 3])
+        >>> tokenizer.encode("hi"), tokenizer.decode([3])
         ([1, 3], 'hi')
     """
 

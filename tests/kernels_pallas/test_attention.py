@@ -1,0 +1,211 @@
+"""Attention against its oracle: one table of cases, every implementation, forward, backward, vmap, cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels_pallas.attention as kernels
+from trustcore.errors import ImplementationError
+from trustcore.ops import cpu
+from trustcore.ops.attention import LayerCache, cached_attention
+
+# B, T, N, K, H, S, window, soft cap
+CASES = {
+    "one token": (1, 1, 9, 3, 64, 100, None, None),
+    "rows of several tokens": (2, 5, 4, 4, 32, 80, None, None),
+    "many rows, many slots": (3, 40, 8, 2, 64, 700, None, None),
+    "window and soft cap": (2, 70, 6, 2, 16, 300, 17, 20.0),
+    "one token, long cache": (2, 1, 9, 3, 64, 1000, None, None),
+    "one token, window": (2, 1, 9, 3, 64, 1000, 100, None),
+    "more than a block of queries": (1, 600, 2, 1, 32, 640, None, None),
+    "head size 80": (1, 3, 2, 2, 80, 50, None, None),
+    "head size 24": (1, 3, 2, 2, 24, 50, None, None),
+}
+# Largest difference for standard normal inputs; codes of 8 bits are off by 1/254 of a vector's largest channel.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "int8": 4e-2}
+
+
+def native_refusal(size):
+    if cpu.why_not():
+        return cpu.why_not()
+    return "head size" if size % cpu.vector_lanes() else ""
+
+
+def tokens(case, seed=0):
+    b, t, n, k, h, s, *_ = case
+    rng = np.random.default_rng(seed)
+    start = rng.integers(0, s - t + 1, b).astype(np.int32)
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
+    query, key, value = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return query, key, value, jnp.asarray(start)
+
+
+def filled(case, key, value, start, dtype):
+    """Returns a cache that holds `start[b]` tokens of row b, and the keys and values of the T that follow."""
+    b, t, n, k, h, s, *_ = case
+    cache = LayerCache.zeros(b, k, s, h, dtype)
+    none = jnp.zeros((b, s, n, h))
+    _, cache = cached_attention(none, key, value, cache, jnp.zeros((b,), jnp.int32), implementation="xla")
+    part = [jnp.stack([x[i, start[i] : start[i] + t] for i in range(b)]) for x in (key, value)]
+    # What lies beyond a row's length must not be seen: fill it with something that would show.
+    beyond = jnp.arange(s)[None, :] >= start[:, None]
+    poison = 100 if dtype == "int8" else 1000
+    keys = jnp.where(beyond[:, None, None, :], jnp.asarray(poison, cache.keys.dtype), cache.keys)
+    return cache._replace(keys=keys), part
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("implementation", ("native", "xla"))
+@pytest.mark.parametrize("name", CASES)
+def test_cached_attention(name, implementation, dtype):
+    case = CASES[name]
+    b, t, _, _, h, s, window, soft_cap = case
+    if implementation == "native" and native_refusal(h):
+        pytest.skip(native_refusal(h))
+    query, key, value, start = tokens(case)
+    cache, (new_key, new_value) = filled(case, key, value, start, dtype)
+    out, extended = jax.jit(
+        lambda *a: cached_attention(*a, window=window, soft_cap=soft_cap, implementation=implementation)
+    )(query, new_key, new_value, cache, start)
+    positions = start[:, None] + jnp.arange(t)[None, :]
+    expected = kernels.attention_oracle(
+        query, key, value, query_positions=positions, window=window, soft_cap=soft_cap
+    )
+    assert jnp.max(jnp.abs(out - expected)) < TOLERANCE[dtype]
+    assert out.shape == query.shape and jax.tree.structure(extended) == jax.tree.structure(cache)
+    before = jnp.arange(s)[None, :] < start[:, None]
+    kept = jnp.where(before[:, None, :, None], extended.values.astype(jnp.float32), 0.0)
+    assert (kept == jnp.where(before[:, None, :, None], cache.values.astype(jnp.float32), 0.0)).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_implementations_write_the_same_cache(dtype):
+    case = CASES["many rows, many slots"]
+    if native_refusal(case[4]):
+        pytest.skip(native_refusal(case[4]))
+    query, key, value, start = tokens(case)
+    cache, (new_key, new_value) = filled(case, key, value, start, dtype)
+    written = [
+        cached_attention(query, new_key, new_value, cache, start, implementation=i)[1] for i in ("native", "xla")
+    ]
+    for ours, theirs in zip(*map(jax.tree.leaves, written), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=1e-6, atol=1 if dtype == "int8" else 0
+        )
+
+
+@pytest.mark.parametrize("implementation", ("native", "xla"))
+def test_tokens_beyond_the_last_slot_are_dropped(implementation):
+    if implementation == "native" and native_refusal(32):
+        pytest.skip(native_refusal(32))
+    cache = LayerCache.zeros(2, 1, 10, 32, "float32")
+    x = jnp.ones((2, 4, 1, 32)) * (1 + jnp.arange(4)).astype(jnp.float32)[None, :, None, None]
+    _, cache = cached_attention(x, x, x, cache, jnp.asarray([8, 3], jnp.int32), implementation=implementation)
+    assert cache.values[:, 0, :, 0].tolist() == [[0] * 8 + [1, 2], [0] * 3 + [1, 2, 3, 4] + [0] * 3]
+    assert cache.keys[:, 0, 0, :].tolist() == cache.values[:, 0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_without_a_cache(name):
+    case = CASES[name]
+    _, t, _, _, _, _, window, soft_cap = case
+    query, key, value, start = tokens(case)
+    options = {"query_positions": start[:, None] + jnp.arange(t)[None, :], "window": window, "soft_cap": soft_cap}
+
+    def loss(f, *a):
+        out = f(*a, **options)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    out = kernels.attention(query, key, value, **options)
+    assert jnp.max(jnp.abs(out - kernels.attention_oracle(query, key, value, **options))) < TOLERANCE["float32"]
+    ours = jax.grad(lambda *a: loss(kernels.attention, *a), (0, 1, 2))(query, key, value)
+    oracle = jax.grad(lambda *a: loss(kernels.attention_oracle, *a), (0, 1, 2))(query, key, value)
+    for a, b in zip(ours, oracle, strict=True):
+        assert jnp.max(jnp.abs(a - b)) < 2e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    b=st.integers(1, 3),
+    t=st.integers(1, 9),
+    k=st.integers(1, 3),
+    g=st.integers(1, 4),
+    s=st.integers(1, 40),
+    h=st.sampled_from((8, 16, 48)),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(b, t, k, g, s, h, causal, window, seed):
+    rng = np.random.default_rng(seed)
+    shapes = (b, t, k * g, h), (b, s, k, h), (b, s, k, h)
+    query, key, value = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    options = {
+        "query_positions": jnp.asarray(rng.integers(0, s + 5, (b, t)), jnp.int32),
+        "key_positions": jnp.asarray(rng.integers(-2, s + 5, (b, s)), jnp.int32),  # negative: never visible
+        "causal": causal,
+        "window": window,
+    }
+    out = kernels.attention(query, key, value, **options)
+    assert jnp.max(jnp.abs(out - kernels.attention_oracle(query, key, value, **options))) < TOLERANCE["float32"]
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
+    x = jnp.ones((1, 2, 2, 16))
+    hidden = jnp.full((1, 2), -1, jnp.int32)
+    out, grads = jax.value_and_grad(lambda q: kernels.attention(q, x, x, key_positions=hidden).sum())(x)
+    assert out == 0 and (grads == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ("native", "xla"))
+def test_cached_attention_under_vmap_and_grad(implementation):
+    case = CASES["rows of several tokens"]
+    if implementation == "native" and native_refusal(case[4]):
+        pytest.skip(native_refusal(case[4]))
+    query, key, value, start = tokens(case)
+    cache, (new_key, new_value) = filled(case, key, value, start, "float32")
+    args = (query, new_key, new_value, cache, start)
+    out, extended = cached_attention(*args, implementation=implementation)
+
+    lifted = jax.tree.map(lambda x: jnp.stack([x, x]), args)
+    outs, caches = jax.vmap(lambda *a: cached_attention(*a, implementation=implementation))(*lifted)
+    assert jnp.max(jnp.abs(outs[1] - out)) < 1e-6
+    assert all((a[1] == b).all() for a, b in zip(*map(jax.tree.leaves, (caches, extended)), strict=True))
+
+    def loss(implementation, query, new_key):
+        return jnp.sum(cached_attention(query, new_key, *args[2:], implementation=implementation)[0] ** 2)
+
+    ours = jax.grad(lambda *a: loss(implementation, *a), (0, 1))(query, new_key)
+    plain = jax.grad(lambda *a: loss("xla", *a), (0, 1))(query, new_key)
+    for a, b in zip(ours, plain, strict=True):
+        assert jnp.max(jnp.abs(a - b)) < 1e-5 and jnp.any(a != 0)
+
+
+def test_a_donated_cache_is_extended_in_place():
+    cache = LayerCache.zeros(1, 2, 4096, 64, "float32")
+    x, start = jnp.ones((1, 1, 2, 64)), jnp.zeros((1,), jnp.int32)
+    step = jax.jit(cached_attention, donate_argnums=3)
+    compiled = step.lower(x, x, x, cache, start).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.keys.nbytes + cache.values.nbytes
+    if not cpu.why_not():  # the plain form masks all slots; the native one holds nothing of that size
+        assert memory.temp_size_in_bytes < cache.keys.nbytes / 4
+
+
+def test_errors_name_shapes_and_reasons():
+    q = jnp.ones((1, 2, 3, 16))
+    with pytest.raises(ValueError, match=r"query \[B, T, N, H\] \[1, 2, 3, 16\] does not fit key .* \[1, 4, 2, 16\]"):
+        kernels.attention(q, jnp.ones((1, 4, 2, 16)), jnp.ones((1, 4, 2, 16)))
+    with pytest.raises(ValueError, match=r"key \[1, 4, 3, 16\] and value \[1, 5, 3, 16\] must have one shape"):
+        kernels.attention(q, jnp.ones((1, 4, 3, 16)), jnp.ones((1, 5, 3, 16)))
+    cache = LayerCache.zeros(1, 3, 1, 16, "float32")
+    with pytest.raises(ValueError, match="2 tokens do not fit a cache of 1 slots"):
+        cached_attention(q, q, q, cache, jnp.zeros((1,), jnp.int32), implementation="xla")
+    with pytest.raises(ImplementationError, match="'fast' is not known; choose native or xla"):
+        cached_attention(q, q, q, cache, jnp.zeros((1,), jnp.int32), implementation="fast")
+    with pytest.raises(ImplementationError, match="a cache of float16 is not float32, bfloat16 or int8"):
+        half = LayerCache.zeros(1, 3, 8, 16, "float16")
+        cached_attention(q, q, q, half, jnp.zeros((1,), jnp.int32), implementation="native")
