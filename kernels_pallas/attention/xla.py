@@ -174,7 +174,7 @@ def _attend(
     soft_cap: float | None,
 ) -> jax.Array:
     # On the CPU narrow products are slower than float32 ones; elsewhere the matrix units take them as they are.
-    narrow = jnp.promote_types(query.dtype, jnp.float32) if jax.default_backend() == "cpu" else query.dtype
+    narrow = jnp.float32 if jax.default_backend() == "cpu" else query.dtype
     q, k, v = query.astype(narrow), keys.astype(narrow), values.astype(narrow)
     scores = jnp.einsum("btkgh,bkhs->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:

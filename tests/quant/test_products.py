@@ -121,7 +121,9 @@ def test_what_is_chosen_and_why_not():
         linear(jnp.ones((1, 40)), w.T, implementation="stream")
     with pytest.raises(ImplementationError, match="'fast' is not known for packed weights; choose from native, stream"):
         linear(x, w, implementation="fast")
-    with pytest.raises(ImplementationError, match=r"float32\[1,7\]|\[1, 7\] does not fit QuantizedArray\(q4_1\[96, 40\]"):
+    with pytest.raises(
+        ImplementationError, match=r"float32\[1,7\]|\[1, 7\] does not fit QuantizedArray\(q4_1\[96, 40\]"
+    ):
         linear(jnp.ones((1, 7)), w)
     with pytest.raises(ImplementationError, match="'native' was asked for, but the weight is a float32 array"):
         linear(x, jnp.ones((96, 4)), implementation="native")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from trustcore.cli import console, options
@@ -14,11 +15,5 @@ def load_model(source: str, dtype: options.FloatType | None) -> Any:
 
     with console.progress_bar() as report:
         path = resolve(source, progress=report)
-        if report is None:
-            loading = None
-        else:
-
-            def loading(done: int, total: int) -> None:
-                report("loading", done, total)
-
+        loading = None if report is None else functools.partial(report, "loading")
         return trustcore.load(path, progress=loading, **options.given(dtype=dtype and dtype.value))

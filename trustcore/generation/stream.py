@@ -55,7 +55,7 @@ class Answer:
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = tokenizer.stream_decoder(continuation=True)
         self._stop, self._stop_ids = [s for s in stop if s], stop_ids
         self._held = ""
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from trustcore.dtypes import accumulation_dtype
 from trustcore.errors import ImplementationError
 from trustcore.ops.weight import Weight
 
@@ -63,9 +64,11 @@ def linear_many(
     for i, w in enumerate(weights):
         if i not in results:
             results[i] = _dot(x, w, implementation)
-    return tuple(
-        results[i] if bias is None else results[i] + bias.astype(results[i].dtype) for i, bias in enumerate(biases)
-    )
+    return tuple(results[i] if bias is None else _add(results[i], bias) for i, bias in enumerate(biases))
+
+
+def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
 def _dot(x: jax.Array, w: jax.Array, implementation: str | None) -> jax.Array:
@@ -74,6 +77,6 @@ def _dot(x: jax.Array, w: jax.Array, implementation: str | None) -> jax.Array:
             f"linear: implementation {implementation!r} was asked for, but the weight is a {w.dtype} array; "
             'pass implementation="dot" or None.'
         )
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    accumulate = accumulation_dtype(x.dtype)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=accumulate).astype(x.dtype)
