@@ -63,7 +63,7 @@ def filled(case, key, value, start, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_cached_attention(name, implementation, dtype):
     case = CASES[name]
-    b, t, _, _, h, s, window, soft_cap = case
+    _, t, _, _, h, s, window, soft_cap = case
     if implementation == "native" and native_refusal(h):
         pytest.skip(native_refusal(h))
     query, key, value, start = tokens(case)

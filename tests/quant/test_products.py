@@ -117,7 +117,7 @@ def test_what_is_chosen_and_why_not():
     expected = "stream" if cpu.why_not() else "native"
     assert choose(1, w) == expected
     assert choose(1, w.T) == "tiles"
-    with pytest.raises(ImplementationError, match="'stream' cannot multiply.*use 'tiles'"):
+    with pytest.raises(ImplementationError, match=r"'stream' cannot multiply.*use 'tiles'"):
         linear(jnp.ones((1, 40)), w.T, implementation="stream")
     with pytest.raises(ImplementationError, match="'fast' is not known for packed weights; choose from native, stream"):
         linear(x, w, implementation="fast")

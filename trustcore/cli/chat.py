@@ -6,15 +6,18 @@ Invariant: the history alternates user and assistant; a turn enters it only with
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from trustcore.cli import console, options
 from trustcore.cli.generate import figures, show
+from trustcore.cli.interrupts import Interrupts
 from trustcore.cli.model import load_model
-from trustcore.errors import GenerationError, TokenizerError
+from trustcore.errors import GenerationError
 
 _COMMANDS = {
     "/reset": "forget the conversation, but not the system message",
@@ -62,26 +65,34 @@ def chat(
     loaded = load_model(model, dtype)
     told = [{"role": "system", "content": system}] if system else []
     history: list[dict[str, str]] = []
+
     if sys.stdin.isatty():
         console.err().print("Ctrl-C stops an answer; /help lists the commands.", style="dim")
-    while (line := read_turn()) is not None:
-        if not line:
-            continue
-        if line in ("/exit", "/quit"):
-            break
-        if line == "/reset":
-            history.clear()
-            console.err().print("The conversation is forgotten.", style="dim")
-        elif line.startswith("/") and " " not in line:
-            console.err().print("\n".join(f"{name:8} {what}" for name, what in _COMMANDS.items()), style="dim")
-        else:
-            turn = {"role": "user", "content": line}
-            answer = _answer(trustcore, loaded, [*told, *history, turn], sampling, stats=stats)
-            if answer is not None:
-                history += [turn, {"role": "assistant", "content": answer}]
+    with Interrupts() as interrupts:
+        while (line := read_turn(interrupts)) is not None:
+            if not line:
+                continue
+            if line in ("/exit", "/quit"):
+                break
+            if line == "/reset":
+                history.clear()
+                console.err().print("The conversation is forgotten.", style="dim")
+            elif line.startswith("/") and " " not in line:
+                console.err().print("\n".join(f"{name:8} {what}" for name, what in _COMMANDS.items()), style="dim")
+            else:
+                turn = {"role": "user", "content": line}
+                messages = [*told, *history, turn]
+                stream = _answer(
+                    interrupts, functools.partial(trustcore.chat, loaded, messages, stream=True, **sampling)
+                )
+                if stream is None:
+                    continue
+                history += [turn, {"role": "assistant", "content": stream.text}]
+                if stats:
+                    console.err().print(figures(stream), style="dim", soft_wrap=True)
 
 
-def read_turn() -> str | None:
+def read_turn(interrupts: Interrupts) -> str | None:
     """Returns what the user says next; None at the end of the input. Ctrl-C throws the line away and asks again."""
     terminal = sys.stdin.isatty()
     if terminal:
@@ -89,7 +100,8 @@ def read_turn() -> str | None:
             import readline  # noqa: F401 - importing it gives input() its history and its arrow keys
     while True:
         try:
-            return input("> " if terminal else "").strip()
+            with interrupts.stoppable():
+                return input("> " if terminal else "").strip()
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
@@ -98,21 +110,18 @@ def read_turn() -> str | None:
             return None
 
 
-def _answer(trustcore: Any, model: Any, messages: list[dict[str, str]], sampling: Any, *, stats: bool) -> str | None:
-    """Streams an answer and returns what there is of it; None where there is none to keep."""
+def _answer(interrupts: Interrupts, start: Callable[[], Any]) -> Any:
+    """Shows an answer, which Ctrl-C stops, and returns its stream; None where there is nothing to keep."""
     try:
-        stream = trustcore.chat(model, messages, stream=True, **sampling)
-        stopped = show(stream)
+        with interrupts.stoppable():
+            stream = start()
+            stopped = show(stream)
+    except KeyboardInterrupt:  # before there was a stream
+        console.write("\n")
+        return None
     except GenerationError as error:
         console.err().print(f"trustcore: {error} /reset forgets the conversation.", style="red", markup=False)
         return None
-    except TokenizerError:
-        raise  # no chat template, or it refuses these roles: no later turn can work
-    except KeyboardInterrupt:  # before the first piece
-        console.write("\n")
-        return None
-    if stats:
-        console.err().print(figures(stream), style="dim", soft_wrap=True)
     if stopped:
         console.err().print("(stopped)", style="dim")
-    return stream.text or None
+    return stream if stream.text else None
