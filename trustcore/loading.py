@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from trustcore.heap import trim_heap
 from trustcore.models import Decoder, decoder_from_checkpoint
 
 
@@ -41,4 +42,6 @@ def load(
             model.tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
         else:
             model.tokenizer = Tokenizer.from_file(checkpoint.path.parent)
+    del checkpoint
+    trim_heap()
     return model

@@ -23,7 +23,6 @@ from trustcore.errors import BackendError, CatalogueError
         (["generate", "echo", "x", "--colour"], 2, "No such option: --colour"),
         (["generate", "echo", "x", "--dtype", "float64"], 2, "Invalid value for '--dtype'"),
         (["genrate"], 2, "No such command 'genrate'"),
-        (["pull", "smolm2"], 2, "Did you mean 'smollm2'"),
         (["pull", "owner/name", "--verify"], 2, "checksums are known for smollm2 only"),
     ],
 )
@@ -36,9 +35,12 @@ def test_errors_are_one_line(cli, calls, words: list[str], status: int, complain
     assert "Traceback" not in done.err
 
 
-def test_info_of_nothing_is_one_line(cli) -> None:
+def test_names_of_nothing_are_one_line(cli) -> None:
     done = cli("info", "nothing.gguf")
     assert (done.status, done.err) == (2, "trustcore: nothing.gguf: no such file or folder.\n")
+    done = cli("pull", "smolm2")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "Did you mean 'smollm2'" in done.err
 
 
 @pytest.mark.parametrize("words", [["--debug", "generate", "breaks", "x"], ["generate", "breaks", "x", "--debug"]])

@@ -22,6 +22,7 @@ import numpy as np
 from trustcore.errors import GenerationError
 from trustcore.generation.programs import keep_programs
 from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
+from trustcore.heap import trim_heap
 from trustcore.nn.cache import KVCache
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
@@ -92,7 +93,9 @@ def generate_tokens(
     stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
     longest = max(len(p) for p in prompts)
     state = _start(model, len(prompts), _slots(longest, max_tokens, limit), plan, seed, _cache_dtype(cache_dtype))
+    programs = _programs()
     state = _read_prompts(model, state, prompts, plan, values, stops)
+    programs = _after_compiling(programs)
 
     done = yield Step(np.asarray(state.token)[:, None], prefill=True)
     made, wanted = 1, 1
@@ -103,6 +106,7 @@ def generate_tokens(
         began = time.perf_counter()
         tokens, state = _decode(model, state, values, stops, jnp.int32(count), plan=plan)
         new = np.asarray(tokens)[:, :count]
+        programs = _after_compiling(programs)
         if (new < 0).all():
             return
         # Aim at dispatches of PAUSE seconds, growing by doubling: the first of all may have compiled the program.
@@ -110,6 +114,18 @@ def generate_tokens(
         wanted = max(1, min(2 * wanted, DISPATCH, int(PAUSE / each) if each > 0 else DISPATCH))
         made += count
         done = yield Step(new)
+
+
+def _programs() -> int:
+    return sum(program._cache_size() for program in (_prefill, _first, _decode))
+
+
+def _after_compiling(before: int) -> int:
+    """Gives back the heap that compiling left behind, if there was any; returns the number of programs."""
+    now = _programs()
+    if now != before:
+        trim_heap()
+    return now
 
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, context: int | None) -> int:

@@ -1,0 +1,408 @@
+"""Text generation side by side: trustcore, llama.cpp, transformers. Same file, same tokens, two threads, in turn.
+
+    python benchmarks/generate.py                                  # contenders of this interpreter
+    python benchmarks/generate.py --python llama.cpp=/venv/bin/python --python transformers=/other/bin/python
+
+A contender runs in a process of its own, several rounds, the contenders taking turns; a figure is the median over the
+rounds, with the lowest and the highest beside it. One that is not installed is skipped with a line. The result is
+written to benchmarks/results/*.json, and docs/benchmarks.md is made from the file that `--table` names. Run it on a
+quiet machine: on two cores every contender collapses when somebody else takes one.
+
+What is measured, for each contender the same:
+    load            opening the file until the model is ready; cold: the file dropped from the page cache and no
+                    compiled programs kept; warm: the file cached, compiled programs kept
+    start           process start to first token of a 16-token prompt, cold and warm
+    first token     request to first token, 16 and 512 prompt tokens, greedy
+    prefill         512 / (first token at 512)
+    decode          128 tokens after the first, batch 1 (prompt 16) and batch 8 (8 prompts of 16)
+    peak memory     highest resident size of the process: until batch 1 is done, and until batch 8 is done
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = 2
+LONG, SHORT, ANSWER, BATCH = 512, 16, 128, 8
+MODULES = {"trustcore": "trustcore", "llama.cpp": "llama_cpp", "transformers": "transformers"}
+
+
+def prompt(length: int, row: int = 0) -> list[int]:
+    """Ids of ordinary words, the same for every contender; rows differ."""
+    return [1000 + (i * 7919 + row * 104729) % 40000 for i in range(length)]
+
+
+# ---- contenders: each returns a function (prompts, tokens) -> iterator over token lists, one a step ------------------
+
+
+def open_trustcore(path: str) -> Callable[[list[list[int]], int], Iterable[Any]]:
+    import trustcore as tc
+
+    model = tc.load(path)
+
+    def answer(prompts: list[list[int]], count: int) -> Iterable[Any]:
+        for step in tc.generate_tokens(model, prompts, max_tokens=count):
+            yield from step.tokens.T.tolist()
+
+    return answer
+
+
+def open_llama_cpp(path: str) -> Callable[[list[list[int]], int], Iterable[Any]]:
+    import llama_cpp as lib
+    import numpy as np
+
+    silence = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(silence, None)
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    contexts: dict[int, Any] = {}
+    batch = lib.llama_batch_init(LONG, 0, 1)
+
+    def context(rows: int) -> Any:
+        if rows not in contexts:
+            options = lib.llama_context_default_params()
+            options.n_ctx = 768 if rows == 1 else rows * 256
+            options.n_batch = options.n_ubatch = LONG
+            options.n_seq_max = rows
+            options.n_threads = options.n_threads_batch = THREADS
+            contexts[rows] = lib.llama_init_from_model(model, options)
+        return contexts[rows]
+
+    def decode(ctx: Any, entries: list[tuple[int, int, int, bool]]) -> None:
+        batch.n_tokens = len(entries)
+        for i, (token, position, row, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, row, wanted
+        assert lib.llama_decode(ctx, batch) == 0
+
+    def likeliest(ctx: Any, i: int) -> int:
+        return int(np.ctypeslib.as_array(lib.llama_get_logits_ith(ctx, i), (size,)).argmax())
+
+    def answer(prompts: list[list[int]], count: int) -> Iterable[Any]:
+        ctx = context(len(prompts))
+        lib.llama_memory_clear(lib.llama_get_memory(ctx), True)
+        entries, ends = [], []
+        for row, ids in enumerate(prompts):
+            entries += [(token, i, row, i == len(ids) - 1) for i, token in enumerate(ids)]
+            ends.append(len(entries) - 1)
+        decode(ctx, entries)
+        tokens = [likeliest(ctx, end) for end in ends]
+        yield tokens
+        for n in range(count - 1):
+            decode(ctx, [(token, len(prompts[row]) + n, row, True) for row, token in enumerate(tokens)])
+            tokens = [likeliest(ctx, row) for row in range(len(prompts))]
+            yield tokens
+
+    context(1)
+    answer.__dict__["kept"] = silence  # the callback must outlive the library's use of it
+    return answer
+
+
+def open_transformers(path: str) -> Callable[[list[list[int]], int], Iterable[Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(THREADS)
+    file = Path(path)
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+
+    def answer(prompts: list[list[int]], count: int) -> Iterable[Any]:
+        with torch.inference_mode():
+            tokens, past = torch.tensor(prompts), None
+            for _ in range(count):
+                out = model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+                tokens, past = out.logits[:, -1:].argmax(-1), out.past_key_values
+                yield tokens[:, 0].tolist()
+
+    return answer
+
+
+OPEN = {"trustcore": open_trustcore, "llama.cpp": open_llama_cpp, "transformers": open_transformers}
+
+
+# ---- one contender in its own process --------------------------------------------------------------------------------
+
+
+def first_token(answer: Any, prompts: list[list[int]], count: int) -> tuple[float, float]:
+    """Returns seconds to the first token, and seconds from there to the last."""
+    began = time.perf_counter()
+    steps = iter(answer(prompts, count))
+    next(steps)
+    first = time.perf_counter()
+    made = sum(1 for _ in steps)
+    assert made == count - 1, (made, count)
+    return first - began, time.perf_counter() - first
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def work(name: str, path: str, only_start: bool) -> None:
+    """Prints the contender's figures as one line of JSON."""
+    began = time.perf_counter()
+    answer = OPEN[name](path)
+    figures: dict[str, Any] = {"load_seconds": time.perf_counter() - began}
+    first_token(answer, [prompt(SHORT)], 2)
+    figures["first_token_at"] = time.time()
+    if not only_start:
+        first_token(answer, [prompt(LONG)], 2)
+        first_token(answer, [prompt(SHORT)], ANSWER)
+        short, decode = zip(*(first_token(answer, [prompt(SHORT, row)], ANSWER) for row in range(3)), strict=True)
+        long = [first_token(answer, [prompt(LONG, row)], 2)[0] for row in range(3)]
+        figures["first_token_16_seconds"] = statistics.median(short)
+        figures["first_token_512_seconds"] = statistics.median(long)
+        figures["prefill_tokens_per_second"] = LONG / statistics.median(long)
+        figures["decode_tokens_per_second"] = (ANSWER - 1) / statistics.median(decode)
+        figures["peak_memory_mb"] = peak_mb()
+        rows = [prompt(SHORT, row) for row in range(BATCH)]
+        first_token(answer, rows, ANSWER)
+        many = [first_token(answer, rows, ANSWER)[1] for _ in range(2)]
+        figures["decode_batch_8_tokens_per_second"] = BATCH * (ANSWER - 1) / statistics.median(many)
+        figures["peak_memory_batch_8_mb"] = peak_mb()
+    print("FIGURES " + json.dumps(figures), flush=True)
+
+
+# ---- all of them in turn ---------------------------------------------------------------------------------------------
+
+
+def installed(python: str, module: str) -> bool:
+    command = [python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]
+    return subprocess.run(command, env=environment(), check=False).returncode == 0
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), **more}
+
+
+def drop_from_page_cache(path: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def measure(name: str, python: str, path: str, *, cache: str | None, only_start: bool = False) -> dict[str, float]:
+    more = {"TRUSTCORE_CACHE": cache} if cache else {}
+    command = [python, str(Path(__file__).resolve()), "--worker", name, "--model", path]
+    began = time.time()
+    done = subprocess.run(
+        [*command, *(["--only-start"] if only_start else [])],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
+    figures = json.loads(lines[-1].removeprefix("FIGURES "))
+    figures["start_seconds"] = figures.pop("first_token_at") - began
+    return figures
+
+
+def versions(python: str, names: list[str]) -> dict[str, str]:
+    source = (
+        "import importlib.metadata as m, json, sys\n"
+        "found = {}\n"
+        "for n in sys.argv[1:]:\n"
+        "    try: found[n] = m.version(n)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "found['python'] = '.'.join(map(str, sys.version_info[:3]))\n"
+        "print(json.dumps(found))"
+    )
+    return json.loads(subprocess.run([python, "-c", source, *names], capture_output=True, text=True, check=True).stdout)
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        flags = next(line.partition(":")[2].split() for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = []
+    kept = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16") if f in flags]
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "features": kept, "system": platform.system()}
+
+
+def compare(args: argparse.Namespace) -> None:
+    pythons = dict(pair.split("=", 1) for pair in args.python)
+    path = args.model or demo_model()
+    contenders = {}
+    for name, module in MODULES.items():
+        python = pythons.get(name, sys.executable)
+        if args.only and name not in args.only:
+            continue
+        if installed(python, module):
+            contenders[name] = python
+        else:
+            print(f"{name}: skipped, {python} has no {module}", flush=True)
+    rounds: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
+
+    def note(name: str, figures: dict[str, float], prefix: str = "") -> None:
+        for key, value in figures.items():
+            rounds[name].setdefault(prefix + key, []).append(value)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(args.rounds):
+            for name, python in contenders.items():
+                if turn < args.cold_rounds:
+                    drop_from_page_cache(path)
+                    cache = str(Path(folder) / f"{name}-{turn}")
+                    note(name, measure(name, python, path, cache=cache, only_start=True), "cold_")
+                    kept = native_kernels(python, cache) if name == "trustcore" else None
+                    if kept:
+                        rounds[name].setdefault("cold_kernel_build_seconds", []).append(kept)
+                figures = measure(name, python, path, cache=None)
+                note(name, figures)
+                print(f"round {turn + 1}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "threads": THREADS,
+        "model": Path(path).name,
+        "versions": {
+            "trustcore": versions(sys.executable, ["jax", "jaxlib", "flax", "numpy"]),
+            **{
+                n: versions(p, ["llama-cpp-python", "transformers", "torch"])
+                for n, p in contenders.items()
+                if n != "trustcore"
+            },
+        },
+        "rounds": rounds,
+    }
+    out = Path(args.out or ROOT / "benchmarks" / "results" / f"generate-{result['date']}.json")
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {out}")
+    print(table(result))
+
+
+def native_kernels(python: str, cache: str) -> float | None:
+    """Seconds the one-time compilation of the CPU handlers takes: part of a cold start, once a machine."""
+    source = (
+        "import shutil, time; from trustcore.cache import cache_folder; shutil.rmtree(cache_folder('native'));"
+        "from trustcore.ops import cpu; t = time.time(); why = cpu.why_not(); print(0 if why else time.time() - t)"
+    )
+    done = subprocess.run(
+        [python, "-c", source], env=environment(TRUSTCORE_CACHE=cache), capture_output=True, text=True, check=True
+    )
+    return float(done.stdout) or None
+
+
+def demo_model() -> str:
+    from trustcore.catalogue import pull
+
+    return str(pull("smollm2"))
+
+
+ROWS = (
+    ("cold_load_seconds", "load, cold", "s"),
+    ("load_seconds", "load, warm", "s"),
+    ("cold_start_seconds", "process start to first token, cold", "s"),
+    ("start_seconds", "process start to first token, warm", "s"),
+    ("first_token_16_seconds", "first token, 16-token prompt", "ms"),
+    ("first_token_512_seconds", "first token, 512-token prompt", "ms"),
+    ("prefill_tokens_per_second", "prefill (512), tokens/s", ""),
+    ("decode_tokens_per_second", "decode, batch 1, tokens/s", ""),
+    ("decode_batch_8_tokens_per_second", "decode, batch 8, tokens/s", ""),
+    ("peak_memory_mb", "peak memory, batch 1", "MB"),
+    ("peak_memory_batch_8_mb", "peak memory, batch 8", "MB"),
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown: medians, ranges, and ratios to trustcore's figure."""
+    names = list(result["rounds"])
+    peers = [n for n in names if n != "trustcore"]
+    lines = ["| | " + " | ".join(names + [f"trustcore / {p}" for p in peers]) + " |"]
+    lines.append("|---" * (1 + len(names) + len(peers)) + "|")
+    for key, label, unit in ROWS:
+        cells, medians = [], {}
+        for name in names:
+            values = result["rounds"][name].get(key)
+            if not values:
+                cells.append("")
+                continue
+            medians[name] = statistics.median(values)
+            factor = 1000 if unit == "ms" else 1
+            shown = [f"{v * factor:.3g}" if v * factor < 100 else f"{v * factor:.0f}" for v in values]
+            middle = medians[name] * factor
+            text = f"{middle:.3g}" if middle < 100 else f"{middle:.0f}"
+            low, high = shown[values.index(min(values))], shown[values.index(max(values))]
+            cells.append(f"{text}{' ' + unit if unit else ''} ({low} to {high})")
+        ratios = [f"{medians['trustcore'] / medians[p]:.2f}" if {"trustcore", p} <= set(medians) else "" for p in peers]
+        lines.append(f"| {label} | " + " | ".join([*cells, *ratios]) + " |")
+    return "\n".join(lines)
+
+
+def page(result: dict[str, Any], source: str) -> str:
+    """The section of docs/benchmarks.md."""
+    m = result["machine"]
+    described = "; ".join(
+        f"{n}: " + ", ".join(f"{k} {v}" for k, v in vs.items()) for n, vs in result["versions"].items()
+    )
+    build = result["rounds"].get("trustcore", {}).get("cold_kernel_build_seconds")
+    note = (
+        f"A cold start of trustcore compiles its CPU kernels ({statistics.median(build):.1f} s of it, once a machine) "
+        "and its XLA programs (once for each shape)."
+        if build
+        else ""
+    )
+    return (
+        f"{table(result)}\n\nMedian (lowest to highest) of the rounds. {m['cpu']}, {m['cores']} cores "
+        f"({', '.join(m['features'])}), {result['threads']} threads, {result['model']}, {result['date']}. "
+        f"{described}. {note}\nData: [{source}](../{source}).\n"
+    )
+
+
+def write_page(source: Path) -> None:
+    target = ROOT / "docs" / "benchmarks.md"
+    begin, end = "<!-- generate -->", "<!-- /generate -->"
+    text = target.read_text()
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    section = page(json.loads(source.read_text()), str(source.resolve().relative_to(ROOT)))
+    target.write_text(f"{head}{begin}\n{section}{end}{tail}")
+    print(f"written: {target}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a GGUF file; default: the demo model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold-rounds", type=int, default=1, help="rounds that also measure a cold start")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="interpreter of a contender")
+    parser.add_argument("--only", action="append", choices=list(MODULES), help="contender to run (repeatable)")
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="make docs/benchmarks.md from a result, and stop")
+    parser.add_argument("--worker", choices=list(MODULES), help=argparse.SUPPRESS)
+    parser.add_argument("--only-start", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.model, args.only_start)
+    elif args.table:
+        write_page(args.table)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()
