@@ -129,14 +129,14 @@ def faults_of_row(row: Row, root: Path = ROOT) -> list[str]:
 
 def fault_of_name(name: str) -> str:
     """Returns why a dotted name is not public or does not import; "" when it does."""
-    if any(part.startswith("_") for part in name.split(".")):
-        return f"{name} is not a public name"
+    if not re.fullmatch(r"(?!_)\w+(\.(?!_)\w+)*", name):
+        return f"{name} is not a public dotted name"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations are the business of the tests that use the name
             pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        return f"{name} does not import: {error}"
+    except Exception as error:  # whatever a broken module raises is the fault to report
+        return f"{name} does not import: {type(error).__name__}: {error}"
     return ""
 
 
@@ -178,20 +178,26 @@ def make_map(rows: Sequence[Row], titles: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def fault_of_markers(readme: str) -> str:
+    """Returns what is wrong with the markers of README's map; "" when each stands there once, in order."""
+    if [readme.count(marker) for marker in MARKERS] == [1, 1] and readme.index(MARKERS[0]) < readme.index(MARKERS[1]):
+        return ""
+    return f"README.md: the markers {' and '.join(MARKERS)} must stand there once each, in this order"
+
+
 def fault_of_readme(readme: str, map: str) -> str:
     """Returns why README's map is not `map`; "" when it is, or when README has none."""
-    first, last = (readme.count(marker) for marker in MARKERS)
-    if (first, last) == (0, 0):
+    if not any(marker in readme for marker in MARKERS):
         return ""
-    if (first, last) != (1, 1) or readme.index(MARKERS[0]) > readme.index(MARKERS[1]):
-        return f"README.md: the markers {' and '.join(MARKERS)} must stand there once each, in this order"
+    if fault := fault_of_markers(readme):
+        return fault
     return (
         "" if readme == with_map(readme, map) else "README.md: the map is old; run docs/check_capabilities.py --write"
     )
 
 
 def with_map(readme: str, map: str) -> str:
-    """Returns README's text with `map` between its markers, which must be there."""
+    """Returns README's text with `map` between its markers, which must stand there once each, in order."""
     before, _, rest = readme.partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
     return f"{before}{MARKERS[0]}\n{map}\n{MARKERS[1]}{after}"
@@ -225,8 +231,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if options.write:
         readme = root / "README.md"
         text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-        if MARKERS[0] not in text or MARKERS[1] not in text:
-            print(f"README.md has no place for the map: write {' and '.join(MARKERS)} into it", file=sys.stderr)
+        if fault := fault_of_markers(text):
+            print(fault, file=sys.stderr)
             return 1
         readme.write_text(with_map(text, map), encoding="utf-8")
         faults = check(root)[2]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.generation.characters import byte_model
+from trustcore._jax import program_count
 from trustcore.errors import GenerationError
 from trustcore.generation import Sampling, engine, generate_tokens
 
@@ -101,15 +102,15 @@ def test_the_context_bounds_what_is_made(model):
 def test_programs_are_shared_between_requests(model):
     """The trace count is what a second request must not raise."""
     list(generate_tokens(model, [[5, 6]], max_tokens=5))
-    before = [f._cache_size() for f in (engine._prefill, engine._decode, engine._first)]
+    before = [program_count(f) for f in (engine._prefill, engine._decode, engine._first)]
     for sampling in (Sampling(), Sampling()):
         list(generate_tokens(model, [[9, 8, 7]], max_tokens=40, sampling=sampling, seed=3))
-    assert [f._cache_size() for f in (engine._prefill, engine._decode, engine._first)] == before
+    assert [program_count(f) for f in (engine._prefill, engine._decode, engine._first)] == before
     warm = Sampling(temperature=0.5, top_p=0.9)
     list(generate_tokens(model, [[5, 6]], max_tokens=5, sampling=warm))
-    before = engine._decode._cache_size()
+    before = program_count(engine._decode)
     list(generate_tokens(model, [[5, 6]], max_tokens=5, sampling=Sampling(temperature=0.6, top_p=0.8)))
-    assert engine._decode._cache_size() == before
+    assert program_count(engine._decode) == before
 
 
 @pytest.mark.parametrize(("length", "chunks"), ((1, [16]), (16, [16]), (17, [32]), (512, [512]), (513, [512, 16])))

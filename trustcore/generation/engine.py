@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trustcore._jax import program_count
 from trustcore.errors import GenerationError
 from trustcore.generation.programs import keep_programs
 from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
@@ -117,7 +118,7 @@ def generate_tokens(
 
 
 def _programs() -> int:
-    return sum(program._cache_size() for program in (_prefill, _first, _decode))
+    return sum(program_count(program) for program in (_prefill, _first, _decode))
 
 
 def _after_compiling(before: int) -> int:

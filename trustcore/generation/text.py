@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -15,12 +15,33 @@ from trustcore.generation.stream import Answer, Stream, run_batch
 Prompt = str | Sequence[int]
 
 
+class Options(TypedDict, total=False):
+    """Options of `generate` and `chat`; see there."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int
+    stop: str | Sequence[str]
+    context: int | None
+    cache_dtype: Any
+    ignore_eos: bool
+    parse_special: bool
+
+
 @overload
-def generate(model: Any, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
+def generate(model: Any, prompt: Prompt, *, stream: Literal[True], **options: Unpack[Options]) -> Stream: ...
 @overload
-def generate(model: Any, prompt: Sequence[str], *, stream: Literal[False] = False, **options: Any) -> list[str]: ...
+def generate(model: Any, prompt: str, *, stream: Literal[False] = False, **options: Unpack[Options]) -> str: ...
 @overload
-def generate(model: Any, prompt: Prompt, *, stream: Literal[False] = False, **options: Any) -> str: ...
+def generate(
+    model: Any, prompt: Sequence[Any], *, stream: Literal[False] = False, **options: Unpack[Options]
+) -> Any: ...
 def generate(
     model: Any,
     prompt: Any,
@@ -100,7 +121,15 @@ def generate(
     return texts if several else texts[0]
 
 
-def chat(model: Any, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any) -> Any:
+@overload
+def chat(
+    model: Any, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[Options]
+) -> Stream: ...
+@overload
+def chat(
+    model: Any, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Unpack[Options]
+) -> str: ...
+def chat(model: Any, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Unpack[Options]) -> Any:
     """Returns the model's answer to a conversation, by the chat template of its checkpoint.
 
     Args:
@@ -118,7 +147,7 @@ def chat(model: Any, messages: Sequence[Mapping[str, Any]], *, stream: bool = Fa
     bos = tokenizer.token(tokenizer.bos_id) if tokenizer.bos_id is not None else ""
     # A template that writes the beginning-of-text token itself must not get a second one.
     ids = tokenizer.encode(text, parse_special=True, add_special=not (bos and text.startswith(bos)))
-    return generate(model, ids, stream=stream, **options)  # type: ignore[call-overload]
+    return generate(model, ids, stream=True, **options) if stream else generate(model, ids, **options)
 
 
 def _tokenizer(model: Any) -> Any:

@@ -167,9 +167,9 @@ def _native(
     options: Any, query: jax.Array, key: jax.Array, value: jax.Array, cache: LayerCache, start: jax.Array
 ) -> tuple[jax.Array, LayerCache]:
     window, scale, soft_cap = options
-    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
     parts = [part for part in cache if part is not None]
-    out, *parts = cpu.cached_attention(*wide, start, parts, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0)
+    out, *parts = cpu.cached_attention(q, k, v, start, parts, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0)
     return out.astype(query.dtype), LayerCache(*parts)
 
 

@@ -59,10 +59,10 @@ def linear_many(
     kinds = {type(w) for w in weights if isinstance(w, Weight)}
     for kind in kinds:
         places = [i for i, w in enumerate(weights) if type(w) is kind]
-        chosen = [w for w in weights if type(w) is kind]
+        chosen = [w for w in weights if isinstance(w, kind)]
         results.update(zip(places, kind.products(x, chosen, implementation=implementation), strict=True))
     for i, w in enumerate(weights):
-        if i not in results:
+        if not isinstance(w, Weight):
             results[i] = _dot(x, w, implementation)
     return tuple(results[i] if bias is None else _add(results[i], bias) for i, bias in enumerate(biases))
 

@@ -55,7 +55,7 @@ def packed_products(
         if w.ndim != 2 or w.shape[0] != x.shape[-1]:
             raise ImplementationError(f"linear: x {x.dtype}{list(x.shape)} does not fit {w!r}: K must agree.")
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    results = _products(rows, tuple(weights), implementation)
+    results: tuple[jax.Array, ...] = _products(rows, tuple(weights), implementation)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in results)
 
 

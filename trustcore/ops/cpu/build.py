@@ -16,10 +16,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from trustcore.cache import cache_folder
 from trustcore.errors import ImplementationError
@@ -109,7 +109,7 @@ def _cpu_features() -> str:
 def _key(cxx: str, native: tuple[str, ...]) -> str:
     folder = Path(__file__).parent
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    parts = [version, jaxlib.__version__, _cpu_features(), *FLAGS, *native]
+    parts = [version, metadata.version("jaxlib"), _cpu_features(), *FLAGS, *native]
     parts += [(folder / name).read_text() for name in (*SOURCES, *HEADERS)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
