@@ -21,6 +21,7 @@ FLOORS: dict[str, int] = {
     "trustcore.cache": 0,
     "trustcore.dtypes": 0,
     "trustcore.errors": 0,
+    "trustcore.heap": 0,
     "trustcore.trees": 0,
     "trustcore.backend": 1,
     "trustcore.catalogue": 1,
@@ -54,7 +55,6 @@ FLOORS: dict[str, int] = {
 PAIRS: frozenset[tuple[str, str]] = frozenset(
     {
         ("trustcore.catalogue", "trustcore.hub"),  # a catalogue hands ids of Hugging Face on
-        ("trustcore.models", "trustcore.text"),  # a loaded model brings its tokenizer
         ("trustcore.cli", "trustcore"),  # the command line calls what Python users call
         ("trustcore.serve", "trustcore"),
     }
