@@ -174,7 +174,7 @@ def test_a_violation_is_found(module: str, source: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("trustcore.models.load", "from trustcore.nn import x\nfrom trustcore.text import y\nfrom .config import z"),
+        ("trustcore.models.load", "from trustcore.nn import x\nfrom trustcore.weights import y\nfrom .config import z"),
         ("trustcore.ops.linear", "from trustcore.ops.weight import Weight\nfrom kernels_pallas import attention"),
         ("trustcore.cli.chat", "import trustcore\nfrom trustcore import backend"),
         ("trustcore", "from trustcore.cli import main"),

@@ -16,7 +16,8 @@ def keep_programs() -> None:
     A user's own choice, by `jax_compilation_cache_dir` or by `jax_enable_compilation_cache=False`, stands.
     """
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    if jax.config.jax_compilation_cache_dir is not None or not enabled:
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is not None or not enabled:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
