@@ -129,6 +129,16 @@ def test_what_is_chosen_and_why_not():
         linear(x, jnp.ones((96, 4)), implementation="native")
 
 
+def test_fields_of_another_dtype_are_computed_right():
+    """Scales that were widened, for training say: the native kernel reads half precision and must not be chosen."""
+    w, x, oracle = case("q4_1", SHAPES[0], 2)
+    wide = QuantizedArray("q4_1", {**w.fields, "scale": w.fields["scale"].astype(jnp.float32)})
+    close(linear(x, wide), np.asarray(x, np.float64) @ oracle)
+    assert choose(2, wide) == "stream" and choose(64, wide) == "tiles"
+    with pytest.raises(ImplementationError, match=r"its scale is float32, the format's float16|native"):
+        linear(x, wide, implementation="native")
+
+
 def test_without_a_compiler_everything_still_runs(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: "no C++ compiler was found")
     w, x, oracle = case("q4_1", SHAPES[0], 2)
