@@ -308,6 +308,7 @@ def native_kernels(python: str, cache: str) -> float | None:
 
 
 def demo_model() -> str:
+    sys.path.insert(0, str(ROOT))  # a checkout that is not installed serves too
     from trustcore.catalogue import pull
 
     return str(pull("smollm2"))
@@ -374,14 +375,28 @@ def page(result: dict[str, Any], source: str) -> str:
 
 
 def write_page(source: Path) -> None:
-    target = ROOT / "docs" / "benchmarks.md"
+    result = json.loads(source.read_text())
     begin, end = "<!-- generate -->", "<!-- /generate -->"
-    text = target.read_text()
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    section = page(json.loads(source.read_text()), str(source.resolve().relative_to(ROOT)))
-    target.write_text(f"{head}{begin}\n{section}{end}{tail}")
-    print(f"written: {target}")
+    sections = {"docs/benchmarks.md": page(result, str(source.resolve().relative_to(ROOT))), "README.md": short(result)}
+    for name, section in sections.items():
+        head, rest = (ROOT / name).read_text().split(begin)
+        _, tail = rest.split(end)
+        (ROOT / name).write_text(f"{head}{begin}\n{section}{end}{tail}")
+        print(f"written: {name}")
+
+
+def short(result: dict[str, Any]) -> str:
+    """The few rows that the README shows: medians, and the machine."""
+    shown = ("decode_tokens", "decode_batch", "prefill", "start_seconds", "peak_memory_mb")
+    names = list(result["rounds"])
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for key, label, unit in ROWS:
+        if key.startswith(shown):
+            medians = [statistics.median(result["rounds"][name][key]) for name in names]
+            cells = [(f"{m:.3g}" if m < 100 else f"{m:.0f}") + (f" {unit}" if unit else "") for m in medians]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    m = result["machine"]
+    return "\n".join(lines) + f"\n\n{m['cpu']}, {m['cores']} cores, {result['model']}, {result['date']}.\n"
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -29,7 +30,7 @@ HEADERS = ("parallel.h", "simd.h")
 TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention")
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 TIMEOUT = 300  # seconds; a build takes about ten
 
 
@@ -118,11 +119,21 @@ def _compile(cxx: str, native: tuple[str, ...], path: Path) -> None:
     folder = Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
-        sources = [str(folder / name) for name in SOURCES]
-        command = [cxx, *FLAGS, *native, f"-I{jax.ffi.include_dir()}", f"-I{folder}", *sources, "-o", str(built)]
-        result = subprocess.run([*command, "-lpthread"], capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        if result.returncode:
-            raise subprocess.SubprocessError(result.stderr.strip() or f"{cxx} exited with {result.returncode}")
+        objects = [Path(scratch) / f"{name}.o" for name in SOURCES]
+        include = (f"-I{jax.ffi.include_dir()}", f"-I{folder}")
+
+        def run(*arguments: str) -> None:
+            command = [cxx, *FLAGS, *native, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            if done.returncode:
+                raise subprocess.SubprocessError(done.stderr.strip() or f"{cxx} exited with {done.returncode}")
+
+        def compile_one(name: str, target: Path) -> None:
+            run(*include, "-c", str(folder / name), "-o", str(target))
+
+        with ThreadPoolExecutor() as pool:  # the compiler is another process: sources side by side
+            list(pool.map(compile_one, SOURCES, objects))
+        run("-shared", *map(str, objects), "-o", str(built), "-lpthread")
         os.replace(built, path)
 
 
