@@ -1,4 +1,4 @@
-"""The table of storage formats: how numbers are packed, on disk and in arrays.
+"""What a storage format is: how numbers are packed, on disk and in arrays.
 
 A format cuts the contraction axis into blocks. On disk (GGUF) a block is a run of bytes; in arrays each *field* of the
 block is an array of its own, with the block index leading and the output axis N contiguous, so that one row of codes
@@ -8,9 +8,7 @@ feeds N independent sums:
     arrays codes [K / block, rows, N], scale [K / block, N], ...
 
 `decode` is the definition of a format: a pure function from fields to float32, vectorized over every axis but the block
-row. `unpack` and `pack` only move bytes. Adding a format is adding an entry to `FORMATS`.
-
-Sources: ggml's block definitions, as the public GGUF tools decode them. Decoding is bit-exact with the `gguf` package.
+row. `unpack` and `pack` only move bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from trustcore.errors import QuantizationError
@@ -150,83 +147,13 @@ class Format:
         return {f.name: jax.ShapeDtypeStruct(shape[f.name], f.dtype) for f in self.fields}
 
 
-def _view(part: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if dtype.itemsize == 1:
-        return part.view(dtype)
-    return np.ascontiguousarray(part).view(dtype)
-
-
-def _fields(*parts: tuple[str, Any, int | None]) -> tuple[Field, ...]:
-    """Fields that follow each other without a gap."""
+def in_order(*parts: tuple[str, Any, int | None]) -> tuple[Field, ...]:
+    """Returns fields that follow each other without a gap, from (name, dtype, rows)."""
     fields, offset = [], 0
     for name, dtype, rows in parts:
         fields.append(Field(name, np.dtype(dtype), offset, rows))
         offset += fields[-1].nbytes
     return tuple(fields)
-
-
-def _nibbles(codes: jax.Array) -> tuple[jax.Array, ...]:
-    return (codes & jnp.uint8(15)).astype(jnp.float32), (codes >> jnp.uint8(4)).astype(jnp.float32)
-
-
-def _bytes(codes: jax.Array) -> tuple[jax.Array, ...]:
-    return (codes.astype(jnp.float32),)
-
-
-def _field(name: str) -> Callable[[Fields], jax.Array]:
-    return lambda fields: fields[name].astype(jnp.float32)
-
-
-_Q4_0 = Affine("codes", _nibbles, _field("scale"), lambda fields: -8.0 * fields["scale"].astype(jnp.float32))
-_Q4_1 = Affine("codes", _nibbles, _field("scale"), _field("minimum"))
-_Q8_0 = Affine("codes", _bytes, _field("scale"))
-
-
-def _decode_f16(fields: Fields) -> jax.Array:
-    return fields["values"].astype(jnp.float32)
-
-
-def _decode_bf16(fields: Fields) -> jax.Array:
-    return _widen_bf16(fields["values"])
-
-
-@jax.custom_jvp
-def _widen_bf16(values: jax.Array) -> jax.Array:
-    # By bits: XLA's CPU compiler converts bfloat16 an order of magnitude slower than it shifts integers.
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits << jnp.uint32(16), jnp.float32)
-
-
-@_widen_bf16.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _widen_bf16(*primals), tangents[0].astype(jnp.float32)
-
-
-_SCALE = ("scale", np.float16, None)
-_MINIMUM = ("minimum", np.float16, None)
-
-FORMATS: Mapping[str, Format] = {
-    f.name: f
-    for f in (
-        Format("f16", 1, _fields(("values", np.float16, None)), _decode_f16),
-        Format("bf16", 1, _fields(("values", ml_dtypes.bfloat16, None)), _decode_bf16),
-        Format("q4_0", 32, _fields(_SCALE, ("codes", np.uint8, 16)), _Q4_0.decode, _Q4_0),
-        Format("q4_1", 32, _fields(_SCALE, _MINIMUM, ("codes", np.uint8, 16)), _Q4_1.decode, _Q4_1),
-        Format("q8_0", 32, _fields(_SCALE, ("codes", np.int8, 32)), _Q8_0.decode, _Q8_0),
-    )
-}
-
-
-def get_format(name: str) -> Format:
-    """Returns the entry of the table called `name`.
-
-    Raises:
-        QuantizationError: there is none; the message lists those that are.
-    """
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise QuantizationError(f"Format {name!r} is not known. Known formats: {', '.join(sorted(FORMATS))}.") from None
 
 
 def decode_matrix(format: Format, fields: Fields) -> jax.Array:
@@ -236,3 +163,9 @@ def decode_matrix(format: Format, fields: Fields) -> jax.Array:
         return decoded
     *lead, blocks, block, n = decoded.shape
     return decoded.reshape(*lead, blocks * block, n)
+
+
+def _view(part: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype.itemsize == 1:
+        return part.view(dtype)
+    return np.ascontiguousarray(part).view(dtype)
