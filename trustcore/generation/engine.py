@@ -24,6 +24,7 @@ from trustcore.errors import GenerationError
 from trustcore.generation.programs import keep_programs
 from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
 from trustcore.heap import trim_heap
+from trustcore.models.decoder import empty_cache
 from trustcore.nn.cache import KVCache
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
@@ -93,7 +94,8 @@ def generate_tokens(
     plan, values = sampling.plan, sampling.values
     stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
     longest = max(len(p) for p in prompts)
-    state = _start(model, len(prompts), _slots(longest, max_tokens, limit), plan, seed, _cache_dtype(cache_dtype))
+    slots = _slots(longest, max_tokens, limit)
+    state = _start(model.config, len(prompts), slots, plan, jnp.uint32(seed & 0xFFFFFFFF), _cache_dtype(cache_dtype))
     programs = _programs()
     state = _read_prompts(model, state, prompts, plan, values, stops)
     programs = _after_compiling(programs)
@@ -185,14 +187,15 @@ def _chunks(length: int) -> list[int]:
     return [CHUNKS[-1]] * whole + ([next(c for c in CHUNKS if c >= rest)] if rest else [])
 
 
-def _start(model: Any, batch: int, slots: int, plan: Plan, seed: int, cache_dtype: Any) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "batch", "slots", "plan", "cache_dtype"))
+def _start(config: Any, batch: int, slots: int, plan: Plan, seed: jax.Array, cache_dtype: Any) -> State:
     return State(
-        cache=model.new_cache(batch, slots, dtype=cache_dtype),
+        cache=empty_cache(config, batch, slots, dtype=cache_dtype),
         token=jnp.zeros((batch,), jnp.int32),
         done=jnp.zeros((batch,), bool),
         step=jnp.zeros((), jnp.int32),
-        key=jax.random.key(seed & 0xFFFFFFFF),
-        history=History.start(plan, batch, model.config.vocab_size),
+        key=jax.random.key(seed),
+        history=History.start(plan, batch, config.vocab_size),
     )
 
 

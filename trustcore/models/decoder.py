@@ -130,10 +130,7 @@ class Decoder(nnx.Module):
 
     def new_cache(self, batch: int, slots: int, *, dtype: Any = jnp.float32) -> KVCache:
         """Returns an empty cache for `batch` rows of up to `slots` tokens; dtype float32, bfloat16 or int8."""
-        config = self.config
-        return KVCache.zeros(
-            batch, slots, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype
-        )
+        return empty_cache(self.config, batch, slots, dtype=dtype)
 
     @property
     def parameters(self) -> int:
@@ -156,6 +153,13 @@ class Decoder(nnx.Module):
         )
 
     __str__ = __repr__  # nnx would print every layer
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: Any = jnp.float32) -> KVCache:
+    """Returns an empty cache for a decoder of that configuration; see `Decoder.new_cache`."""
+    return KVCache.zeros(
+        batch, slots, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=dtype
+    )
 
 
 @jax.jit
