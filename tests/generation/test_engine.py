@@ -119,9 +119,10 @@ def test_chunks(length, chunks):
 
 
 def test_slots_are_few_and_large_enough():
-    sizes = {engine._slots(n, 100, 10**6) for n in range(1, 4000)}
-    assert all(engine._slots(n, 100, 10**6) >= n + 100 for n in range(1, 4000))
-    assert sizes == {256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144}
+    sizes = {engine._slots(n, 100, 1) for n in range(1, 4000)}
+    assert all(engine._slots(n, 100, 1) >= n + 100 for n in range(1, 4000))
+    assert sizes == {1024, 1536, 2048, 3072, 4096, 6144}
+    assert [engine._slots(10, 100, batch) for batch in (1, 2, 3, 4, 8)] == [1024, 512, 256, 256, 256]
 
 
 @pytest.mark.parametrize(

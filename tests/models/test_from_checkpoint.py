@@ -89,6 +89,14 @@ def test_a_dtype_decodes_and_computes_in_it(tmp_path):
     np.testing.assert_allclose(logits, model(tokens), atol=0.3)
 
 
+def test_dtypes_may_be_named_and_wrong_ones_are_refused(tmp_path):
+    write_as_gguf(tmp_path / "m.gguf", random_decoder(), "q8_0")
+    assert load(tmp_path / "m.gguf", dtype="bfloat16").blocks[0].mlp.up.kernel.get_value().dtype == jnp.bfloat16
+    for wrong in ("float99", "int8", 7):
+        with pytest.raises(ModelError, match=r"dtype is .*; choose from float32, bfloat16"):
+            load(tmp_path / "m.gguf", dtype=wrong)
+
+
 def test_progress_counts_every_byte(tmp_path):
     write_as_gguf(tmp_path / "m.gguf", random_decoder(), "q4_1")
     seen = []

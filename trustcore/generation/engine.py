@@ -29,6 +29,7 @@ from trustcore.nn.cache import KVCache
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
 DISPATCH = 32  # tokens a decode program can make before the host looks
+SLOTS = 1024  # of all rows, at least: most requests then share their programs, which cost more memory than slots
 PAUSE = 0.05  # seconds a dispatch should last: text arrives smoothly and Python's share stays under one percent
 
 
@@ -94,7 +95,7 @@ def generate_tokens(
     plan, values = sampling.plan, sampling.values
     stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
     longest = max(len(p) for p in prompts)
-    slots = _slots(longest, max_tokens, limit)
+    slots = _slots(longest, max_tokens, len(prompts))
     state = _start(model.config, len(prompts), slots, plan, jnp.uint32(seed & 0xFFFFFFFF), _cache_dtype(cache_dtype))
     programs = _programs()
     state = _read_prompts(model, state, prompts, plan, values, stops)
@@ -168,10 +169,10 @@ def _cache_dtype(dtype: Any) -> Any:
     return given
 
 
-def _slots(longest: int, max_tokens: int, limit: int) -> int:
-    """Slots for a row: 1 or 1.5 times a power of two, so that few programs are compiled; at least a chunk's padding."""
+def _slots(longest: int, max_tokens: int, batch: int) -> int:
+    """Slots for a row: 1 or 1.5 times a power of two, at least `SLOTS` in all, and enough for the prompt's padding."""
     needed = max(longest + max_tokens, _padded(longest))
-    size = 256
+    size = max(256, 1 << (SLOTS // batch).bit_length() - 1)
     while size < needed:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size

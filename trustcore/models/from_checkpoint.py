@@ -38,23 +38,23 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
-        ModelError: the architecture is not supported, or tensors are missing, unexpected or of the wrong shape or
+        ModelError: the architecture or the dtype is not supported, or tensors are missing, unexpected or of the wrong shape or
             encoding: all of them in one message.
     """
+    compute = _compute_dtype(dtype)
     from_gguf = checkpoint.format == "gguf"
     config = _read_config(checkpoint, from_gguf)
     if config.layers > len(checkpoint):  # bounds the work below by the file's own size
         raise ModelError(
             f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
         )
-    compute = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     model = Decoder(config, dtype=compute)
     plan = _match(model, checkpoint, decoder_names(config.layers), from_gguf)
 
     total, done = sum(tensor.nbytes for _, _, tensor in plan), 0
     # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        values = pool.map(lambda item: _read(item[0], item[2], dtype, compute), plan)
+        values = pool.map(lambda item: _read(item[0], item[2], dtype is not None, compute), plan)
         for (_, parameter, tensor), value in zip(plan, values, strict=True):
             parameter.set_value(value)
             done += tensor.nbytes
@@ -62,6 +62,19 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
                 progress(done, total)
     model.source = checkpoint.path.name
     return model
+
+
+def _compute_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    names = ("float32", "bfloat16", "float16", "float64")
+    try:
+        given = jnp.dtype(dtype)
+    except TypeError:
+        given = None
+    if given is None or given.name not in names:
+        raise ModelError(f"dtype is {dtype!r}; choose from {', '.join(names)}, or None to keep weights as stored.")
+    return given
 
 
 def _read_config(checkpoint: Checkpoint, from_gguf: bool) -> DecoderConfig:
@@ -124,13 +137,13 @@ def _find(module: Any, path: str) -> nnx.Param[Any] | None:
     return module
 
 
-def _read(path: str, tensor: LazyArray, dtype: Any, compute: Any) -> Any:
+def _read(path: str, tensor: LazyArray, decode: bool, compute: Any) -> Any:
     """Returns the tensor in the orientation of the module: packed where it is a packed matrix, else an array."""
     transposed = not path.endswith("kernel")
     if tensor.encoding in FORMATS and len(tensor.shape) == 2:
         value: Any = QuantizedArray.from_blocks(tensor.encoding, tensor.raw(), transposed=transposed)
-        if dtype is not None:
-            value = value.dequantize().astype(dtype)
+        if decode:
+            value = value.dequantize().astype(compute)
     else:
         array = tensor.numpy()
         # Norms and biases are added in float32, whatever the matrices are.
