@@ -38,8 +38,8 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
-        ModelError: the architecture or the dtype is not supported, or tensors are missing, unexpected or of the wrong shape or
-            encoding: all of them in one message.
+        ModelError: the architecture or the dtype is not supported, or tensors are missing, unexpected or of the wrong
+            shape or encoding: all of them in one message.
     """
     compute = _compute_dtype(dtype)
     from_gguf = checkpoint.format == "gguf"
