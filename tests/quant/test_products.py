@@ -140,7 +140,7 @@ def test_fields_of_another_dtype_are_computed_right():
 
 
 def test_without_a_compiler_everything_still_runs(monkeypatch):
-    monkeypatch.setattr(cpu, "why_not", lambda: "no C++ compiler was found")
+    monkeypatch.setattr(cpu, "packed_refusal", lambda format, n: "no C++ compiler was found")
     w, x, oracle = case("q4_1", SHAPES[0], 2)
     assert choose(2, w) == "stream" and choose(64, w) == "tiles"
     close(linear(x, w), np.asarray(x, np.float64) @ oracle)

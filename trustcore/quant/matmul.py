@@ -98,14 +98,12 @@ def choose(rows: int, w: QuantizedArray, implementation: str | None = None) -> s
 def _native_refusal(rows: int, w: QuantizedArray) -> str:
     if w.transposed:
         return "its blocks run along the output axis; use 'tiles'."
-    if w.format not in cpu.FORMATS:
-        return f"it knows only {', '.join(cpu.FORMATS)}; use 'stream' or 'tiles'."
+    if jax.default_backend() != "cpu":
+        return f"it runs on the CPU and the default backend is {jax.default_backend()}."
     for field in w.spec.fields:
         if w.fields[field.name].dtype != field.dtype:
             return f"its {field.name} is {w.fields[field.name].dtype}, the format's {field.dtype}."
-    if jax.default_backend() != "cpu":
-        return f"it runs on the CPU and the default backend is {jax.default_backend()}."
-    return cpu.why_not()
+    return cpu.packed_refusal(w.format, w.stored_shape[-1])
 
 
 _REFUSALS: dict[str, Callable[[int, QuantizedArray], str]] = {

@@ -16,17 +16,38 @@ import numpy as np
 
 from trustcore.ops.cpu.build import load, why_not
 
-__all__ = ["FORMATS", "cached_attention", "load", "packed_matmul", "vector_lanes", "why_not"]
+__all__ = ["FORMATS", "cached_attention", "load", "packed_matmul", "packed_refusal", "vector_lanes", "why_not"]
 
-# Formats of packed_matmul.cc; their order is the numbering there.
-FORMATS: tuple[str, ...] = ("q4_0", "q4_1", "q8_0", "f16", "bf16")
+# Formats of packed_matmul.cc; their order is the numbering in formats.h. Fields in the order of its operands.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "q4_0": ("codes", "scale"),
     "q4_1": ("codes", "scale", "minimum"),
     "q8_0": ("codes", "scale"),
     "f16": ("values",),
     "bf16": ("values",),
+    "q5_0": ("codes", "scale", "high"),
+    "q5_1": ("codes", "scale", "minimum", "high"),
+    "q2_k": ("codes", "scale", "minimum", "scales"),
+    "q3_k": ("codes", "scale", "scales", "high"),
+    "q4_k": ("codes", "scale", "minimum", "scales"),
+    "q5_k": ("codes", "scale", "minimum", "scales", "high"),
+    "q6_k": ("codes", "scale", "scales", "high"),
+    "iq4_nl": ("codes", "scale"),
+    "iq4_xs": ("codes", "scale", "scales", "high"),
 }
+FORMATS: tuple[str, ...] = tuple(_FIELDS)
+_ANY_WIDTH = ("q4_0", "q4_1", "q8_0", "f16", "bf16")  # the others need N to be a multiple of the vector length
+
+
+def packed_refusal(format: str, n: int) -> str:
+    """Returns why `packed_matmul` cannot multiply by a weight of n columns in that format; "" when it can."""
+    if format not in FORMATS:
+        return f"it knows only {', '.join(FORMATS)}; use 'stream' or 'tiles'."
+    if why_not():
+        return why_not()
+    if format not in _ANY_WIDTH and n % vector_lanes():
+        return f"{format} needs a multiple of {vector_lanes()} columns here, not {n}; use 'stream' or 'tiles'."
+    return ""
 
 
 def packed_matmul(x: jax.Array, weights: Sequence[tuple[str, Mapping[str, jax.Array]]]) -> tuple[jax.Array, ...]:

@@ -26,7 +26,7 @@ from trustcore.cache import cache_folder
 from trustcore.errors import ImplementationError
 
 SOURCES = ("packed_matmul.cc", "attention.cc")
-HEADERS = ("parallel.h", "simd.h")
+HEADERS = ("formats.h", "parallel.h", "simd.h")
 TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention")
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.

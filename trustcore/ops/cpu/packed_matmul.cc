@@ -4,17 +4,19 @@
 // output axis N is contiguous: codes [K/32, rows, N], scale [K/32, N], minimum [K/32, N]; 16-bit floats are [K, N]. A
 // row of codes feeds N independent sums: nothing is reduced across lanes, and memory is read in order.
 //
+// Formats of 4 and 8 bits with one scale for 32 weights are read row by row here; the others code by code (formats.h).
 // Few rows of x (decode): for each block, codes become floats in registers, are multiplied by x and summed, and the
 // block's sum is scaled once: y += scale * sum(x * code) + shift * sum(x). A weight is read once for all rows.
 // Many rows (prefill): a strip of w as wide as four vectors is decoded to floats that stay in the L2 cache, and a
 // register-blocked product (6 rows by 4 vectors) runs over it.
 // Accumulation is float32 throughout. Oracle: trustcore.ops.linear, implementation "dequantize". Memory beyond the
-// operands: one decoded strip a thread (16 * K * lanes bytes) and the block sums of x (M * K / 32 floats).
+// operands: one decoded strip a thread (16 * K * lanes bytes) and the sums of x over 16 (M * K / 16 floats).
 #include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "formats.h"
 #include "parallel.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -24,29 +26,12 @@ namespace ffi = xla::ffi;
 namespace tc {
 namespace {
 
-// The order of FORMATS in trustcore/ops/cpu/__init__.py.
-enum Format : int64_t { kQ4_0 = 0, kQ4_1 = 1, kQ8_0 = 2, kF16 = 3, kBF16 = 4, kFormats = 5 };
-
-constexpr bool is_nibbles(Format f) { return f == kQ4_0 || f == kQ4_1; }
-constexpr bool is_float(Format f) { return f == kF16 || f == kBF16; }
-
 constexpr int64_t kBlock = 32;         // weights that are summed before they are scaled
 constexpr int64_t kStrip = 4 * kLanes;  // columns of a decoded strip
 constexpr int kGemmRows = kLanes == 16 ? 6 : 3;  // rows by 4 vectors of sums that the registers hold
 constexpr int kFewRows = 16;           // rows up to which codes are decoded in registers; above, into a strip
 constexpr int64_t kTile = 2048;        // columns whose sums stay in the L1 cache
 constexpr int kMaxRows = 8;            // rows that share one pass in registers
-
-struct Weight {
-  Format format;
-  int64_t k, n;
-  const uint8_t* codes;
-  const uint16_t* scale;
-  const uint16_t* minimum;
-  float* y;  // [M, n]
-
-  int64_t blocks() const { return (k + kBlock - 1) / kBlock; }
-};
 
 // Vectors of columns that M rows can sum at once without spilling.
 constexpr int columns_for(int rows) {
@@ -117,10 +102,50 @@ inline void block_sums(const uint8_t* codes, int64_t n, int64_t depth, const flo
     }
 }
 
+// The same for formats that are read code by code, scaled, into sums that start at zero.
+template <Format F, int M, int C>
+inline void scaled_sums(const Weight& w, const float* x, const float* xsum, int64_t b, int64_t n, VecF (&sums)[M][C]) {
+  constexpr int kRun = by_sixteen(F) ? 16 : 32;
+#pragma GCC unroll 2
+  for (int first = 0; first < 32; first += kRun) {
+    VecF run[M][C] = {};
+#pragma GCC unroll 2
+    for (int j = first; j < first + kRun; ++j) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        const VecF code = code_of<F>(w, b, n + c * kLanes, j);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) run[m][c] += x[m * w.k + b * kBlock + j] * code;
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      VecF scale, shift;
+      scale_and_shift<F>(w, b, n + c * kLanes, first / 16, scale, shift);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const float* halves = xsum + (m * w.blocks() + b) * 2;
+        const float total = kRun == 16 ? halves[first / 16] : halves[0] + halves[1];
+        sums[m][c] += run[m][c] * scale + shift * total;
+      }
+    }
+  }
+}
+
 // What block b adds to C vectors of columns of M rows of y.
 template <Format F, int M, int C>
 inline void add_block(const Weight& w, const float* x, const float* xsum, int64_t b, int64_t n, float* y) {
   const int64_t depth = std::min(kBlock, w.k - b * kBlock);
+  if constexpr (by_code(F)) {
+    VecF sums[M][C] = {};
+    scaled_sums<F, M, C>(w, x, xsum, b, n, sums);
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < C; ++c) {
+        float* out = y + m * w.n + n + c * kLanes;
+        store(out, b == 0 ? sums[m][c] : load(out) + sums[m][c]);
+      }
+    return;
+  }
   VecF sums[M][C];
   block_sums<F, M, C>(w.codes + (b * kCodeRows<F> * w.n + n) * kWidth<F>, w.n, depth, x + b * kBlock, w.k, sums);
 #pragma GCC unroll 4
@@ -134,7 +159,10 @@ inline void add_block(const Weight& w, const float* x, const float* xsum, int64_
     for (int m = 0; m < M; ++m) {
       VecF sum = sums[m][c];
       if constexpr (!is_float(F)) sum *= scale;
-      if constexpr (is_nibbles(F)) sum += shift * xsum[m * w.blocks() + b];
+      if constexpr (is_nibbles(F)) {
+        const float* halves = xsum + (m * w.blocks() + b) * 2;
+        sum += shift * (halves[0] + halves[1]);
+      }
       float* out = y + m * w.n + n + c * kLanes;
       store(out, b == 0 ? sum : load(out) + sum);
     }
@@ -165,13 +193,13 @@ void few_rows(const Weight& w, const float* x, const float* xsum, int64_t first,
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t n = first;
     for (; n + C * kLanes <= vectors; n += C * kLanes) {
-      if (b + 1 < blocks) {
+      if (!by_code(F) && b + 1 < blocks) {
         const uint8_t* next = w.codes + ((b + 1) * kCodeRows<F> * w.n + n) * kWidth<F>;
         for (int64_t j = 0; j < kCodeRows<F>; ++j) __builtin_prefetch(next + j * w.n * kWidth<F>);
       }
       add_block<F, M, C>(w, x, xsum, b, n, y);
     }
-    if constexpr (C > 2)
+    if constexpr (C > 2 && !by_code(F))
       for (; n + 2 * kLanes <= vectors; n += 2 * kLanes) add_block<F, M, 2>(w, x, xsum, b, n, y);
     for (; n + kLanes <= vectors; n += kLanes) add_block<F, M, 1>(w, x, xsum, b, n, y);
   }
@@ -183,25 +211,28 @@ void few_rows(const Weight& w, const float* x, const float* xsum, int64_t first,
     }
 }
 
+// Rows of one pass: a few heights, since each is code of its own.
+constexpr int lower_height(Format f, int rows) {
+  return rows == 8 ? (by_code(f) ? 4 : 6) : rows == 6 ? 4 : rows == 4 ? (by_code(f) ? 2 : 3) : rows - 1;
+}
+
+// Computes the highest pass that `rows` rows fill, and returns its height.
 template <Format F, int M = kMaxRows>
-void few_rows_of(int64_t rows, const Weight& w, const float* x, const float* xsum, int64_t first, int64_t last,
-                 float* y) {
+int64_t few_rows_of(int64_t rows, const Weight& w, const float* x, const float* xsum, int64_t first, int64_t last,
+                    float* y) {
   if constexpr (M > 1) {
-    if (rows < M) return few_rows_of<F, M - 1>(rows, w, x, xsum, first, last, y);
+    if (rows < M) return few_rows_of<F, lower_height(F, M)>(rows, w, x, xsum, first, last, y);
   }
   few_rows<F, M>(w, x, xsum, first, last, y);
+  return M;
 }
 
 template <Format F>
 void columns_few(const Weight& w, const float* x, const float* xsum, int64_t M, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; n += kTile) {
     const int64_t end = std::min(last, n + kTile);
-    const int64_t passes = (M + kMaxRows - 1) / kMaxRows;
-    for (int64_t p = 0, m = 0; p < passes; ++p) {
-      const int64_t rows = (M - m + passes - p - 1) / (passes - p);  // passes of equal height
-      few_rows_of<F>(rows, w, x + m * w.k, xsum + m * w.blocks(), n, end, w.y + m * w.n);
-      m += rows;
-    }
+    for (int64_t m = 0; m < M;)
+      m += few_rows_of<F>(M - m, w, x + m * w.k, xsum + m * w.blocks() * 2, n, end, w.y + m * w.n);
   }
 }
 
@@ -216,9 +247,16 @@ void decode_strip(const Weight& w, int64_t first, float* strip) {
     const int64_t depth = std::min(kBlock, w.k - b * kBlock);
     for (int64_t c = 0; c < vectors; ++c) {
       const int64_t n = first + c * kLanes;
-      const uint8_t* codes = w.codes + (b * kCodeRows<F> * w.n + n) * kWidth<F>;
       VecF scale = {}, shift = {};
-      if constexpr (!is_float(F)) scale = from_half(w.scale + b * w.n + n);
+      if constexpr (by_code(F)) {
+        for (int64_t j = 0; j < kBlock; ++j) {
+          if (j % 16 == 0) scale_and_shift<F>(w, b, n, j / 16, scale, shift);
+          store(out + j * kStrip + c * kLanes, code_of<F>(w, b, n, j) * scale + shift);
+        }
+        continue;
+      }
+      const uint8_t* codes = w.codes + (b * kCodeRows<F> * w.n + n) * kWidth<F>;
+      if constexpr (!is_float(F) && !by_code(F)) scale = from_half(w.scale + b * w.n + n);
       if constexpr (F == kQ4_0) shift = -8.0f * scale;
       if constexpr (F == kQ4_1) shift = from_half(w.minimum + b * w.n + n);
       if constexpr (is_nibbles(F)) {
@@ -298,11 +336,13 @@ void columns_of(const Weight& w, const float* x, const float* xsum, int64_t M, i
 // ---- the call ------------------------------------------------------------------------------------------------------
 
 using Columns = void (*)(const Weight&, const float*, const float*, int64_t, int64_t, int64_t);
-constexpr Columns kColumns[kFormats] = {columns_of<kQ4_0>, columns_of<kQ4_1>, columns_of<kQ8_0>, columns_of<kF16>,
-                                        columns_of<kBF16>};
+constexpr Columns kColumns[kFormats] = {
+    columns_of<kQ4_0>, columns_of<kQ4_1>, columns_of<kQ8_0>, columns_of<kF16>,   columns_of<kBF16>,
+    columns_of<kQ5_0>, columns_of<kQ5_1>, columns_of<kQ2K>,  columns_of<kQ3K>,   columns_of<kQ4K>,
+    columns_of<kQ5K>,  columns_of<kQ6K>,  columns_of<kIQ4NL>, columns_of<kIQ4XS>};
 
-// Products of one x with several weights in one call: operands x [M, K], then for each weight codes, scale and minimum
-// as its format has them; results y [M, N] in the same order.
+// Products of one x with several weights in one call: operands x [M, K], then for each weight codes, scale, minimum,
+// scales and high, those that its format has; results y [M, N] in the same order.
 ffi::Error PackedMatmul(ffi::Buffer<ffi::F32> x, ffi::RemainingArgs fields, ffi::RemainingRets results,
                         ffi::Span<const int64_t> formats) {
   const auto dims = x.dimensions();
@@ -312,25 +352,33 @@ ffi::Error PackedMatmul(ffi::Buffer<ffi::F32> x, ffi::RemainingArgs fields, ffi:
   size_t at = 0;
   for (size_t i = 0; i < formats.size(); ++i) {
     const int64_t f = formats[i];
-    const size_t count = f == kQ4_1 ? 3 : f == kQ4_0 || f == kQ8_0 ? 2 : 1;
-    if (f < 0 || f >= kFormats || at + count > fields.size() || i >= results.size())
+    if (f < 0 || f >= kFormats || i >= results.size())
       return ffi::Error::InvalidArgument("packed_matmul: operands do not fit the formats");
-    Weight w{static_cast<Format>(f), K, 0, nullptr, nullptr, nullptr, nullptr};
-    const auto codes = fields.get<ffi::AnyBuffer>(at);
+    const Layout layout = kLayouts[f];
+    Weight w{static_cast<Format>(f), K};
     auto y = results.get<ffi::AnyBuffer>(i);
-    if (!codes.has_value() || !y.has_value()) return ffi::Error::InvalidArgument("packed_matmul: missing operand");
-    w.codes = static_cast<const uint8_t*>(codes->untyped_data());
-    w.n = codes->dimensions().back();
+    if (!y.has_value()) return ffi::Error::InvalidArgument("packed_matmul: missing result");
+    w.n = (*y)->dimensions().back();
     w.y = static_cast<float*>((*y)->untyped_data());
     if (static_cast<int64_t>((*y)->element_count()) != M * w.n)
       return ffi::Error::InvalidArgument("packed_matmul: a result is not [M, N]");
-    const int64_t stored = is_nibbles(w.format) ? K / 2 : K;
-    if (static_cast<int64_t>(codes->element_count()) != stored * w.n || (!is_float(w.format) && K % kBlock != 0))
-      return ffi::Error::InvalidArgument("packed_matmul: codes do not hold K * N weights");
-    if (count > 1) w.scale = static_cast<const uint16_t*>(fields.get<ffi::AnyBuffer>(at + 1)->untyped_data());
-    if (count > 2) w.minimum = static_cast<const uint16_t*>(fields.get<ffi::AnyBuffer>(at + 2)->untyped_data());
+    if (K % layout.block != 0 || (by_code(w.format) && w.n % kLanes != 0))
+      return ffi::Error::InvalidArgument("packed_matmul: K or N is not a multiple that the format needs");
+    const int64_t bytes[] = {layout.codes, layout.scale, layout.minimum, layout.scales, layout.high};
+    const void* data[5] = {};
+    for (int part = 0; part < 5; ++part) {
+      if (bytes[part] == 0) continue;
+      const auto field = fields.get<ffi::AnyBuffer>(at++);
+      if (!field.has_value() || static_cast<int64_t>(field->size_bytes()) != K / layout.block * bytes[part] * w.n)
+        return ffi::Error::InvalidArgument("packed_matmul: a field does not hold K * N weights");
+      data[part] = field->untyped_data();
+    }
+    w.codes = static_cast<const uint8_t*>(data[0]);
+    w.scale = static_cast<const uint16_t*>(data[1]);
+    w.minimum = static_cast<const uint16_t*>(data[2]);
+    w.scales = static_cast<const uint8_t*>(data[3]);
+    w.high = static_cast<const uint8_t*>(data[4]);
     weights.push_back(w);
-    at += count;
   }
   if (M == 0) return ffi::Error::Success();
   const float* input = x.typed_data();
@@ -338,12 +386,12 @@ ffi::Error PackedMatmul(ffi::Buffer<ffi::F32> x, ffi::RemainingArgs fields, ffi:
   thread_local std::vector<float> xsum;
   const int64_t blocks = (K + kBlock - 1) / kBlock;
   if (M <= kFewRows) {
-    xsum.resize(M * blocks);
+    xsum.resize(M * blocks * 2);
     for (int64_t m = 0; m < M; ++m)
-      for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t half = 0; half < blocks * 2; ++half) {
         float sum = 0;
-        for (int64_t k = b * kBlock; k < std::min(K, (b + 1) * kBlock); ++k) sum += input[m * K + k];
-        xsum[m * blocks + b] = sum;
+        for (int64_t k = half * 16; k < std::min(K, (half + 1) * 16); ++k) sum += input[m * K + k];
+        xsum[m * blocks * 2 + half] = sum;
       }
   }
   const float* sums = xsum.data();

@@ -116,4 +116,15 @@ inline VecF high_nibble(VecI v) {
 #endif
 }
 
+// table[the low four bits of each lane]
+inline VecF pick16(VecI v, const float* table) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(v), _mm512_loadu_ps(table)));
+#else
+  VecF picked;
+  for (int i = 0; i < kLanes; ++i) picked[i] = table[v[i] & 15];
+  return picked;
+#endif
+}
+
 }  // namespace tc
