@@ -147,25 +147,26 @@ def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
         return jax.lax.scan(add_weights, jnp.zeros((rows, n)), (x.T, w.fields), unroll=unroll)[0]
 
     affine = spec.affine
-    stored = w.fields[affine.codes].shape[-2]  # rows of codes in a block
-    parts = spec.block // stored  # weights in a code
+
+    def add_code(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        xs, codes = row  # [rows], [n]
+        return total + xs[:, None] * codes.astype(jnp.float32)[None, :], None
+
+    def add_sub(acc: jax.Array, step: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        xs, codes, scale, *shift = step  # [sub, rows], [sub, n], [n]
+        total = jax.lax.scan(add_code, jnp.zeros((rows, n)), (xs, codes), unroll=unroll)[0]
+        acc = acc + total * scale[None, :]
+        return (acc + xs.sum(0)[:, None] * shift[0][None, :] if shift else acc), None
 
     def add_block(acc: jax.Array, step: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-        xb, fields = step  # [stored, parts, rows], fields of one block
+        xb, fields = step  # [block, rows], the fields of one block
+        scale = affine.scale(fields)
+        subs = scale.shape[0]
+        shift = () if affine.shift is None else (affine.shift(fields),)
+        codes = affine.codes(fields).reshape(subs, -1, n)
+        return jax.lax.scan(add_sub, acc, (xb.reshape(subs, -1, rows), codes, scale, *shift))[0], None
 
-        def add_codes(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            xs, codes = row
-            for p, values in enumerate(affine.split(codes)):
-                total = total + xs[p][:, None] * values[None, :]
-            return total, None
-
-        total = jax.lax.scan(add_codes, jnp.zeros((rows, n)), (xb, fields[affine.codes]), unroll=unroll)[0]
-        acc = acc + total * affine.scale(fields)[None, :]
-        if affine.shift is not None:
-            acc = acc + xb.sum((0, 1))[:, None] * affine.shift(fields)[None, :]
-        return acc, None
-
-    blocks = x.T.reshape(k // spec.block, parts, stored, rows).swapaxes(1, 2)
+    blocks = x.T.reshape(k // spec.block, spec.block, rows)
     return jax.lax.scan(add_block, jnp.zeros((rows, n)), (blocks, w.fields))[0]
 
 

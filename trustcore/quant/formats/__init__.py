@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trustcore.errors import QuantizationError
+from trustcore.quant.formats.block_floats import BLOCK_FLOATS
+from trustcore.quant.formats.iq import IQ
+from trustcore.quant.formats.k_quants import K_QUANTS
 from trustcore.quant.formats.layout import Affine, Field, Fields, Format, decode_matrix
 from trustcore.quant.formats.plain import PLAIN
+from trustcore.quant.formats.ternary import TERNARY
 
 __all__ = ["FORMATS", "Affine", "Field", "Fields", "Format", "decode_matrix", "get_format"]
 
-FORMATS: Mapping[str, Format] = {f.name: f for f in (*PLAIN,)}
+FORMATS: Mapping[str, Format] = {f.name: f for f in (*PLAIN, *K_QUANTS, *IQ, *TERNARY, *BLOCK_FLOATS)}
 
 
 def get_format(name: str) -> Format:

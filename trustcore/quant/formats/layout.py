@@ -50,28 +50,32 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """The shape of most formats: `w = scale * code + shift`, one scale and shift a block.
+    """The shape of almost every format: small integers under a scale and a shift for each run of weights.
 
-    Products use it to sum codes first and scale the sum once a block.
+        w[s * sub + j] = scale[s] * code[s * sub + j] + shift[s]        sub = block / subs
+
+    Products use it to sum `x * code` over a sub-block first and scale the sum once.
 
     Args:
-        codes: name of the field that holds the codes, `[..., K / block, rows, N]`.
-        split: stored codes `[...]` to the float values they hold, in order: value p of stored row j belongs to weight
-            `j + p * rows` of its block.
-        scale: fields to float32 `[..., K / block, N]`.
+        codes: fields to int8 or uint8 `[..., K / block, block, N]`, in the order of the weights.
+        scale: fields to float32 `[..., K / block, subs, N]`; `subs` is 1 where the whole block shares one.
         shift: the same, or None where it is zero.
     """
 
-    codes: str
-    split: Callable[[jax.Array], tuple[jax.Array, ...]]
+    codes: Callable[[Fields], jax.Array]
     scale: Callable[[Fields], jax.Array]
     shift: Callable[[Fields], jax.Array] | None = None
 
     def decode(self, fields: Fields) -> jax.Array:
         """Returns float32 `[..., K / block, block, N]`."""
-        values = jnp.concatenate(self.split(fields[self.codes]), axis=-2)
-        decoded = values * self.scale(fields)[..., None, :]
-        return decoded if self.shift is None else decoded + self.shift(fields)[..., None, :]
+        codes = self.codes(fields)
+        # Behind a barrier, or XLA computes a sub-block's scale anew for each of its weights: with it, K-quants decode
+        # 1.2 to 2 times as fast (jax 0.12, CPU, 2026-11; jax 0.10 drops the barrier before it fuses).
+        scale = jax.lax.optimization_barrier(self.scale(fields))
+        decoded = codes.astype(jnp.float32).reshape(*scale.shape[:-1], -1, scale.shape[-1]) * scale[..., None, :]
+        if self.shift is not None:
+            decoded = decoded + jax.lax.optimization_barrier(self.shift(fields))[..., None, :]
+        return decoded.reshape(codes.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,11 @@ class Format:
     fields: tuple[Field, ...]
     decode: Callable[[Fields], jax.Array]
     affine: Affine | None = None
+
+    @classmethod
+    def of_affine(cls, name: str, block: int, fields: tuple[Field, ...], affine: Affine) -> Format:
+        """Returns the format that decodes as `affine` says."""
+        return cls(name, block, fields, affine.decode, affine)
 
     @property
     def bytes_per_block(self) -> int:
