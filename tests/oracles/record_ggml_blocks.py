@@ -24,9 +24,10 @@ import llama_cpp
 import numpy as np
 
 NAMES = (
-    "q1_0 q4_0 q4_1 q5_0 q5_1 q8_0 q2_K q3_K q4_K q5_K q6_K q8_K iq4_nl iq4_xs iq3_xxs iq3_s iq2_xxs iq2_xs iq2_s "
-    "iq1_s iq1_m tq1_0 tq2_0 mxfp4 nvfp4"
-).split()  # noqa: SIM905 (names read better as words)
+    *("q1_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_K"),
+    *("iq4_nl", "iq4_xs", "iq3_xxs", "iq3_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m"),
+    *("tq1_0", "tq2_0", "mxfp4", "nvfp4"),
+)
 WEIGHTS = 256
 
 
@@ -45,7 +46,9 @@ def main() -> None:
         while not np.isfinite(decoded).all():
             blocks = rng.integers(0, 256, WEIGHTS // block * size, dtype=np.uint8)
             decode = getattr(ggml, f"dequantize_row_{name}")
-            decode(blocks.ctypes.data_as(ctypes.c_void_p), decoded.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(WEIGHTS))
+            decode(
+                blocks.ctypes.data_as(ctypes.c_void_p), decoded.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(WEIGHTS)
+            )
         formats[name.lower()] = {
             "blocks": blocks.tobytes().hex(),
             "decoded": base64.b64encode(decoded.astype("<f4").tobytes()).decode(),

@@ -9,9 +9,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from trustcore.quant import FORMATS, get_format
-
-SCALES = (np.float16, np.float32)
+from trustcore.quant import get_format
 
 
 def blocks_of(name: str, k: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +27,7 @@ def blocks_of(name: str, k: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.
         return raw, decoded(name, raw)
     blocks = rng.integers(0, 256, (n, k // spec.block, spec.bytes_per_block), dtype=np.uint8)
     for field in spec.fields:
-        if field.dtype in SCALES:
+        if field.dtype.kind == "f":
             sizes = rng.standard_normal((n, k // spec.block, field.rows or 1)) * 0.1
             blocks[..., field.offset : field.offset + field.nbytes] = sizes.astype(field.dtype).view(np.uint8)
     if name == "iq1_m":  # its half-precision number is four bits of each word; the last has the exponent's upper bits
@@ -56,5 +54,5 @@ def decoded(name: str, raw: np.ndarray) -> np.ndarray:
 
 def a_few_blocks(name: str, least: int = 1) -> int:
     """Returns the smallest K of at least `least` weights that is a multiple of the format's block."""
-    block = FORMATS[name].block
+    block = get_format(name).block
     return -(-least // block) * block
