@@ -23,16 +23,17 @@ import numpy as np
 from trustcore.quant.encode.encoder import Encoded, Encoder, fold
 from trustcore.quant.encode.search import (
     HALF_MAX,
-    Grid,
     affine_codes,
+    affine_grids,
     better,
+    count_of,
     half,
     inverse,
-    over_rows,
     power_of_two,
     search_affine,
     search_symmetric,
     symmetric_codes,
+    symmetric_grids,
     total,
 )
 
@@ -44,22 +45,22 @@ _NEIGHBOURS = (-1.0, 0.0, 1.0)
 
 
 def _affine(
-    x: jax.Array, weight: jax.Array | None, *, sub: int, levels: int, top: int, grids: tuple[Grid, Grid]
+    x: jax.Array, weight: jax.Array | None, search: bool, *, sub: int, levels: int, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns codes `[..., subs, sub, N]`, s and m `[..., subs, N]`, scale and minimum `[..., 1, N]`.
+    """Returns codes `[sub, subs, M]`, s and m `[subs, M]`, scale and minimum `[1, M]`.
 
     Args:
-        x: `[..., 256, N]`.
-        weight: `[..., 256, 1]` or None.
+        x: `[256, M]`.
+        weight: as in `Encoder`.
+        search: as in `Encoder`.
         sub: weights in a sub-block.
         levels: the largest code.
         top: the largest s and m.
-        grids: of the search in the sub-blocks, without and with an importance.
     """
-    unit = power_of_two(x)  # [..., 1, N]
-    side = jnp.where(jnp.min(x, axis=-2, keepdims=True) >= 0, 1.0, -1.0)  # [..., 1, N]: the sign of -minimum
-    x, weight = _parted(x / unit, sub), _parted(weight, sub)
-    count = total(weight, jnp.ones_like(x))
+    unit = power_of_two(x)[None]  # [1, M]
+    side = jnp.where(jnp.min(x, axis=0, keepdims=True) >= 0, 1.0, -1.0)  # the sign of -minimum
+    x, weight = _parted(x / unit, sub), None if weight is None else _parted(weight, sub)
+    count = count_of(weight, x)
     sum_x = total(weight, x)
 
     def stored(scale: jax.Array) -> jax.Array:
@@ -69,9 +70,9 @@ def _affine(
         return affine_codes(x, scale * s, -minimum * m, levels)
 
     def error(codes: jax.Array, scale: jax.Array, s: jax.Array, minimum: jax.Array, m: jax.Array) -> jax.Array:
-        return total(weight, (x - over_rows(scale * s) * codes + over_rows(minimum * m)) ** 2)
+        return total(weight, (x - (scale * s)[None] * codes + (minimum * m)[None]) ** 2)
 
-    scales, shifts = search_affine(x, weight, levels, grids[weight is not None], side=side)
+    scales, shifts = search_affine(x, weight, levels, affine_grids(levels).choose(weight, search), side=side)
     codes = affine_codes(x, scales, shifts, levels)
     scale = stored(_scale_of_scales(scales, total(weight, codes * codes), 0, top))
     minimum = -side * stored(_scale_of_scales(jnp.abs(shifts), count, 0, top))
@@ -108,19 +109,19 @@ def _affine(
 
 
 def _symmetric(
-    x: jax.Array, weight: jax.Array | None, *, reach: int, top: int, grids: tuple[Grid, Grid]
+    x: jax.Array, weight: jax.Array | None, search: bool, *, reach: int, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns codes `[..., 16, 16, N]` from -reach to reach - 1, s `[..., 16, N]` from -top to top - 1, scale.
+    """Returns codes `[16, 16, M]` from -reach to reach - 1, s `[16, M]` from -top to top - 1, scale `[1, M]`.
 
     Args:
-        x: `[..., 256, N]`.
-        weight: `[..., 256, 1]` or None.
+        x: `[256, M]`.
+        weight: as in `Encoder`.
+        search: as in `Encoder`.
         reach: of the codes.
         top: of the scales.
-        grids: of the search in the sub-blocks, without and with an importance.
     """
-    unit = power_of_two(x)
-    x, weight = _parted(x / unit, 16), _parted(weight, 16)
+    unit = power_of_two(x)[None]  # [1, M]
+    x, weight = _parted(x / unit, 16), None if weight is None else _parted(weight, 16)
 
     def stored(scale: jax.Array) -> jax.Array:
         return half(scale * unit) / unit
@@ -129,9 +130,9 @@ def _symmetric(
         return symmetric_codes(x, scale * s, -reach, reach - 1)
 
     def error(scale: jax.Array, s: jax.Array) -> jax.Array:
-        return total(weight, (x - over_rows(scale * s) * codes_under(scale, s)) ** 2)
+        return total(weight, (x - (scale * s)[None] * codes_under(scale, s)) ** 2)
 
-    scales = search_symmetric(x, weight, -reach, reach - 1, grids[weight is not None])
+    scales = search_symmetric(x, weight, -reach, reach - 1, symmetric_grids(reach).choose(weight, search))
     codes = symmetric_codes(x, scales, -reach, reach - 1)
     scale = stored(_scale_of_scales(scales, total(weight, codes * codes), -top, top - 1))
     s = _nearest(scales, scale, -top, top - 1)
@@ -152,17 +153,14 @@ def _symmetric(
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _parted(values: jax.Array | None, sub: int) -> jax.Array | None:
-    """Returns `[..., 256, N]` as `[..., 256 / sub, sub, N]`."""
-    if values is None:
-        return None
-    *lead, rows, n = values.shape
-    return values.reshape(*lead, rows // sub, sub, n)
+def _parted(values: jax.Array, sub: int) -> jax.Array:
+    """Returns `[256, M]` as `[sub, subs, M]`: the rows of the sub-blocks first."""
+    return values.reshape(-1, sub, values.shape[-1]).swapaxes(0, 1)
 
 
 def _over_subs(values: jax.Array) -> jax.Array:
-    """Returns the sum over the sub-blocks of a block: `[..., subs, N]` to `[..., 1, N]`."""
-    return jnp.sum(values, axis=-2, keepdims=True)
+    """Returns the sum over the sub-blocks of a block: `[subs, M]` to `[1, M]`."""
+    return jnp.sum(values, axis=0, keepdims=True)
 
 
 def _nearest(values: jax.Array, unit: jax.Array, low: int, high: int) -> jax.Array:
@@ -170,12 +168,12 @@ def _nearest(values: jax.Array, unit: jax.Array, low: int, high: int) -> jax.Arr
 
 
 def _scale_of_scales(values: jax.Array, weight: jax.Array, low: int, high: int) -> jax.Array:
-    """Returns the unit `[..., 1, N]` whose multiples from low to high come closest to values `[..., subs, N]`.
+    """Returns the unit `[1, M]` whose multiples from low to high come closest to values `[subs, M]`.
 
     The value of largest magnitude lands on the far end, or up to a quarter short of it: coarser steps may suit the
     others better.
     """
-    largest, smallest = jnp.max(values, axis=-2, keepdims=True), jnp.min(values, axis=-2, keepdims=True)
+    largest, smallest = jnp.max(values, axis=0, keepdims=True), jnp.min(values, axis=0, keepdims=True)
     extreme = jnp.where(largest >= -smallest, largest, smallest)
     end = float(max(high, -low, key=abs)) if low == 0 else float(low)
     places = jnp.asarray(np.linspace(end, 0.76 * end, 8), jnp.float32)
@@ -192,26 +190,26 @@ def _scale_of_scales(values: jax.Array, weight: jax.Array, low: int, high: int) 
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 
-def _q2_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
-    codes, s, m, scale, minimum = _affine(x, weight, sub=16, levels=3, top=15, grids=_Q2_GRIDS)
+def _q2_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    codes, s, m, scale, minimum = _affine(x, weight, search, sub=16, levels=3, top=15)
     scales = s.astype(jnp.uint8) | m.astype(jnp.uint8) << jnp.uint8(4)
     return {"scales": scales, "codes": fold(_joined(codes), 2, chunk=32), **_halves(scale=scale, minimum=minimum)}
 
 
-def _q3_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
-    codes, s, scale = _symmetric(x, weight, reach=4, top=32, grids=_Q3_GRIDS)
+def _q3_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    codes, s, scale = _symmetric(x, weight, search, reach=4, top=32)
     codes, s = _joined(codes + 4), (s + 32).astype(jnp.uint8)
     low, high = fold(s & jnp.uint8(15), 4, chunk=8), fold(s >> jnp.uint8(4), 2, chunk=4)
     return {
         "high": fold(codes >> jnp.uint8(2), 1, chunk=32),
         "codes": fold(codes & jnp.uint8(3), 2, chunk=32),
-        "scales": jnp.concatenate([low, high], axis=-2),
+        "scales": jnp.concatenate([low, high], axis=0),
         **_halves(scale=scale),
     }
 
 
-def _q4_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
-    codes, s, m, scale, minimum = _affine(x, weight, sub=32, levels=15, top=63, grids=_Q4_GRIDS)
+def _q4_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    codes, s, m, scale, minimum = _affine(x, weight, search, sub=32, levels=15, top=63)
     return {
         **_halves(scale=scale, minimum=minimum),
         "scales": _six_bits(s, m),
@@ -219,8 +217,8 @@ def _q4_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
     }
 
 
-def _q5_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
-    codes, s, m, scale, minimum = _affine(x, weight, sub=32, levels=31, top=63, grids=_Q5_GRIDS)
+def _q5_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    codes, s, m, scale, minimum = _affine(x, weight, search, sub=32, levels=31, top=63)
     codes = _joined(codes)
     return {
         **_halves(scale=scale, minimum=minimum),
@@ -230,8 +228,8 @@ def _q5_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
     }
 
 
-def _q6_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
-    codes, s, scale = _symmetric(x, weight, reach=32, top=128, grids=_Q6_GRIDS)
+def _q6_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    codes, s, scale = _symmetric(x, weight, search, reach=32, top=128)
     codes = _joined(codes + 32)
     return {
         "codes": fold(codes & jnp.uint8(15), 4, chunk=64),
@@ -242,13 +240,12 @@ def _q6_k(x: jax.Array, weight: jax.Array | None) -> Encoded:
 
 
 def _joined(codes: jax.Array) -> jax.Array:
-    """Returns uint8 `[..., 256, N]` of codes in sub-blocks."""
-    *lead, subs, sub, n = codes.shape
-    return codes.astype(jnp.uint8).reshape(*lead, subs * sub, n)
+    """Returns uint8 `[256, M]` of codes in sub-blocks `[sub, subs, M]`."""
+    return codes.astype(jnp.uint8).swapaxes(0, 1).reshape(BLOCK, -1)
 
 
 def _halves(**scales: jax.Array) -> Encoded:
-    return {name: scale[..., 0, :].astype(jnp.float16) for name, scale in scales.items()}
+    return {name: scale[0].astype(jnp.float16) for name, scale in scales.items()}
 
 
 def _six_bits(s: jax.Array, m: jax.Array) -> jax.Array:
@@ -256,30 +253,11 @@ def _six_bits(s: jax.Array, m: jax.Array) -> jax.Array:
     s, m = s.astype(jnp.uint8), m.astype(jnp.uint8)
 
     def under(codes: jax.Array) -> jax.Array:
-        return codes[..., :4, :] | (codes[..., 4:, :] >> jnp.uint8(4)) << jnp.uint8(6)
+        return codes[:4] | (codes[4:] >> jnp.uint8(4)) << jnp.uint8(6)
 
-    last = (s[..., 4:, :] & jnp.uint8(15)) | (m[..., 4:, :] & jnp.uint8(15)) << jnp.uint8(4)
-    return jnp.concatenate([under(s), under(m), last], axis=-2)
+    last = (s[4:] & jnp.uint8(15)) | (m[4:] & jnp.uint8(15)) << jnp.uint8(4)
+    return jnp.concatenate([under(s), under(m), last], axis=0)
 
-
-def _affine_grids(levels: int) -> tuple[Grid, Grid]:
-    plain = [(levels + span, below) for below in (0.0, 0.5) for span in np.linspace(-0.5, 2.5, 8)]
-    wide = [(levels + span, below) for below in (0.0, 0.5, 1.0, 1.5) for span in np.linspace(-0.5, 3.5, 9)]
-    return Grid(tuple(plain), 1), Grid(tuple(wide), 2)
-
-
-def _symmetric_grids(reach: int, near: float) -> tuple[Grid, Grid]:
-    wide = (*-np.linspace(0.6 * reach, reach + 1.2, 16), *np.linspace(0.6 * reach, reach, 12))
-    return Grid(tuple(-np.linspace(near, reach + 0.9, 8))), Grid(wide, 1)
-
-
-_Q2_GRIDS = (
-    Grid(tuple((3 + span, below) for below in (0.0, 0.3) for span in np.linspace(-1.2, 0.9, 8)), 1),
-    Grid(tuple((3 + span, below) for below in (0.0, 0.4, -0.3) for span in np.linspace(-1.5, 1.5, 10)), 2),
-)
-_Q3_GRIDS = _symmetric_grids(4, 3.0)
-_Q4_GRIDS, _Q5_GRIDS = _affine_grids(15), _affine_grids(31)
-_Q6_GRIDS = _symmetric_grids(32, 27.2)
 
 K_QUANTS: dict[str, Encoder] = {
     "q2_k": Encoder(_q2_k, 15 * HALF_MAX),

@@ -16,57 +16,40 @@ from trustcore.quant.encode.encoder import Encoded, Encoder, fold
 from trustcore.quant.encode.search import (
     HALF_MAX,
     Grid,
+    Grids,
     affine_codes,
+    affine_grids,
     half,
-    over_rows,
     power_of_two,
     search_affine,
     search_symmetric,
     symmetric_codes,
+    symmetric_grids,
 )
 
 
-def symmetric_grids(reach: int) -> tuple[Grid, Grid]:
-    """Returns the grids without and with an importance, for codes from `-reach` to `reach - 1`.
-
-    Negative places use the one code more that the negative side has; with an importance, which may ignore the largest
-    weight, both signs and stronger clipping pay.
-    """
-    plain = Grid(tuple(-np.linspace(0.85 * reach, reach + 0.9, 8)))
-    wide = (*-np.linspace(0.6 * reach, reach + 1.5, 16), *np.linspace(0.6 * reach, reach + 0.5, 12))
-    return plain, Grid(wide, 1)
-
-
-def affine_grids(levels: int) -> tuple[Grid, Grid]:
-    """Returns the grids without and with an importance, for codes from 0 to `levels`."""
-    plain = [(levels + span, below) for below in (0.0, 0.5) for span in np.linspace(-0.5, 2.5, 8)]
-    wide = [(levels + span, below) for below in (0.0, 0.5, 1.0, 1.5) for span in np.linspace(-0.5, 3.5, 9)]
-    return Grid(tuple(plain), 1), Grid(tuple(wide), 1)
-
-
-def _symmetric(bits: int, pack: Callable[[jax.Array], Encoded], grids: tuple[Grid, Grid]) -> Callable[..., Encoded]:
+def _symmetric(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Callable[..., Encoded]:
     high = (1 << (bits - 1)) - 1
     low = -high - 1 if bits < 8 else -high  # no encoder writes -128, so no reader is known to take it
 
-    def encode(x: jax.Array, weight: jax.Array | None) -> Encoded:
+    def encode(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
         unit = power_of_two(x)
-        scale = search_symmetric(x / unit, weight, low, high, grids[weight is not None])
-        scale = half(scale * unit[..., 0, :])
-        codes = symmetric_codes(x / unit, scale / unit[..., 0, :], low, high)
-        return {"scale": scale.astype(jnp.float16), **pack(codes)}
+        x = x / unit[None]
+        scale = half(search_symmetric(x, weight, low, high, grids.choose(weight, search)) * unit)
+        return {"scale": scale.astype(jnp.float16), **pack(symmetric_codes(x, scale / unit, low, high))}
 
     return encode
 
 
-def _affine(bits: int, pack: Callable[[jax.Array], Encoded], grids: tuple[Grid, Grid]) -> Callable[..., Encoded]:
+def _affine(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Callable[..., Encoded]:
     levels = (1 << bits) - 1
 
-    def encode(x: jax.Array, weight: jax.Array | None) -> Encoded:
+    def encode(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
         unit = power_of_two(x)
-        scale, shift = search_affine(x / unit, weight, levels, grids[weight is not None])
-        unit = unit[..., 0, :]
+        x = x / unit[None]
+        scale, shift = search_affine(x, weight, levels, grids.choose(weight, search))
         scale, minimum = half(scale * unit), (shift * unit).astype(jnp.float16)
-        codes = affine_codes(x / over_rows(unit), scale / unit, minimum.astype(jnp.float32) / unit, levels)
+        codes = affine_codes(x, scale / unit, minimum.astype(jnp.float32) / unit, levels)
         return {"scale": scale.astype(jnp.float16), "minimum": minimum, **pack(codes)}
 
     return encode
@@ -84,19 +67,19 @@ def _nibbles_and_high_bits(offset: int) -> Callable[[jax.Array], Encoded]:
     return pack
 
 
-def _f16(x: jax.Array, weight: jax.Array | None) -> Encoded:
-    return {"values": x[..., 0, :].astype(jnp.float16)}
+def _f16(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    return {"values": x[0].astype(jnp.float16)}
 
 
-def _bf16(x: jax.Array, weight: jax.Array | None) -> Encoded:
+def _bf16(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     """Rounds to nearest, ties to even, by bits: XLA's CPU compiler converts bfloat16 far slower than it adds."""
-    bits = jax.lax.bitcast_convert_type(x[..., 0, :], jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x[0], jnp.uint32)
     even = (bits >> jnp.uint32(16)) & jnp.uint32(1)
     bits = (bits + jnp.uint32(0x7FFF) + even) >> jnp.uint32(16)
     return {"values": jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)}
 
 
-_Q8_0 = (Grid((127.0,)), Grid(tuple(np.linspace(124.5, 128.5, 9)), 1))
+_Q8_0 = Grids(Grid((127.0,)), Grid((127.0,)), Grid(tuple(np.linspace(124.5, 128.5, 9)), 1))
 
 PLAIN: dict[str, Encoder] = {
     "f16": Encoder(_f16, 65519.996),  # the largest float32 that does not round to infinity

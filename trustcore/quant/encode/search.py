@@ -10,9 +10,10 @@ search tries a list of candidates: each lays the codes' grid over the block in o
 that fits those codes best. The candidate with the smallest error wins, and a few rounds of re-rounding and re-fitting
 follow.
 
-Everything is vectorized: blocks lie along axis -2 (rows), all other axes are independent. Sums run in float32, so the
-caller brings blocks of size about one (`power_of_two`), or squares of tiny weights would vanish. `weight` has the rank
-of x with size 1 where it is shared, or is None for all ones.
+The rows of a block lie along axis 0 and all other axes are independent: `[R, ..., N]`. A sum then adds whole rows,
+which XLA's CPU compiler turns into vector code; summed along an inner axis the same program ran 8 times slower. Sums
+are in float32, so the caller brings blocks of size about one (`power_of_two`), or squares of tiny weights would vanish.
+`weight` has the rank of x with size 1 where it is shared, or is None for all ones.
 """
 
 from __future__ import annotations
@@ -42,14 +43,54 @@ class Grid(NamedTuple):
     refits: int = 0
 
 
+class Grids(NamedTuple):
+    """The grids of a format: `full` for its codes' full range alone, `even` and `uneven` without and with weights."""
+
+    full: Grid
+    even: Grid
+    uneven: Grid
+
+    def choose(self, weight: jax.Array | None, search: bool) -> Grid:
+        """Returns the grid for these weights."""
+        if not search:
+            return self.full
+        return self.even if weight is None else self.uneven
+
+
+def symmetric_grids(reach: int) -> Grids:
+    """Returns the grids for codes from `-reach` to `reach - 1`.
+
+    Negative places use the one code more that the negative side has. With weights, which may care little for the
+    largest value, both signs and stronger clipping pay: over 0.6 to 1.2 of the range the error was 3 to 5% smaller than
+    over 0.85 to 1.1, by q4_0 on lognormal weights.
+    """
+    even = -np.linspace(0.85 * reach, reach + 0.9, 8)
+    uneven = (*-np.linspace(0.6 * reach, reach + 1.5, 16), *np.linspace(0.6 * reach, reach + 0.5, 12))
+    return Grids(Grid((-float(reach),)), Grid(tuple(even)), Grid(uneven, 1))
+
+
+def affine_grids(levels: int) -> Grids:
+    """Returns the grids for codes from 0 to `levels`.
+
+    Spans a little past the levels, once with both ends clipped alike and once with one, gain 20% over the full range.
+    """
+    spans = (-0.5, 2.5) if levels > 3 else (-1.2, 0.9)
+    below = (0.0, 0.5) if levels > 3 else (0.0, 0.3)
+    even = [(levels + span, b) for b in below for span in np.linspace(*spans, 8)]
+    spans = (-0.5, 3.5) if levels > 3 else (-1.5, 1.5)
+    below = (0.0, 0.5, 1.0, 1.5) if levels > 3 else (-0.3, 0.0, 0.4)
+    uneven = [(levels + span, b) for b in below for span in np.linspace(*spans, 9)]
+    return Grids(Grid(((float(levels), 0.0),)), Grid(tuple(even), 1), Grid(tuple(uneven), 2))
+
+
 def total(weight: jax.Array | None, values: jax.Array) -> jax.Array:
-    """Returns `sum_k weight[k] * values[k]` over the rows of each block: `[..., R, N]` to `[..., N]`."""
-    return jnp.sum(values if weight is None else values * weight, axis=-2)
+    """Returns `sum_k weight[k] * values[k]` over the rows of each block: `[R, ...]` to `[...]`."""
+    return jnp.sum(values if weight is None else values * weight, axis=0)
 
 
-def over_rows(values: jax.Array) -> jax.Array:
-    """Returns per-block numbers `[..., N]` as `[..., 1, N]`, to stand beside the rows of their blocks."""
-    return values[..., None, :]
+def count_of(weight: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Returns `sum_k weight[k]`, in the shape of `x[0]`."""
+    return jnp.broadcast_to(jnp.float32(x.shape[0]) if weight is None else jnp.sum(weight, axis=0), x.shape[1:])
 
 
 def inverse(values: jax.Array) -> jax.Array:
@@ -59,11 +100,11 @@ def inverse(values: jax.Array) -> jax.Array:
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
-    """Returns the power of two at or below the largest magnitude of each block, `[..., R, N]` to `[..., 1, N]`.
+    """Returns the power of two at or below the largest magnitude of each block: `[R, ...]` to `[...]`.
 
     Dividing by it is exact. It is kept within 2**-100 and 2**100; a block of zeros gets 2**-100.
     """
-    largest = jnp.clip(jnp.max(jnp.abs(x), axis=-2, keepdims=True), 2.0**-100, 2.0**100)
+    largest = jnp.clip(jnp.max(jnp.abs(x), axis=0), 2.0**-100, 2.0**100)
     bits = jax.lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -78,26 +119,26 @@ def half(scale: jax.Array) -> jax.Array:
 
 
 def symmetric_codes(x: jax.Array, scale: jax.Array, low: int, high: int) -> jax.Array:
-    """Returns the nearest codes, float32 `[..., R, N]`; 0 where the scale is 0."""
-    return jnp.clip(jnp.round(x * over_rows(inverse(scale))), low, high)
+    """Returns the nearest codes, float32, as x; 0 where the scale is 0."""
+    return jnp.clip(jnp.round(x * inverse(scale)[None]), low, high)
 
 
 def affine_codes(x: jax.Array, scale: jax.Array, shift: jax.Array, levels: int) -> jax.Array:
-    """Returns the nearest codes, float32 `[..., R, N]`; 0 where the scale is 0."""
-    return jnp.clip(jnp.round((x - over_rows(shift)) * over_rows(inverse(scale))), 0, levels)
+    """Returns the nearest codes, float32, as x; 0 where the scale is 0."""
+    return jnp.clip(jnp.round((x - shift[None]) * inverse(scale)[None]), 0, levels)
 
 
 def search_symmetric(x: jax.Array, weight: jax.Array | None, low: int, high: int, grid: Grid) -> jax.Array:
-    """Returns the scale of each block, float32 `[..., N]`, of either sign; 0 for a block of zeros.
+    """Returns the scale of each block, float32 `[...]`, of either sign; 0 for a block of zeros.
 
     Args:
-        x: blocks `[..., R, N]` of size about one.
+        x: blocks `[R, ...]` of size about one.
         weight: of each row in the error.
         low: the smallest code.
         high: the largest.
         grid: what to try.
     """
-    largest, smallest = jnp.max(x, axis=-2), jnp.min(x, axis=-2)
+    largest, smallest = jnp.max(x, axis=0), jnp.min(x, axis=0)
     unit = inverse(jnp.where(largest >= -smallest, largest, smallest))
 
     def fit(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +147,7 @@ def search_symmetric(x: jax.Array, weight: jax.Array | None, low: int, high: int
         return -product * scale, scale  # the error, less sum x^2, which all candidates share
 
     def place(candidate: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(x * over_rows(candidate[0] * unit)), low, high)
+        return jnp.clip(jnp.round(x * (candidate[0] * unit)[None]), low, high)
 
     def again(scale: jax.Array) -> jax.Array:
         return symmetric_codes(x, scale, low, high)
@@ -118,23 +159,23 @@ def search_symmetric(x: jax.Array, weight: jax.Array | None, low: int, high: int
 def search_affine(
     x: jax.Array, weight: jax.Array | None, levels: int, grid: Grid, *, side: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale (not negative) and the shift of each block, float32 `[..., N]`.
+    """Returns the scale (not negative) and the shift of each block, float32 `[...]`.
 
     A constant block gets scale 0 and itself as shift.
 
     Args:
-        x: blocks `[..., R, N]` of size about one.
+        x: blocks `[R, ...]` of size about one.
         weight: of each row in the error.
         levels: the largest code.
         grid: what to try.
-        side: where given, the sign (-1 or 1, broadcast against `[..., N]`) that the shift must have, if it is not 0.
+        side: where given, the sign (-1 or 1, broadcast against `[...]`) that the shift must have, if it is not 0.
     """
-    smallest, largest = jnp.min(x, axis=-2), jnp.max(x, axis=-2)
+    smallest, largest = jnp.min(x, axis=0), jnp.max(x, axis=0)
     if side is not None:
         smallest = jnp.where(side < 0, jnp.minimum(smallest, 0), jnp.maximum(smallest, 0))
     unit = inverse(jnp.maximum(largest - smallest, 0))
-    y = x - over_rows(smallest)  # small numbers: the sums below keep their digits
-    count = total(weight, jnp.ones_like(x))
+    y = x - smallest[None]  # small numbers: the sums below keep their digits
+    count = count_of(weight, x)
     mean = total(weight, y) / count
 
     def fit(codes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -153,7 +194,7 @@ def search_affine(
         return jnp.where(scale > 0, error, jnp.inf), scale, shift
 
     def place(candidate: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(y * over_rows(candidate[0] * unit) - candidate[1]), 0, levels)
+        return jnp.clip(jnp.round(y * (candidate[0] * unit)[None] - candidate[1]), 0, levels)
 
     def again(scale: jax.Array, shift: jax.Array) -> jax.Array:
         return affine_codes(y, scale, shift, levels)
