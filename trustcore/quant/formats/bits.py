@@ -35,7 +35,8 @@ def lookup(codes: jax.Array, table: Sequence[int]) -> jax.Array:
     """Returns `table[codes]` as int8, for a table of 2, 4, 8 or 16 entries and codes within it.
 
     A tree of selections on the bits of the code: it vectorizes on every platform, 32 bytes at a time on AVX2, where a
-    gather takes one element at a time.
+    gather takes one element at a time. The barrier keeps the tree in bytes: fused with a conversion to float32, it runs
+    on a quarter of the lanes (3.7 against 8.4 G weights/s decoded, jax 0.12, one core, 2026-11).
     """
     level: list[jax.Array] = [jnp.int8(value) for value in table]
     bit = 1
@@ -43,7 +44,7 @@ def lookup(codes: jax.Array, table: Sequence[int]) -> jax.Array:
         upper = (codes & jnp.uint8(bit)) != 0
         level = [jnp.where(upper, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
         bit *= 2
-    return level[0]
+    return jax.lax.optimization_barrier(level[0])
 
 
 def with_signs(magnitudes: jax.Array, signs: jax.Array) -> jax.Array:

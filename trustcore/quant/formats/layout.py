@@ -68,10 +68,13 @@ class Affine:
 
     def decode(self, fields: Fields) -> jax.Array:
         """Returns float32 `[..., K / block, block, N]`."""
-        codes, scale = self.codes(fields), self.scale(fields)
+        codes = self.codes(fields)
+        # Behind a barrier, or XLA computes a sub-block's scale anew for each of its weights: with it, K-quants decode
+        # 1.2 to 2 times as fast (jax 0.12, CPU, 2026-11; jax 0.10 drops the barrier before it fuses).
+        scale = jax.lax.optimization_barrier(self.scale(fields))
         decoded = codes.astype(jnp.float32).reshape(*scale.shape[:-1], -1, scale.shape[-1]) * scale[..., None, :]
         if self.shift is not None:
-            decoded = decoded + self.shift(fields)[..., None, :]
+            decoded = decoded + jax.lax.optimization_barrier(self.shift(fields))[..., None, :]
         return decoded.reshape(codes.shape)
 
 
