@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 HALF_MAX = 65504.0  # the largest float16
-HALF_TINY = 2.0**-24  # the smallest float16 above zero
+HALF_NORMAL = 2.0**-14  # the smallest of full precision
+HALF_TINY = 2.0**-24  # the smallest above zero, and the step between those under HALF_NORMAL
 
 
 class Grid(NamedTuple):
@@ -61,8 +62,8 @@ def symmetric_grids(reach: int) -> Grids:
     """Returns the grids for codes from `-reach` to `reach - 1`.
 
     Negative places use the one code more that the negative side has. With weights, which may care little for the
-    largest value, both signs and stronger clipping pay: over 0.6 to 1.2 of the range the error was 3 to 5% smaller than
-    over 0.85 to 1.1, by q4_0 on lognormal weights.
+    largest value, both signs and stronger clipping pay: q4_0 with the importance of `tests/quant/samples.py` made 0.93
+    of llama.cpp's error, and 0.96 when the places went from 0.8 to 1.1 of the reach only.
     """
     even = -np.linspace(0.85 * reach, reach + 0.9, 8)
     uneven = (*-np.linspace(0.6 * reach, reach + 1.5, 16), *np.linspace(0.6 * reach, reach + 0.5, 12))
@@ -72,7 +73,8 @@ def symmetric_grids(reach: int) -> Grids:
 def affine_grids(levels: int) -> Grids:
     """Returns the grids for codes from 0 to `levels`.
 
-    Spans a little past the levels, once with both ends clipped alike and once with one, gain 20% over the full range.
+    Spans a little past the levels clip the upper end; those that begin below the first code clip both. Together they
+    make an error 14% smaller than the full range alone does (q4_1, gaussian weights).
     """
     spans = (-0.5, 2.5) if levels > 3 else (-1.2, 0.9)
     below = (0.0, 0.5) if levels > 3 else (0.0, 0.3)
@@ -110,12 +112,14 @@ def power_of_two(x: jax.Array) -> jax.Array:
 
 
 def half(scale: jax.Array) -> jax.Array:
-    """Returns scales as float16 holds them, in float32; saturated at the largest, and never 0 unless they are 0.
+    """Returns scales as float16 holds them, in float32: to nearest, and saturated at the largest.
 
-    A block whose scale lies under the smallest float16 gets that one: coarse codes rather than none.
+    Among the subnormals, which lie far apart, magnitudes go up instead: a scale that is too small would clip the block,
+    and one of zero would lose it. The thousandth is for scales that are such a number but for the errors of sums.
     """
-    rounded = jnp.clip(scale, -HALF_MAX, HALF_MAX).astype(jnp.float16).astype(jnp.float32)
-    return jnp.where((rounded == 0) & (scale != 0), jnp.sign(scale) * HALF_TINY, rounded)
+    nearest = jnp.clip(scale, -HALF_MAX, HALF_MAX).astype(jnp.float16).astype(jnp.float32)
+    up = jnp.sign(scale) * jnp.ceil(jnp.abs(scale) * (0.999 / HALF_TINY)) * HALF_TINY
+    return jnp.where(jnp.abs(scale) < HALF_NORMAL, up, nearest)
 
 
 def symmetric_codes(x: jax.Array, scale: jax.Array, low: int, high: int) -> jax.Array:
