@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trustcore.generation import Sampling, Stats, Stream, chat, generate, generate_tokens
     from trustcore.loading import load
     from trustcore.models import Decoder, DecoderConfig
-    from trustcore.quant import QuantizedArray
+    from trustcore.quant import QuantizedArray, quantize
     from trustcore.text import Tokenizer
     from trustcore.weights import Checkpoint, open_checkpoint
 
@@ -40,6 +40,7 @@ _HOMES = {
     "load": "trustcore.loading",
     "open_checkpoint": "trustcore.weights",
     "pull": "trustcore.catalogue",
+    "quantize": "trustcore.quant",
 }
 
 __all__ = [  # noqa: RUF022 - in the order in which they are met
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "chat",
     "generate_tokens",
     "pull",
+    "quantize",
     "open_checkpoint",
     "Checkpoint",
     "Decoder",

@@ -20,6 +20,7 @@ import numpy as np
 
 from trustcore.errors import QuantizationError
 from trustcore.ops.weight import Weight
+from trustcore.quant.encode import encode
 from trustcore.quant.formats import Format, decode_matrix, get_format
 
 
@@ -55,6 +56,25 @@ class QuantizedArray(Weight):
         """
         fields = get_format(format).unpack(blocks)
         return cls(format, {name: _to_device(field) for name, field in fields.items()}, transposed=transposed)
+
+    @classmethod
+    def quantize(
+        cls, weights: Any, format: str, *, importance: Any = None, search: bool = True, transposed: bool = False
+    ) -> QuantizedArray:
+        """Returns `weights` packed, with the scales that fit them best.
+
+        Args:
+            weights: float `[..., K, N]`, or `[..., N, K]` when `transposed`; K is a multiple of the format's block.
+            format: a name in `trustcore.quant.encode.ENCODERS`.
+            importance: what an error in each of the K inputs costs, `[K]`; None: all the same.
+            search: see `trustcore.quant.encode.encode`.
+            transposed: whether blocks run along the last axis: a table whose rows are looked up.
+
+        Raises:
+            QuantizationError: the weights cannot be packed in that format; see `encode`.
+        """
+        matrix = jnp.swapaxes(jnp.asarray(weights), -1, -2) if transposed else weights
+        return cls(format, encode(format, matrix, importance=importance, search=search), transposed=transposed)
 
     def to_blocks(self) -> np.ndarray:
         """Returns the bytes on disk, uint8 `[..., N, bytes]`: the exact inverse of `from_blocks`."""
