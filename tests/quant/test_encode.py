@@ -210,7 +210,7 @@ def test_the_limit_is_what_the_scales_reach(name):
     decoded = packed(ramp * np.float32(limit), name)
     assert np.all(np.isfinite(decoded))
     error, expected = np.std(decoded / limit - ramp), np.std(packed(ramp, name) - ramp)
-    assert error <= 1.05 * expected
+    assert error <= 1.15 * expected  # scales above the nearest, which may fit better, are out of reach here
     with pytest.raises(QuantizationError, match=f"{name}: the largest weight is .* and the scales of the format reach"):
         encode(name, jnp.asarray(ramp * np.float32(limit * 1.01)))
 
