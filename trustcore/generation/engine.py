@@ -30,7 +30,7 @@ from trustcore.nn.cache import KVCache
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
 DISPATCH = 32  # tokens a decode program can make before the host looks
 SLOTS = 1024  # of all rows, at least: most requests then share their programs, which cost more memory than slots
-PAUSE = 0.05  # seconds a dispatch should last: text arrives smoothly and Python's share stays under one percent
+PAUSE = 0.1  # seconds a dispatch should last: text still arrives smoothly, and Python has its share seldom
 
 
 class State(NamedTuple):
