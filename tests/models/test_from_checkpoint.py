@@ -8,7 +8,7 @@ import pytest
 from tests.models.small import arrays, metadata, random_decoder, some_tokens, write_as_gguf, write_as_hugging_face
 from trustcore.errors import ModelError
 from trustcore.models import decoder_from_checkpoint
-from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.quant import QuantizedArray
 from trustcore.weights import open_checkpoint
 from trustcore.weights.gguf_writer import write_gguf
 
@@ -30,7 +30,11 @@ def test_gguf_and_hugging_face_files_give_the_same_logits(tmp_path):
     np.testing.assert_allclose(theirs(tokens), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("encoding", FORMATS)
+# Formats that the `gguf` package encodes in blocks that the small model's 64 and 96 are multiples of.
+ENCODED = ("f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
 def test_packed_weights_stay_packed_and_exact(tmp_path, encoding):
     model, tokens = random_decoder(), some_tokens()
     held = write_as_gguf(tmp_path / "m.gguf", model, encoding)

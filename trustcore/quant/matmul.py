@@ -4,13 +4,13 @@ Implementations, all accumulating in float32:
 
 - `native`: the CPU handler in `trustcore/ops/cpu/packed_matmul.cc`; several weights in one call. Decodes in registers
   for few rows, into a strip in the L2 cache for many. Needs a C++ compiler on the machine once.
-- `stream`: plain XLA for few rows. A scan over blocks adds `x[k] * code[k, :]` row by row, so the codes are read once
-  and nothing larger than `[rows, N]` exists.
+- `stream`: plain XLA for few rows. A scan over blocks unpacks the codes of one block to bytes and adds
+  `x[k] * code[k, :]` row by row, scaling the sum once a sub-block. The temporaries are one block's, `[block, N]` bytes.
 - `tiles`: plain XLA for many rows and for transposed weights. A loop decodes `TILE` columns at a time into a dot.
 - `dequantize`: decodes everything, then one dot at highest precision. The oracle; never chosen.
 
 Gradients: with respect to x, `g @ decode(w).T` by tiles; with respect to the float fields (scales, minima), the exact
-derivative through `decode`, by tiles; integer codes have none.
+derivative through `decode`, by tiles; integer codes have none, nor have formats whose scales are codes as well.
 """
 
 from __future__ import annotations
@@ -260,9 +260,9 @@ def _field_gradients(x: jax.Array, w: QuantizedArray, g: jax.Array) -> Quantized
         }
 
     grads = {name: jnp.zeros_like(f) for name, f in trained.items()}
-    if n >= TILE:
+    if trained and n >= TILE:
         grads = jax.lax.fori_loop(0, n // TILE, lambda i, t: write(t, i * TILE, TILE), grads)
-    if n % TILE:
+    if trained and n % TILE:
         grads = write(grads, n - n % TILE, n % TILE)
     none = {name: np.zeros(f.shape, jax.dtypes.float0) for name, f in fixed.items()}
     # Fields keep the format's order: the pytree structure must be that of w.

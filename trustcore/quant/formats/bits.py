@@ -1,7 +1,7 @@
 """Taking packed codes apart: bit groups of bytes and words, small tables, signs.
 
-Arrays are `[..., rows, N]`; every function keeps the leading axes and N, so that one step of a loop handles N weights at
-once. Nothing here is floating point: the results are small integers, one byte each.
+Arrays are `[..., rows, N]`; every function keeps the leading axes and N, so that one step of a loop handles N weights
+at once. Nothing here is floating point: the results are small integers.
 """
 
 from __future__ import annotations

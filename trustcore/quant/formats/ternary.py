@@ -4,8 +4,8 @@
     tq1_0   five digits of base 3 in a byte: 48 bytes of five, 4 bytes of four
 
 A byte of tq1_0 is the fraction `0.d0 d1 d2 d3 d4` in base 3, in units of 1/256 and rounded up: digit i is the whole
-part of 3 times the fractional part of `byte * 3**i / 256`, that is how many of 1/3 and 2/3 the fraction has reached. Two
-bits of tq2_0 hold 3 as well, which decodes to 2 as in the oracle: the `gguf` package, bit-exact.
+part of 3 times the fractional part of `byte * 3**i / 256`, that is how many of 1/3 and 2/3 the fraction has reached.
+Two bits of tq2_0 hold 3 as well, which decodes to 2 as in the oracle: the `gguf` package, bit-exact.
 """
 
 from __future__ import annotations
