@@ -153,7 +153,13 @@ def test_what_is_decoded_is_never_worse_than_zero_and_seldom_clipped(name, seed,
 @given(seed=st.integers(0, 2**16), style=st.sampled_from(("gaussian", "heavy", "positive")))
 def test_encoding_again_changes_nothing(name, seed, style):
     once = packed(small(name, seed, 0, style), name)
-    np.testing.assert_array_equal(packed(once, name), once)
+    again = packed(once, name)
+    if name in FLOATS:
+        np.testing.assert_array_equal(again, once)
+    # Several scales may fit a block of few different weights until they are rounded to float16. A code that changed
+    # would make a difference of at least one 127th.
+    once, again = (a.reshape(-1, get_format(name).block, N) for a in (once, again))
+    assert np.all(np.abs(again - once) <= HALF_PRECISION * np.max(np.abs(once), axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("name", ("q5_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
@@ -174,10 +180,11 @@ def test_a_power_of_two_goes_into_the_scales_alone(name, seed, exponent, style):
     for field, found in other.items():
         expected = np.asarray(one[field])
         if field in ("scale", "minimum"):
-            normal = np.abs(expected.astype(np.float32)) >= 2.0**-12  # no subnormal on either side
-            if not np.all(normal | (expected == 0)):
-                return
-            expected = expected.astype(np.float32) * 2.0**exponent
+            expected = expected.astype(np.float32)
+            largest = np.maximum(np.abs(expected), np.abs(np.asarray(found, np.float32)))
+            if np.any((largest > 0) & (largest < 2.0**-12)):
+                return  # subnormal on one of the sides
+            expected = expected * np.float32(2.0**exponent)
         np.testing.assert_array_equal(np.asarray(found, expected.dtype), expected, err_msg=field)
 
 
