@@ -175,7 +175,7 @@ def _scale_of_scales(values: jax.Array, weight: jax.Array, low: int, high: int) 
     """
     largest, smallest = jnp.max(values, axis=0, keepdims=True), jnp.min(values, axis=0, keepdims=True)
     extreme = jnp.where(largest >= -smallest, largest, smallest)
-    end = float(max(high, -low, key=abs)) if low == 0 else float(low)
+    end = float(low or high)  # the side that has one code more
     places = jnp.asarray(np.linspace(end, 0.76 * end, 8), jnp.float32)
 
     def attempt(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
