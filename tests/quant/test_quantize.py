@@ -246,3 +246,10 @@ def test_nothing_to_pack_is_an_error():
         quantize({"a": jnp.ones(40)}, "q4_0")
     with pytest.raises(QuantizationError, match="kernel: it is abstract"):
         quantize(Decoder(CONFIG), "q4_0")
+
+
+def test_an_unknown_format_is_refused_where_everything_is_packed_already():
+    tree = quantize({"w": np.ones((64, 8), np.float32)}, "q8_0")
+    for format in ("q9", {"*": "q9"}):
+        with pytest.raises(QuantizationError, match="format 'q9' has no encoder; those with one: bf16"):
+            quantize(tree, format)

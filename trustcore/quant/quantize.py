@@ -166,6 +166,9 @@ def _plan(
             passed_over.append(f"{path}: {fault}")
         else:
             faults.append(f"{path}: {fault}")
+    if not faults:  # a name that no leaf was to take
+        names = {format} if isinstance(format, str) else set(format.values()) if isinstance(format, Mapping) else set()
+        faults += [_no_encoder(name) for name in sorted(names - {None} - set(ENCODERS), key=str)]
     if not faults and not packed_already and not any(plans):
         why = passed_over or [f"of {len(leaves)} leaves, `where` and `format` select none"]
         faults.append("nothing to pack: " + "; ".join(why[:20]))
@@ -184,7 +187,7 @@ def _format_of(format: Formats, path: str, leaf: Any) -> str | None:
 def _fault(path: str, leaf: Any, name: str, transposed: Predicate) -> str | None:
     """Returns why the leaf cannot be packed as `name`."""
     if name not in ENCODERS:
-        return f"format {name!r} has no encoder; those with one: {', '.join(sorted(ENCODERS))}"
+        return _no_encoder(name)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return "it is abstract; load or initialize the weights first"
     if not isinstance(leaf, QuantizedArray):
@@ -199,6 +202,10 @@ def _fault(path: str, leaf: Any, name: str, transposed: Predicate) -> str | None
     if k % block:
         return f"K={k} is not a multiple of {name}'s block of {block}"
     return None
+
+
+def _no_encoder(name: Any) -> str:
+    return f"format {name!r} has no encoder; those with one: {', '.join(sorted(ENCODERS))}"
 
 
 def _some(paths: list[str]) -> str:
