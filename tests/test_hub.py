@@ -54,6 +54,8 @@ def test_other_forms_are_not_ids(text: str) -> None:
         ("o/n", GGUF, ["tiny-q8_0.gguf"], "tiny-q8_0.gguf"),
         ("o/n:Q4_K_M", GGUF, ["tiny-Q4_K_M.gguf"], "tiny-Q4_K_M.gguf"),
         ("o/n:q4_k_s", GGUF, ["tiny.Q4_K_S.gguf"], "tiny.Q4_K_S.gguf"),
+        ("o/n", ["a-Q4_K_M.gguf", "a-Q6_K.gguf"], ["a-Q6_K.gguf"], "a-Q6_K.gguf"),
+        ("o/n", ["a-F16.gguf", "a-Q4_K_M.gguf", "a-Q2_K.gguf"], ["a-Q4_K_M.gguf"], "a-Q4_K_M.gguf"),
         ("o/n", ["only-IQ2_XS.gguf"], ["only-IQ2_XS.gguf"], "only-IQ2_XS.gguf"),
         ("o/n", SPLIT, SPLIT, SPLIT[0]),
         ("hf:o/n/" + SPLIT[1], SPLIT, SPLIT, SPLIT[1]),
@@ -76,7 +78,7 @@ def test_the_files_of_a_model(text: str, names: list[str], wanted: list[str], ma
     [
         ("o/n:Q4_K", GGUF, "no GGUF file is quantized as 'Q4_K'; the repository has tiny-Q4_K_M.gguf"),
         ("o/n:Q8_0", TENSORS, "no GGUF file"),
-        ("o/n@v1", ["a-Q4_K_M.gguf", "a-Q6_K.gguf"], "o/n@v1:Q4_K_M, or a file, hf:o/n@v1/a-Q4_K_M.gguf"),
+        ("o/n@v1", ["a-Q2_K.gguf", "a-Q3_K_M.gguf"], "o/n@v1:Q4_K_M, or a file, hf:o/n@v1/a-Q2_K.gguf"),
         ("o/n", ["a-Q8_0.gguf", "b-Q8_0.gguf"], "2 GGUF files fit"),
         ("o/n", SPLIT[:2], "one of 3 parts, and .*00003-of-00003.gguf is not there"),
         ("o/n", ["pytorch_model.bin"], "holds neither GGUF nor safetensors files; it holds pytorch_model.bin"),

@@ -36,8 +36,12 @@ SIDE_FILES: frozenset[str] = frozenset(
     }
 )
 
-# Taken from a repository of many GGUF files when none is asked for: formats that trustcore multiplies with packed.
-PREFERRED_QUANTIZATIONS: tuple[str, ...] = ("Q8_0", "Q4_1", "Q4_0", "BF16", "F16")
+# Taken from a repository of many GGUF files when none is asked for: packed formats, the most exact first, then 16 bits.
+# trustcore multiplies with all of them packed, on the CPU natively.
+PREFERRED_QUANTIZATIONS: tuple[str, ...] = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),
+    *("BF16", "F16"),
+)
 
 _ID = re.compile(
     r"(?P<prefix>hf:)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"

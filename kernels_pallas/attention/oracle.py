@@ -38,8 +38,8 @@ def attention_oracle(
     """
     batch, length, heads, size = query.shape
     span, kv_heads = key.shape[1:3]
-    query_positions = _default(query_positions, batch, length)[:, :, None]
-    key_positions = _default(key_positions, batch, span)[:, None, :]
+    query_positions = default_positions(query_positions, batch, length)[:, :, None]
+    key_positions = default_positions(key_positions, batch, span)[:, None, :]
     visible = jnp.broadcast_to(key_positions >= 0, (batch, length, span))
     if causal:
         visible = visible & (key_positions <= query_positions)
@@ -61,7 +61,8 @@ def attention_oracle(
     return jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
 
 
-def _default(positions: jax.Array | None, batch: int, length: int) -> jax.Array:
+def default_positions(positions: jax.Array | None, batch: int, length: int) -> jax.Array:
+    """Returns `positions`, or for None 0 to `length - 1` in each row, int32 `[batch, length]`."""
     if positions is None:
         return jnp.broadcast_to(jax.lax.broadcasted_iota(jnp.int32, (1, length), 1), (batch, length))
     return positions

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.oracle import default_positions
+
 QUERY_BLOCK = 512
 _MASKED = -1e30  # far below any score, and finite: a row that sees nothing gives no NaN
 
@@ -43,8 +45,8 @@ def attention(
     if key.shape != value.shape:
         raise ValueError(f"attention: key {list(key.shape)} and value {list(value.shape)} must have one shape.")
     batch, length = query.shape[:2]
-    query_positions = _default(query_positions, batch, length)
-    key_positions = _default(key_positions, batch, key.shape[1])
+    query_positions = default_positions(query_positions, batch, length)
+    key_positions = default_positions(key_positions, batch, key.shape[1])
     if not causal:  # every key that exists is in the past of every query
         window = None
         query_positions = jnp.full_like(query_positions, jnp.iinfo(jnp.int32).max)
@@ -82,7 +84,7 @@ def cached_attention(
     batch, length = query.shape[:2]
     _check(query, keys.shape[0], keys.shape[1], keys.shape[2], "keys [B, K, H, S]", keys.shape)
     positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
-    slots = _default(None, batch, keys.shape[3])
+    slots = default_positions(None, batch, keys.shape[3])
     return _by_blocks(query, keys, values, positions, slots, window, size_scale(query, scale), soft_cap)
 
 
@@ -125,12 +127,6 @@ def _check(query: jax.Array, batch: int, kv_heads: int, size: int, name: str, sh
             f"attention: query [B, T, N, H] {list(query.shape)} does not fit {name} {list(shape)}: B and H must agree "
             "and K must divide N."
         )
-
-
-def _default(positions: jax.Array | None, batch: int, length: int) -> jax.Array:
-    if positions is None:
-        return jnp.broadcast_to(jax.lax.broadcasted_iota(jnp.int32, (1, length), 1), (batch, length))
-    return positions
 
 
 def _by_blocks(

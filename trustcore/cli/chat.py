@@ -46,22 +46,9 @@ def chat(
     stats: Annotated[bool, typer.Option("--stats", help="Speed and memory after each answer.")] = False,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; /reset forgets; /exit or Ctrl-D leaves."""
+    sampling = options.sampling(locals())
     import trustcore
 
-    sampling = options.given(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop,
-        context=context,
-        cache_dtype=cache_dtype and cache_dtype.value,
-    )
     loaded = load_model(model, dtype)
     told = [{"role": "system", "content": system}] if system else []
     history: list[dict[str, str]] = []

@@ -41,26 +41,12 @@ def generate(
     ] = None,
 ) -> None:
     """Stream what a model writes after a prompt. Ctrl-C stops it and keeps what is there (exit status 130)."""
+    sampling = options.sampling(locals())
     import trustcore
 
     if system is not None and not chat:
         raise typer.BadParameter("a system message needs the chat template: add --chat", param_hint="'--system'")
     text = read_prompt(prompt)
-    sampling = options.given(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos,
-        context=context,
-        cache_dtype=cache_dtype and cache_dtype.value,
-    )
     loaded = load_model(model, dtype)
     if chat:
         told = [{"role": "system", "content": system}] if system else []

@@ -16,11 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from trustcore.cli import console
-from trustcore.errors import CheckpointError
 
 _ITEMS = 6  # of a long array that are shown
 _CHARACTERS = 100  # of a long text that are shown in the table
-_CONFIG_BYTES = 1 << 22  # a config.json larger than this is none
 
 
 def info(
@@ -78,18 +76,10 @@ def describe(checkpoint: Any, *, tensors: bool) -> dict[str, Any]:
 
 def _architecture(checkpoint: Any) -> str | None:
     """What the file calls its architecture; for safetensors, what config.json beside it does."""
-    named = checkpoint.metadata.get("general.architecture")
-    if named is not None:
-        return str(named)
-    config = Path(checkpoint.path).parent / "config.json"
-    if not config.is_file() or config.stat().st_size > _CONFIG_BYTES:
-        return None
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not JSON: {error}", path=config) from error
-    named = values.get("model_type") if isinstance(values, dict) else None
-    return named if isinstance(named, str) else None
+    metadata = checkpoint.metadata
+    config = metadata.get("config")
+    named = metadata.get("general.architecture", config.get("model_type") if isinstance(config, Mapping) else None)
+    return None if named is None else str(named)
 
 
 def _value(value: Any) -> Any:

@@ -6,6 +6,7 @@ A value that is not given is not passed on: the defaults are those of the Python
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -68,6 +69,30 @@ Dtype = Annotated[
     FloatType | None,
     typer.Option(help="Decode the weights to this and compute in it; else they stay packed.", rich_help_panel=_RUNNING),
 ]
+
+
+# Options of `trustcore.generate` and `trustcore.chat`, under the names that the commands give them too.
+_NAMES = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+    "context",
+    "cache_dtype",
+)
+
+
+def sampling(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of the Python API that a command was given, from all its arguments by name."""
+    chosen = given(**{name: arguments[name] for name in _NAMES if name in arguments})
+    return {name: value.value if isinstance(value, enum.Enum) else value for name, value in chosen.items()}
 
 
 def given(**options: Any) -> dict[str, Any]:

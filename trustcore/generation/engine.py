@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore._jax import program_count
+from trustcore.dtypes import named_dtype
 from trustcore.errors import GenerationError
 from trustcore.generation.programs import keep_programs
 from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
@@ -31,6 +32,30 @@ CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer pr
 DISPATCH = 32  # tokens a decode program can make before the host looks
 SLOTS = 1024  # of all rows, at least: most requests then share their programs, which cost more memory than slots
 PAUSE = 0.1  # seconds a dispatch should last: text still arrives smoothly, and Python has its share seldom
+
+
+class Form:
+    """The structure of a model without its arrays: static, hashed once, the same object for models of one structure.
+
+    A call of a program flattens its arguments. For a module that is Python work on every layer, milliseconds for each
+    dispatch; the programs here therefore take a model's arrays and its form.
+    """
+
+    def __init__(self, structure: Any):
+        self._structure = structure
+
+    @staticmethod
+    def of(model: Any) -> tuple[list[Any], Form]:
+        """Returns the arrays of a model, and its form."""
+        arrays, structure = jax.tree.flatten(model)
+        return arrays, _form(structure)
+
+    def fill(self, arrays: list[Any]) -> Any:
+        """Returns the model of this form that has these arrays."""
+        return jax.tree.unflatten(self._structure, arrays)
+
+
+_form = functools.lru_cache(maxsize=16)(Form)
 
 
 class State(NamedTuple):
@@ -98,7 +123,10 @@ def generate_tokens(
     slots = _slots(longest, max_tokens, len(prompts))
     state = _start(model.config, len(prompts), slots, plan, jnp.uint32(seed & 0xFFFFFFFF), _cache_dtype(cache_dtype))
     programs = _programs()
-    state = _read_prompts(model, state, prompts, plan, values, stops)
+    weights, form = Form.of(model)
+    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+    logits, state = _read_prompts(weights, form, state, logits, prompts)
+    state = _first(state, logits, values, stops, plan=plan)
     programs = _after_compiling(programs)
 
     done = yield Step(np.asarray(state.token)[:, None], prefill=True)
@@ -108,7 +136,7 @@ def generate_tokens(
             state = state._replace(done=state.done | jnp.asarray(done))
         count = min(wanted, max_tokens - made)
         began = time.perf_counter()
-        tokens, state = _decode(model, state, values, stops, jnp.int32(count), plan=plan)
+        tokens, state = _decode(weights, state, values, stops, jnp.int32(count), form=form, plan=plan)
         new = np.asarray(tokens)[:, :count]
         programs = _after_compiling(programs)
         if (new < 0).all():
@@ -160,11 +188,8 @@ def _cache_dtype(dtype: Any) -> Any:
     if dtype is None:
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     names = ("float32", "bfloat16", "int8")
-    try:
-        given = jnp.dtype(dtype)
-    except TypeError:
-        given = None
-    if given is None or given.name not in names:
+    given = named_dtype(dtype, names)
+    if given is None:
         raise GenerationError(f"cache_dtype is {dtype!r}; choose from {', '.join(names)}.")
     return given
 
@@ -201,29 +226,35 @@ def _start(config: Any, batch: int, slots: int, plan: Plan, seed: jax.Array, cac
 
 
 def _read_prompts(
-    model: Any, state: State, prompts: Sequence[Sequence[int]], plan: Plan, values: Values, stops: jax.Array
-) -> State:
-    """Returns the state after the prompts, with the first token of each answer."""
+    weights: list[Any], form: Form, state: State, logits: jax.Array, prompts: Sequence[Sequence[int]]
+) -> tuple[jax.Array, State]:
+    """Returns the logits after each prompt's last token, and the state whose cache holds the prompts."""
     lengths = np.array([len(p) for p in prompts], np.int32)
     chunks = _chunks(int(lengths.max()))
     padded = np.zeros((len(prompts), sum(chunks)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
     first = 0
     for chunk in chunks:
         here = np.clip(lengths - first, 0, chunk)
         tokens = jnp.asarray(padded[:, first : first + chunk])
-        logits, state = _prefill(model, state, logits, tokens, jnp.asarray(here), plan=plan)
+        logits, state = _prefill(weights, state, logits, tokens, jnp.asarray(here), form=form)
         first += chunk
-    return _first(state, logits, values, stops, plan=plan)
+    return logits, state
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames=("state", "logits"))
+@functools.partial(jax.jit, static_argnames="form", donate_argnames=("state", "logits"))
 def _prefill(
-    model: Any, state: State, logits: jax.Array, tokens: jax.Array, lengths: jax.Array, *, plan: Plan
+    weights: list[Any],
+    state: State,
+    logits: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    form: Form,
 ) -> tuple[jax.Array, State]:
     """Takes in T tokens of each row, `lengths` of which count; keeps the logits after each row's last token."""
+    model = form.fill(weights)
     hidden, cache = model.hidden_states(tokens, cache=state.cache, lengths=lengths)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     ends = model.logits(jnp.take_along_axis(hidden, jnp.broadcast_to(last, (*last.shape[:2], hidden.shape[2])), axis=1))
@@ -237,11 +268,19 @@ def _first(state: State, logits: jax.Array, values: Values, stops: jax.Array, *,
     return _choose(state, logits, values, stops, plan)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("form", "plan"), donate_argnames="state")
 def _decode(
-    model: Any, state: State, values: Values, stops: jax.Array, count: jax.Array, *, plan: Plan
+    weights: list[Any],
+    state: State,
+    values: Values,
+    stops: jax.Array,
+    count: jax.Array,
+    *,
+    form: Form,
+    plan: Plan,
 ) -> tuple[jax.Array, State]:
     """Makes up to `count` tokens of each row; int32 `[B, DISPATCH]`, -1 where a row had ended or beyond `count`."""
+    model = form.fill(weights)
     made = jnp.full((state.token.shape[0], DISPATCH), -1, jnp.int32)
 
     def more(carry: Any) -> jax.Array:

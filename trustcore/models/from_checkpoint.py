@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trustcore.dtypes import named_dtype
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
@@ -68,11 +69,8 @@ def _compute_dtype(dtype: Any) -> Any:
     if dtype is None:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     names = ("float32", "bfloat16", "float16", "float64")
-    try:
-        given = jnp.dtype(dtype)
-    except TypeError:
-        given = None
-    if given is None or given.name not in names:
+    given = named_dtype(dtype, names)
+    if given is None:
         raise ModelError(f"dtype is {dtype!r}; choose from {', '.join(names)}, or None to keep weights as stored.")
     return given
 
