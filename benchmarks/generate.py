@@ -8,6 +8,9 @@ rounds, with the lowest and the highest beside it. One that is not installed is 
 written to benchmarks/results/*.json, and docs/benchmarks.md is made from the file that `--table` names. Run it on a
 quiet machine: on two cores every contender collapses when somebody else takes one.
 
+With `--formats all` (or names of formats, joined by commas) it measures decoding alone, of a random model whose
+matrices are stored in each format of GGUF (`random_model.py`), against llama.cpp on the same file.
+
 What is measured, for each contender the same:
     load            opening the file until the model is ready; cold: the file dropped from the page cache and no
                     compiled programs kept; warm: the file cached, compiled programs kept
@@ -153,14 +156,22 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def work(name: str, path: str, only_start: bool) -> None:
+def decode_rate(answer: Any) -> float:
+    """Returns tokens a second after the first: the median of three answers, after one that does not count."""
+    first_token(answer, [prompt(SHORT)], ANSWER)
+    return (ANSWER - 1) / statistics.median(first_token(answer, [prompt(SHORT, row)], ANSWER)[1] for row in range(3))
+
+
+def work(name: str, path: str, part: str) -> None:
     """Prints the contender's figures as one line of JSON."""
     began = time.perf_counter()
     answer = OPEN[name](path)
     figures: dict[str, Any] = {"load_seconds": time.perf_counter() - began}
     first_token(answer, [prompt(SHORT)], 2)
     figures["first_token_at"] = time.time()
-    if not only_start:
+    if part == "decode":
+        figures["decode_tokens_per_second"] = decode_rate(answer)
+    elif part == "all":
         first_token(answer, [prompt(LONG)], 2)
         first_token(answer, [prompt(SHORT)], ANSWER)
         short, decode = zip(*(first_token(answer, [prompt(SHORT, row)], ANSWER) for row in range(3)), strict=True)
@@ -199,12 +210,11 @@ def drop_from_page_cache(path: str) -> None:
         os.close(file)
 
 
-def measure(name: str, python: str, path: str, *, cache: str | None, only_start: bool = False) -> dict[str, float]:
+def measure(name: str, python: str, path: str, *, cache: str | None = None, part: str = "all") -> dict[str, float]:
     more = {"TRUSTCORE_CACHE": cache} if cache else {}
-    command = [python, str(Path(__file__).resolve()), "--worker", name, "--model", path]
     began = time.time()
     done = subprocess.run(
-        [*command, *(["--only-start"] if only_start else [])],
+        [python, str(Path(__file__).resolve()), "--worker", name, "--model", path, "--part", part],
         env=environment(**more),
         capture_output=True,
         text=True,
@@ -243,18 +253,90 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "features": kept, "system": platform.system()}
 
 
-def compare(args: argparse.Namespace) -> None:
+def contenders_of(args: argparse.Namespace, among: tuple[str, ...]) -> dict[str, str]:
+    """Returns the interpreter of each contender that is wanted and installed."""
     pythons = dict(pair.split("=", 1) for pair in args.python)
-    path = args.model or demo_model()
     contenders = {}
-    for name, module in MODULES.items():
+    for name in among:
         python = pythons.get(name, sys.executable)
         if args.only and name not in args.only:
             continue
-        if installed(python, module):
+        if installed(python, MODULES[name]):
             contenders[name] = python
         else:
-            print(f"{name}: skipped, {python} has no {module}", flush=True)
+            print(f"{name}: skipped, {python} has no {MODULES[name]}", flush=True)
+    return contenders
+
+
+def origin(contenders: dict[str, str]) -> dict[str, Any]:
+    """What a result says of the day, the machine and the contenders."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "threads": THREADS,
+        "versions": {
+            "trustcore": versions(sys.executable, ["jax", "jaxlib", "flax", "numpy"]),
+            **{
+                n: versions(p, ["llama-cpp-python", "transformers", "torch"])
+                for n, p in contenders.items()
+                if n != "trustcore"
+            },
+        },
+    }
+
+
+def write_result(result: dict[str, Any], out: str | None, kind: str) -> None:
+    path = Path(out or ROOT / "benchmarks" / "results" / f"{kind}-{result['date']}.json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def compare_formats(args: argparse.Namespace) -> None:
+    sys.path.insert(0, str(ROOT))  # a checkout that is not installed serves too
+    from benchmarks.random_model import write_random_model
+    from trustcore.quant import FORMATS
+    from trustcore.weights.gguf_types import GGML_IDS
+
+    files = [name for name in FORMATS if name in GGML_IDS and name != "q8_k"]  # which no file holds
+    formats = files if args.formats == "all" else args.formats.split(",")
+    contenders = contenders_of(args, ("trustcore", "llama.cpp"))
+    result = origin(contenders) | {"bits_per_weight": {}, "formats": {f: {n: [] for n in contenders} for f in formats}}
+    with tempfile.TemporaryDirectory() as folder:
+        for format in formats:
+            path = Path(folder) / f"{format}.gguf"
+            result["parameters"] = write_random_model(path, format)
+            result["bits_per_weight"][format] = FORMATS[format].bits_per_weight
+            for _ in range(args.rounds):
+                for name, python in contenders.items():
+                    rate = measure(name, python, str(path), part="decode")["decode_tokens_per_second"]
+                    result["formats"][format][name].append(rate)
+            rates = result["formats"][format].items()
+            print(f"{format}: " + ", ".join(f"{n} {statistics.median(v):.4g}" for n, v in rates), flush=True)
+            path.unlink()
+    write_result(result, args.out, "formats")
+    print(formats_table(result))
+
+
+def formats_table(result: dict[str, Any]) -> str:
+    """Tokens a second of each format as Markdown."""
+    lines = ["| format | bits per weight | trustcore | llama.cpp | trustcore / llama.cpp |", "|---|---|---|---|---|"]
+    for format, rounds in result["formats"].items():
+        cells = []
+        for name in ("trustcore", "llama.cpp"):
+            v = rounds.get(name)
+            cells.append(f"{statistics.median(v):.0f} ({min(v):.0f} to {max(v):.0f})" if v else "")
+        ratio = (
+            f"{statistics.median(rounds['trustcore']) / statistics.median(rounds['llama.cpp']):.2f}"
+            if all(cells)
+            else ""
+        )
+        lines.append(f"| {format} | {result['bits_per_weight'][format]:g} | {cells[0]} | {cells[1]} | {ratio} |")
+    return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace) -> None:
+    path = args.model or demo_model()
+    contenders = contenders_of(args, tuple(MODULES))
     rounds: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
 
     def note(name: str, figures: dict[str, float], prefix: str = "") -> None:
@@ -267,31 +349,15 @@ def compare(args: argparse.Namespace) -> None:
                 if turn < args.cold_rounds:
                     drop_from_page_cache(path)
                     cache = str(Path(folder) / f"{name}-{turn}")
-                    note(name, measure(name, python, path, cache=cache, only_start=True), "cold_")
+                    note(name, measure(name, python, path, cache=cache, part="start"), "cold_")
                     kept = native_kernels(python, cache) if name == "trustcore" else None
                     if kept:
                         rounds[name].setdefault("cold_kernel_build_seconds", []).append(kept)
-                figures = measure(name, python, path, cache=None)
+                figures = measure(name, python, path)
                 note(name, figures)
                 print(f"round {turn + 1}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "threads": THREADS,
-        "model": Path(path).name,
-        "versions": {
-            "trustcore": versions(sys.executable, ["jax", "jaxlib", "flax", "numpy"]),
-            **{
-                n: versions(p, ["llama-cpp-python", "transformers", "torch"])
-                for n, p in contenders.items()
-                if n != "trustcore"
-            },
-        },
-        "rounds": rounds,
-    }
-    out = Path(args.out or ROOT / "benchmarks" / "results" / f"generate-{result['date']}.json")
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {out}")
+    result = origin(contenders) | {"model": Path(path).name, "rounds": rounds}
+    write_result(result, args.out, "generate")
     print(table(result))
 
 
@@ -354,34 +420,47 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(result: dict[str, Any], source: str) -> str:
-    """The section of docs/benchmarks.md."""
+def described(result: dict[str, Any]) -> str:
+    """Machine, date and versions in a sentence or two."""
     m = result["machine"]
-    described = "; ".join(
+    versions = "; ".join(
         f"{n}: " + ", ".join(f"{k} {v}" for k, v in vs.items()) for n, vs in result["versions"].items()
     )
-    build = result["rounds"].get("trustcore", {}).get("cold_kernel_build_seconds")
-    note = (
-        f"A cold start of trustcore compiles its CPU kernels ({statistics.median(build):.1f} s of it, once a machine) "
-        "and its XLA programs (once for each shape)."
-        if build
-        else ""
-    )
     return (
-        f"{table(result)}\n\nMedian (lowest to highest) of the rounds. {m['cpu']}, {m['cores']} cores "
-        f"({', '.join(m['features'])}), {result['threads']} threads, {result['model']}, {result['date']}. "
-        f"{described}. {note}\nData: [{source}](../{source}).\n"
+        f"Median (lowest to highest) of the rounds. {m['cpu']}, {m['cores']} cores ({', '.join(m['features'])}), "
+        f"{result['threads']} threads, {result['date']}. {versions}."
     )
+
+
+def page(result: dict[str, Any], source: str) -> str:
+    """The section of docs/benchmarks.md."""
+    if "formats" in result:
+        table_, note = (
+            formats_table(result),
+            f"A random Llama of {result['parameters'] / 1e6:.0f} M weights, 16-token prompt.",
+        )
+    else:
+        build = result["rounds"].get("trustcore", {}).get("cold_kernel_build_seconds")
+        table_, note = table(result), f"{result['model']}."
+        if build:
+            note += (
+                f" A cold start of trustcore compiles its CPU kernels ({statistics.median(build):.1f} s of it, once a "
+                "machine) and its XLA programs (once for each shape)."
+            )
+    return f"{table_}\n\n{described(result)} {note}\nData: [{source}](../{source}).\n"
 
 
 def write_page(source: Path) -> None:
     result = json.loads(source.read_text())
-    begin, end = "<!-- generate -->", "<!-- /generate -->"
-    sections = {"docs/benchmarks.md": page(result, str(source.resolve().relative_to(ROOT))), "README.md": short(result)}
-    for name, section in sections.items():
+    section = "formats" if "formats" in result else "generate"
+    pages = {"docs/benchmarks.md": page(result, str(source.resolve().relative_to(ROOT)))}
+    if section == "generate":
+        pages["README.md"] = short(result)
+    begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+    for name, text in pages.items():
         head, rest = (ROOT / name).read_text().split(begin)
         _, tail = rest.split(end)
-        (ROOT / name).write_text(f"{head}{begin}\n{section}{end}{tail}")
+        (ROOT / name).write_text(f"{head}{begin}\n{text}{end}{tail}")
         print(f"written: {name}")
 
 
@@ -409,12 +488,15 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--table", type=Path, metavar="JSON", help="make docs/benchmarks.md from a result, and stop")
     parser.add_argument("--worker", choices=list(MODULES), help=argparse.SUPPRESS)
-    parser.add_argument("--only-start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--formats", metavar="NAMES", help="all, or names joined by commas: decode each format")
+    parser.add_argument("--part", choices=("all", "start", "decode"), default="all", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args.model, args.only_start)
+        work(args.worker, args.model, args.part)
     elif args.table:
         write_page(args.table)
+    elif args.formats:
+        compare_formats(args)
     else:
         compare(args)
 

@@ -38,7 +38,9 @@ def load(
     checkpoint = open_checkpoint(resolve(source))
     with checkpoint:
         model = decoder_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
-        if checkpoint.format == "gguf":
+        if checkpoint.metadata.get("tokenizer.ggml.model") == "none":
+            model.tokenizer = None  # a file of weights alone: it takes and gives token ids
+        elif checkpoint.format == "gguf":
             model.tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
         else:
             model.tokenizer = Tokenizer.from_file(checkpoint.path.parent)
