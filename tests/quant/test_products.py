@@ -51,7 +51,8 @@ def forward_cases():
         for implementation in IMPLEMENTATIONS:
             if implementation == "native" and name not in cpu.FORMATS:
                 continue
-            for shape in SHAPES:
+            by_vectors = implementation == "native" and name not in cpu.ANY_WIDTH
+            for shape in (WIDE,) if by_vectors else SHAPES:
                 for rows in ROWS:
                     thorough = name in THOROUGH and (implementation == "native" or rows in (1, 17))
                     quick = thorough or (shape, rows) == ONCE[implementation]

@@ -28,6 +28,7 @@ from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
 from trustcore.quant.array import QuantizedArray
 from trustcore.quant.formats import decode_matrix
+from trustcore.quant.formats.iq import NAMED_GRIDS
 
 TILE = 512  # columns decoded at a time: 512 x 1536 float32 are 3 MB, which the cache of a core still holds
 FEW_ROWS = 16  # rows up to which streaming the codes beats decoding tiles into a dot
@@ -126,7 +127,7 @@ def _stream_refusal(w: QuantizedArray) -> str:
 
 
 def _native(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
-    return cpu.packed_matmul(x, [(w.format, w.fields) for w in weights])
+    return cpu.packed_matmul(x, [(w.format, w.fields) for w in weights], NAMED_GRIDS)
 
 
 def _stream(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:

@@ -16,9 +16,9 @@ import numpy as np
 
 from trustcore.ops.cpu.build import load, why_not
 
-__all__ = ["FORMATS", "cached_attention", "load", "packed_matmul", "packed_refusal", "vector_lanes", "why_not"]
+__all__ = ["ANY_WIDTH", "FORMATS", "cached_attention", "load", "packed_matmul", "packed_refusal", "vector_lanes", "why_not"]
 
-# Formats of packed_matmul.cc; their order is the numbering in formats.h. Fields in the order of its operands.
+# Formats of the packed product; their order is the numbering in formats.h. Fields in the order of its operands.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "q4_0": ("codes", "scale"),
     "q4_1": ("codes", "scale", "minimum"),
@@ -34,9 +34,21 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "q6_k": ("codes", "scale", "scales", "high"),
     "iq4_nl": ("codes", "scale"),
     "iq4_xs": ("codes", "scale", "scales", "high"),
+    "tq1_0": ("codes", "scale", "high"),
+    "tq2_0": ("codes", "scale"),
+    "mxfp4": ("codes", "exponent"),
+    "nvfp4": ("codes", "scales"),
+    "q1_0": ("codes", "scale"),
+    "iq3_xxs": ("codes", "scale", "signs"),
+    "iq3_s": ("codes", "scale", "scales", "high", "signs"),
+    "iq2_xxs": ("codes", "scale"),
+    "iq2_xs": ("codes", "scale", "scales"),
+    "iq2_s": ("codes", "scale", "scales", "high", "signs"),
+    "iq1_s": ("codes", "scale", "high"),
+    "iq1_m": ("codes", "scales", "high"),
 }
 FORMATS: tuple[str, ...] = tuple(_FIELDS)
-_ANY_WIDTH = ("q4_0", "q4_1", "q8_0", "f16", "bf16")  # the others need N to be a multiple of the vector length
+ANY_WIDTH = ("q4_0", "q4_1", "q8_0", "f16", "bf16")  # the others need N to be a multiple of the vector length
 
 
 def packed_refusal(format: str, n: int) -> str:
@@ -45,27 +57,33 @@ def packed_refusal(format: str, n: int) -> str:
         return f"it knows only {', '.join(FORMATS)}; use 'stream' or 'tiles'."
     if why_not():
         return why_not()
-    if format not in _ANY_WIDTH and n % vector_lanes():
+    if format not in ANY_WIDTH and n % vector_lanes():
         return f"{format} needs a multiple of {vector_lanes()} columns here, not {n}; use 'stream' or 'tiles'."
     return ""
 
 
-def packed_matmul(x: jax.Array, weights: Sequence[tuple[str, Mapping[str, jax.Array]]]) -> tuple[jax.Array, ...]:
+def packed_matmul(
+    x: jax.Array,
+    weights: Sequence[tuple[str, Mapping[str, jax.Array]]],
+    grids: Mapping[str, np.ndarray] | None = None,
+) -> tuple[jax.Array, ...]:
     """Returns `x @ decode(w)` for each weight, float32 `[M, N_i]`.
 
     Args:
         x: float32 `[M, K]`.
         weights: format name and fields, as `trustcore.quant.QuantizedArray` holds them.
+        grids: for formats whose codes name entries of a grid, the grid's entries.
 
     Under vmap over x alone the batch becomes rows; over weights it is a loop. Not differentiable by itself.
     """
     formats = tuple(FORMATS.index(name) for name, _ in weights)
     fields = tuple(tuple(fields[f] for f in _FIELDS[name]) for name, fields in weights)
+    tables = [(jnp.asarray(grids[name].astype(np.int32)),) if grids and name in grids else () for name, _ in weights]
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, fields: Any) -> tuple[jax.Array, ...]:
         load()
-        flat = [part for parts in fields for part in parts]
+        flat = [part for parts, table in zip(fields, tables, strict=True) for part in (*parts, *table)]
         shapes = [jax.ShapeDtypeStruct((x.shape[0], parts[0].shape[-1]), jnp.float32) for parts in fields]
         target = jax.ffi.ffi_call("trustcore_packed_matmul", shapes)
         return tuple(target(x, *flat, formats=np.array(formats, np.int64)))

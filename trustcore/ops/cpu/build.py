@@ -25,8 +25,8 @@ import jax
 from trustcore.cache import cache_folder
 from trustcore.errors import ImplementationError
 
-SOURCES = ("packed_matmul.cc", "attention.cc")
-HEADERS = ("formats.h", "parallel.h", "simd.h")
+SOURCES = ("packed_matmul.cc", "packed_codes.cc", "attention.cc")
+HEADERS = ("columns.h", "formats.h", "grids.h", "parallel.h", "simd.h")
 TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention")
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.

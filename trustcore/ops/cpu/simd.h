@@ -62,6 +62,25 @@ inline VecU widen(const uint16_t* p) {
 #endif
 }
 
+inline VecI load32(const uint32_t* p) {
+  VecI v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// table[index] of each lane.
+inline VecI gather(const int32_t* table, VecI index) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecI>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), table, 4));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecI>(_mm256_i32gather_epi32(table, reinterpret_cast<__m256i>(index), 4));
+#else
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i]];
+  return v;
+#endif
+}
+
 inline VecF to_float(VecI v) { return __builtin_convertvector(v, VecF); }
 inline VecF bits_to_float(VecU v) { return reinterpret_cast<VecF>(v); }
 

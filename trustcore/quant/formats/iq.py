@@ -213,3 +213,10 @@ IQ: tuple[Format, ...] = (
         Affine(_iq1_m_codes, _iq1_m_scale),
     ),
 )
+
+# The grid that a format's codes name entries of.
+NAMED_GRIDS: dict[str, np.ndarray] = {
+    format.name: GRIDS["iq1" if format.name.startswith("iq1") else format.name]
+    for format in IQ
+    if not format.name.startswith("iq4")
+}
