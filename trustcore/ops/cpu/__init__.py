@@ -16,7 +16,16 @@ import numpy as np
 
 from trustcore.ops.cpu.build import load, why_not
 
-__all__ = ["ANY_WIDTH", "FORMATS", "cached_attention", "load", "packed_matmul", "packed_refusal", "vector_lanes", "why_not"]
+__all__ = [
+    "ANY_WIDTH",
+    "FORMATS",
+    "cached_attention",
+    "load",
+    "packed_matmul",
+    "packed_refusal",
+    "vector_lanes",
+    "why_not",
+]
 
 # Formats of the packed product; their order is the numbering in formats.h. Fields in the order of its operands.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
