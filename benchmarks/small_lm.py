@@ -1,4 +1,4 @@
-"""A small language model of bytes, trained here: a reference whose weights lie on no grid and whose rows fit every block.
+"""A small language model of bytes, trained here: its weights lie on no grid, and its rows fit every block.
 
     python benchmarks/small_lm.py --steps 600 --out small_lm.safetensors
 
