@@ -40,6 +40,7 @@ FLOORS: dict[str, int] = {
     "trustcore.weights": 3,
     "trustcore.models": 4,
     "trustcore.text": 4,
+    "trustcore.convert": 5,
     "trustcore.data": 5,
     "trustcore.execute": 5,
     "trustcore.export": 5,
