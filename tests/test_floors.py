@@ -42,6 +42,7 @@ FLOORS: dict[str, int] = {
     "trustcore.text": 4,
     "trustcore.convert": 5,
     "trustcore.data": 5,
+    "trustcore.evaluation": 5,
     "trustcore.execute": 5,
     "trustcore.export": 5,
     "trustcore.generation": 5,

@@ -217,7 +217,19 @@ def _format(recipe: str, base: str, part: str, i: int, count: int, facts: Facts)
     elif part == "down":
         chosen = _down_format(recipe, i, count, more, facts)
     elif part == "out" and eight:
-        few = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq3_xs", "iq3_xxs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs")
+        few = (
+            "q2_k",
+            "q3_k_s",
+            "q3_k_m",
+            "q4_k_s",
+            "q4_k_m",
+            "iq3_xs",
+            "iq3_xxs",
+            "iq3_s",
+            "iq3_m",
+            "iq4_nl",
+            "iq4_xs",
+        )
         chosen = "q5_k" if recipe in few else None
     elif part == "out":
         better = {"q2_k": "q3_k", "iq3_xxs": "iq3_s", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}

@@ -286,9 +286,7 @@ def _refusals(tensor: SourceTensor, target: str, value: Any, requantize: bool, w
         yield f"{tensor.name}: the importance is {list(shape)}, expected one number an input: {[tensor.shape[-1]]}"
 
 
-def _pieces(
-    plan: _Plan, weight: Any, search: bool, value: Any, noise: _Noise
-) -> Iterator[tuple[np.ndarray, float]]:
+def _pieces(plan: _Plan, weight: Any, search: bool, value: Any, noise: _Noise) -> Iterator[tuple[np.ndarray, float]]:
     """The bytes or numbers of a tensor, in order, each with the share of the tensor that is then done."""
     tensor, encoding = plan.tensor, GGML_TYPES[GGML_IDS[plan.format]]
     if isinstance(value, QuantizedArray):

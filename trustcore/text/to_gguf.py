@@ -8,6 +8,7 @@ is minus the rank of the first merge that makes it, which is the order in which 
 Invariant: what is written gives the ids of the tokenizer.json on every probe; anything else is refused by name.
 """
 
+# ruff: noqa: RUF001 (the probes hold what texts hold)
 from __future__ import annotations
 
 import json
@@ -142,8 +143,8 @@ def _sentence_piece(file: Path, data: dict[str, Any], common: dict[str, Any], or
     }
     if not _agree(values, original):
         raise TokenizerError(
-            f"{file}: the SentencePiece tokenizer of GGUF files would give other ids than this one. Take a GGUF file of "
-            "the model as the source."
+            f"{file}: the SentencePiece tokenizer of GGUF files would give other ids than this one. Take a GGUF file "
+            "of the model as the source."
         )
     return values
 

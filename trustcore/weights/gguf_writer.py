@@ -275,7 +275,9 @@ class _Writer:
         if len(entry.shape) > MAX_DIMS:
             raise self.error(f"the tensor has {len(entry.shape)} dimensions; expected at most {MAX_DIMS}", field)
         if self.order == ">" and entry.encoding.words is None:
-            raise self.error(f"the byte order of {entry.encoding.name} blocks in a big-endian file is not settled", field)
+            raise self.error(
+                f"the byte order of {entry.encoding.name} blocks in a big-endian file is not settled", field
+            )
         return entry
 
     def streamed(self, field: str, tensor: StreamedTensor) -> _Entry:

@@ -1,7 +1,7 @@
 """Reads llama.cpp's importance matrices: for each weight matrix, the mean square of each of its inputs.
 
-Two layouts exist. A GGUF file (`general.type` "imatrix") holds, for a tensor `T`, `T.in_sum2` `[E, K]`, sums of squares,
-and `T.counts` `[E, 1]`, how many tokens they are sums over; E counts experts. The older binary file:
+Two layouts exist. A GGUF file (`general.type` "imatrix") holds, for a tensor `T`, `T.in_sum2` `[E, K]`, sums of
+squares, and `T.counts` `[E, 1]`, how many tokens they are sums over; E counts experts. The older binary file:
 
     entries i32 | entries x (length i32, name, calls i32, values i32, values x f32) | ...
 
