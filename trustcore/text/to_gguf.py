@@ -19,7 +19,7 @@ from typing import Any
 
 from trustcore.errors import TokenizerError
 from trustcore.text.json_tokenizer import steps
-from trustcore.text.pre_tokenizers import PRE_TOKENIZERS
+from trustcore.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from trustcore.text.special_tokens import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from trustcore.text.tokenizer import Tokenizer
 
@@ -108,18 +108,34 @@ def _byte_level(file: Path, data: dict[str, Any], common: dict[str, Any], origin
         ],
     }
     ignores = bool(data["model"].get("ignore_merges"))
-    tried = []
-    for name in (*_NAMES, *PRE_TOKENIZERS):
-        family = PRE_TOKENIZERS[name]
-        if family.ignore_merges == ignores and family not in tried:
-            tried.append(family)
-            found = {**values, "tokenizer.ggml.pre": name}
-            if _agree(found, original):
-                return found
+    for name in _names_that_cut_alike(file):
+        found = {**values, "tokenizer.ggml.pre": name}
+        if PRE_TOKENIZERS[name].ignore_merges == ignores and _agree(found, original):
+            return found
     raise TokenizerError(
         f"{file}: it cuts text into words as none of the pre-tokenizers does that GGUF files name. Take a GGUF file of "
         f"the model as the source. Known are {', '.join(sorted(PRE_TOKENIZERS))}."
     )
+
+
+def _names_that_cut_alike(file: Path) -> Iterator[str]:
+    """Names of GGUF pre-tokenizers that part every probe where the file does; one name of each family."""
+    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Tokenizer as Reference
+
+    def words(cutter: Any) -> list[list[tuple[int, int]]]:
+        return [[place for _, place in cutter.pre_tokenize_str(probe)] for probe in PROBES]
+
+    expected = words(Reference.from_str(file.read_text(encoding="utf-8")).pre_tokenizer)
+    tried: list[PreTokenizer] = []
+    for name in (*_NAMES, *PRE_TOKENIZERS):
+        family = PRE_TOKENIZERS[name]
+        if family not in tried:
+            tried.append(family)
+            cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in family.patterns]
+            bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            if words(pre_tokenizers.Sequence([*cuts, bytes_])) == expected:
+                yield name
 
 
 def _sentence_piece(file: Path, data: dict[str, Any], common: dict[str, Any], original: Tokenizer) -> dict[str, Any]:
