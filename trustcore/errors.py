@@ -60,6 +60,10 @@ class GenerationError(TrustcoreError, ValueError):
     """A generation request is impossible: a prompt that does not fit, a sampling value out of range."""
 
 
+class EvaluationError(TrustcoreError, ValueError):
+    """A model cannot be measured as asked: a text that is too short, models that do not compare."""
+
+
 class CatalogueError(TrustcoreError, OSError):
     """A model name is unknown, or its files could not be brought to this machine."""
 

@@ -51,7 +51,7 @@ def test_debug_lets_the_exception_through(cli, calls, words: list[str]) -> None:
 
 def test_help_and_version(cli) -> None:
     assert cli().out == cli("--help").out
-    for name in ("generate", "chat", "info", "pull", "doctor"):
+    for name in ("generate", "chat", "info", "pull", "quantize", "perplexity", "compare", "doctor"):
         assert name in cli("--help").out
         assert cli(name, "--help").status == 0
     assert cli("--version").out.startswith("trustcore ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 import gguf
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from trustcore.errors import CheckpointError
 from trustcore.weights import open_checkpoint
-from trustcore.weights.gguf_writer import write_gguf
+from trustcore.weights.gguf_writer import StreamedTensor, write_gguf
 
 T = gguf.GGUFValueType
 
@@ -153,3 +154,70 @@ def test_a_file_that_is_open_keeps_its_bytes_when_it_is_replaced(tmp_path):
 def test_the_file_ends_with_a_whole_padding(tmp_path):
     write_gguf(tmp_path / "m.gguf", {}, {"t": np.zeros(1, np.int8)}, alignment=256)
     assert (tmp_path / "m.gguf").stat().st_size % 256 == 0
+
+
+def test_a_streamed_tensor_writes_the_bytes_of_the_whole_one(tmp_path):
+    table = np.arange(48, dtype=np.float32).reshape(6, 8)
+    packed = np.arange(6 * 36, dtype=np.uint8).reshape(6, 36)
+    streamed = {
+        "plain": StreamedTensor((6, 8), "f32", lambda: (table[i : i + 4] for i in (0, 4))),
+        "packed": StreamedTensor((6, 64), "q4_0", lambda: iter([packed[:1], packed[1:]])),
+        "empty": StreamedTensor((0, 8), "f16", lambda: ()),
+    }
+    for order in ("little", "big"):
+        write_gguf(tmp_path / "whole.gguf", {}, {"plain": table, "packed": (packed, "q4_0"),
+                   "empty": np.zeros((0, 8), np.float16)}, byte_order=order)  # fmt: skip
+        write_gguf(tmp_path / "pieces.gguf", {}, streamed, byte_order=order)
+        assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
+
+
+def test_streamed_tensors_are_made_one_after_another(tmp_path):
+    """Nothing of a tensor exists before it is its turn, and nothing of it is kept after."""
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def make(value):
+        def pieces():
+            nonlocal most
+            for _ in range(3):
+                piece = np.full((4, 8), value, np.float32)
+                alive.append(weakref.ref(piece))
+                most = max(most, sum(ref() is not None for ref in alive))
+                yield piece
+                del piece
+
+        return pieces
+
+    write_gguf(tmp_path / "m.gguf", {}, {f"t{i}": StreamedTensor((12, 8), "f32", make(i)) for i in range(5)})
+    assert len(alive) == 15 and most <= 2
+    assert open_checkpoint(tmp_path / "m.gguf")["t4"].numpy().tolist() == np.full((12, 8), 4.0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (StreamedTensor((4,), "f32", lambda: [np.zeros(3, np.float32)]), "12 bytes were made; expected 16, for f32"),
+        (StreamedTensor((4,), "f32", lambda: [np.zeros(5, np.float32)]), "more than 16 bytes were made; expected 16"),
+        (StreamedTensor((4,), "f32", lambda: [np.zeros(4)]), "a piece of f32 is float64; expected an array of float32"),
+        (StreamedTensor((4,), "f32", lambda: [[0.0] * 4]), "a piece of f32 is list"),
+        (StreamedTensor((32,), "q4_0", lambda: [np.zeros(9, np.uint8)]), "9 bytes, no whole blocks of 18"),
+        (StreamedTensor((33,), "q4_0", lambda: []), "a row of 33 weights is not a multiple of q4_0's block"),
+        (StreamedTensor((32,), "q9_9", lambda: []), "the encoding is 'q9_9'; expected one of f32"),
+        (StreamedTensor((1,) * 5, "f32", lambda: []), "5 dimensions; expected at most 4"),
+    ],
+)
+def test_streamed_tensors_that_are_not_what_they_said_are_refused(tmp_path, tensor, words):
+    with pytest.raises(CheckpointError, match="tensor 't': .*" + words):
+        write_gguf(tmp_path / "m.gguf", {}, {"t": tensor})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+def test_a_streamed_tensor_that_fails_leaves_nothing(tmp_path, stop):
+    def pieces():
+        yield np.zeros(2, np.float32)
+        raise stop
+
+    with pytest.raises(stop):
+        write_gguf(tmp_path / "m.gguf", {}, {"t": StreamedTensor((4,), "f32", pieces)})
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 # Everything in Unicode's categories "control" and bidirectional override, except tab and line feed.
@@ -54,16 +62,18 @@ def write(piece: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback that draws a bar of bytes on stderr from its first call on; None where stderr is no terminal."""
+def progress_bar(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback that draws a bar on stderr from its first call on; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
+    in_bytes = unit == "bytes"
+    figures = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), TextColumn(unit))
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *figures,
+        TimeRemainingColumn(),
         console=err(),
         transient=True,
     )

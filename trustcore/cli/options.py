@@ -70,6 +70,8 @@ Dtype = Annotated[
     typer.Option(help="Decode the weights to this and compute in it; else they stay packed.", rich_help_panel=_RUNNING),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Everything, as one JSON object.")]
+
 
 # Options of `trustcore.generate` and `trustcore.chat`, under the names that the commands give them too.
 _NAMES = (

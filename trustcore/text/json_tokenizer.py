@@ -160,14 +160,14 @@ def _template(content: dict[str, bytes], config: dict[str, Any], folder: Path) -
 
 def _pieces(data: dict[str, Any], file: Path) -> tuple[Callable[[str], bytes], bool]:
     """The bytes of an ordinary token, and whether a whole text starts with one space too many."""
-    steps = list(_steps(data.get("decoder"), "decoders"))
-    kinds = [step.get("type") for step in steps]
+    decoding = list(steps(data.get("decoder"), "decoders"))
+    kinds = [step.get("type") for step in decoding]
     if "ByteLevel" in kinds or (not kinds and "ByteLevel" in _kinds(data.get("pre_tokenizer"), "pretokenizers")):
-        return from_byte_characters, any(_prefixes(s) for s in _steps(data.get("pre_tokenizer"), "pretokenizers"))
+        return from_byte_characters, any(_prefixes(s) for s in steps(data.get("pre_tokenizer"), "pretokenizers"))
     if not kinds:  # the package then joins tokens with spaces
         return lambda token: b" " + token.encode(), True
     if "WordPiece" in kinds:
-        mark = steps[kinds.index("WordPiece")].get("prefix", "##")
+        mark = decoding[kinds.index("WordPiece")].get("prefix", "##")
         return (
             lambda token: token.removeprefix(mark).encode() if token.startswith(mark) else b" " + token.encode(),
             True,
@@ -177,7 +177,7 @@ def _pieces(data: dict[str, Any], file: Path) -> tuple[Callable[[str], bytes], b
         strip_space = any(
             (s["type"] == "Strip" and s.get("content") == " " and s.get("start", 0) > 0)
             or (s["type"] == "Metaspace" and _prefixes(s))
-            for s in steps
+            for s in decoding
         )
         return functools.partial(_sentence_piece, "ByteFallback" in kinds), strip_space
     raise TokenizerError(
@@ -195,17 +195,17 @@ def _sentence_piece(byte_fallback: bool, token: str) -> bytes:
     return token.replace(SPACE, " ").encode()
 
 
-def _steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
+def steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
     """A decoder or pre-tokenizer as the list of what it does in turn."""
     if isinstance(part, dict) and part.get("type") == "Sequence":
         for step in part.get(inner) or ():
-            yield from _steps(step, inner)
+            yield from steps(step, inner)
     elif isinstance(part, dict):
         yield part
 
 
 def _kinds(part: Any, inner: str) -> list[Any]:
-    return [step.get("type") for step in _steps(part, inner)]
+    return [step.get("type") for step in steps(part, inner)]
 
 
 def _prefixes(step: dict[str, Any]) -> bool:

@@ -1,5 +1,8 @@
 """Writes GGUF files: metadata and tensors, in either byte order, all or nothing.
 
+A tensor is an array, or a `StreamedTensor` that is made piece by piece when its turn to be written comes: a file of any
+size is then written with one piece in memory.
+
 The layout is in `gguf_header`. Values get the types that llama.cpp expects: bool, str, an integer as u32, else i32,
 u64 or i64, whichever holds it first; a float as f32. A NumPy scalar or one-dimensional array keeps its own type. A
 list is an array of its elements' one type; integers in it are i32, else u32, i64 or u64, the first that holds all.
@@ -14,7 +17,8 @@ import os
 import secrets
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -25,7 +29,24 @@ from trustcore.weights.encoding import Encoding
 from trustcore.weights.gguf_header import DEFAULT_ALIGNMENT, MAGIC, MAX_DEPTH, MAX_DIMS, MAX_NAME_BYTES, shown
 from trustcore.weights.gguf_types import ARRAY, BOOL, GGML_IDS, GGML_TYPES, SCALARS, STRING
 
-Tensor = np.ndarray | tuple[np.ndarray, str]
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor whose shape and encoding are known before its numbers are.
+
+    Attributes:
+        shape: in row-major order, in numbers; the last axis is a row, which packed blocks run along.
+        encoding: a name in `GGML_IDS`.
+        make: called once, while the file is written. Gives arrays that follow each other in row-major order: of the
+            encoding's dtype where it has one, else uint8, the bytes of whole packed blocks.
+    """
+
+    shape: tuple[int, ...]
+    encoding: str
+    make: Callable[[], Iterable[np.ndarray]]
+
+
+Tensor = np.ndarray | tuple[np.ndarray, str] | StreamedTensor
 
 _SCALAR_IDS = {dtype: number for number, dtype in SCALARS.items()}
 _PLAIN_IDS = {encoding.dtype: number for number, encoding in GGML_TYPES.items() if encoding.dtype is not None}
@@ -49,7 +70,7 @@ def write_gguf(
         path: the file to write.
         metadata: key-values: bool, int, float, str, NumPy scalars and one-dimensional arrays, and lists of these.
         tensors: a NumPy array of f32, f16, bf16, f64, i8, i16, i32 or i64; or `(raw, encoding)`, the bytes of packed
-            rows as `LazyArray.raw` gives them, uint8 `[..., bytes_per_row]`.
+            rows as `LazyArray.raw` gives them, uint8 `[..., bytes_per_row]`; or a `StreamedTensor`.
         version: 2 or 3.
         byte_order: of the whole file.
         alignment: of each tensor's first byte; a power of two. Stands in the metadata unless it is the default.
@@ -57,6 +78,8 @@ def write_gguf(
     Raises:
         CheckpointError: a key, value or tensor cannot be written; names it.
         OSError: the disk refuses.
+
+    What the making of a streamed tensor raises passes through.
     """
     path = Path(path)
     writer = _Writer(path, "<" if byte_order == "little" else ">")
@@ -74,15 +97,15 @@ def write_gguf(
         )
     if alignment != DEFAULT_ALIGNMENT:
         metadata["general.alignment"] = alignment
-    arrays = {name: writer.tensor(name, tensor) for name, tensor in tensors.items()}
-    header = writer.header(version, metadata, arrays, alignment)
+    entries = {name: writer.tensor(name, tensor) for name, tensor in tensors.items()}
+    header = writer.header(version, metadata, entries, alignment)
     partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:
             file.write(header)
-            for rows, encoding, _ in arrays.values():
+            for name, entry in entries.items():
                 _pad(file, alignment)
-                file.write(writer.ordered(rows, encoding).data)
+                writer.write(file, name, entry)
             _pad(file, alignment)  # llama.cpp reads whole paddings, the last one too
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +115,17 @@ def write_gguf(
         raise
 
 
-_Rows = tuple[np.ndarray, Encoding, tuple[int, ...]]  # bytes as a little-endian file holds them, encoding, shape
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor that the header can describe; `make` gives its bytes as a little-endian file holds them."""
+
+    encoding: Encoding
+    shape: tuple[int, ...]
+    make: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.encoding.tensor_bytes(self.shape)
 
 
 class _Writer:
@@ -106,21 +139,37 @@ class _Writer:
         return CheckpointError(message, path=self.path, field=field)
 
     def header(
-        self, version: int, metadata: Mapping[str, Any], arrays: Mapping[str, _Rows], alignment: int
+        self, version: int, metadata: Mapping[str, Any], entries: Mapping[str, _Entry], alignment: int
     ) -> bytearray:
         out = bytearray(MAGIC)
-        out += struct.pack(f"{self.order}IQQ", version, len(arrays), len(metadata))
+        out += struct.pack(f"{self.order}IQQ", version, len(entries), len(metadata))
         for key, value in metadata.items():
             field = f"metadata {shown(key)}"
             kind, data = self.value(value, field)
             out += self.name(key, field) + struct.pack(f"{self.order}I", kind) + data
         offset = 0
-        for name, (rows, encoding, shape) in arrays.items():
+        for name, entry in entries.items():
             out += self.name(name, f"tensor {shown(name)}")
-            out += struct.pack(f"{self.order}I{len(shape)}Q", len(shape), *reversed(shape))
-            out += struct.pack(f"{self.order}IQ", GGML_IDS[encoding.name], offset)
-            offset += -(-rows.size // alignment) * alignment
+            out += struct.pack(f"{self.order}I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
+            out += struct.pack(f"{self.order}IQ", GGML_IDS[entry.encoding.name], offset)
+            offset += -(-entry.nbytes // alignment) * alignment
         return out
+
+    def write(self, file: BinaryIO, name: str, entry: _Entry) -> None:
+        """Writes the pieces of a tensor; proves that they are as many bytes as the header says."""
+        written = 0
+        for piece in entry.make():
+            written += piece.size
+            if written > entry.nbytes:
+                break
+            swap = self.order == ">" and entry.encoding.words
+            file.write((entry.encoding.swapped(piece) if swap else piece).data)
+        if written != entry.nbytes:
+            raise self.error(
+                f"{'more than ' if written > entry.nbytes else ''}{min(written, entry.nbytes)} bytes were made; "
+                f"expected {entry.nbytes}, for {entry.encoding.name}{list(entry.shape)}",
+                f"tensor {shown(name)}",
+            )
 
     def name(self, name: Any, field: str) -> bytes:
         data = self.text(name, field)
@@ -201,9 +250,11 @@ class _Writer:
     def packed(self, array: np.ndarray) -> bytes:
         return array.astype(array.dtype.newbyteorder(self.order)).tobytes()
 
-    def tensor(self, name: str, tensor: Tensor) -> _Rows:
+    def tensor(self, name: str, tensor: Tensor) -> _Entry:
         field = f"tensor {shown(name)}"
-        if isinstance(tensor, np.ndarray):
+        if isinstance(tensor, StreamedTensor):
+            entry = self.streamed(field, tensor)
+        elif isinstance(tensor, np.ndarray):
             encoding = GGML_TYPES.get(_PLAIN_IDS.get(tensor.dtype.newbyteorder("="), -1))
             if encoding is None:
                 raise self.error(
@@ -211,29 +262,50 @@ class _Writer:
                     "(bytes, encoding) for packed rows",
                     field,
                 )
-            shape = tensor.shape
-            assert encoding.dtype is not None
-            rows = np.ascontiguousarray(tensor, dtype=encoding.dtype).reshape(-1).view(np.uint8)
-            if sys.byteorder == "big" and encoding.words:
-                rows = encoding.swapped(rows)
+            rows = _little_endian(tensor, encoding)
+            entry = _Entry(encoding, tensor.shape, lambda: (rows,))
         elif isinstance(tensor, tuple) and len(tensor) == 2:
-            rows, encoding, shape = self.raw(field, *tensor)
+            entry = self.raw(field, *tensor)
         else:
             raise self.error(
-                f"a {type(tensor).__name__} is no tensor; expected a NumPy array, or (bytes, encoding) for packed rows",
+                f"a {type(tensor).__name__} is no tensor; expected a NumPy array, (bytes, encoding) for packed rows, "
+                "or a StreamedTensor",
                 field,
             )
-        if len(shape) > MAX_DIMS:
-            raise self.error(f"the tensor has {len(shape)} dimensions; expected at most {MAX_DIMS}", field)
-        if self.order == ">" and encoding.words is None:
-            raise self.error(f"the byte order of {encoding.name} blocks in a big-endian file is not settled", field)
-        return rows, encoding, shape
+        if len(entry.shape) > MAX_DIMS:
+            raise self.error(f"the tensor has {len(entry.shape)} dimensions; expected at most {MAX_DIMS}", field)
+        if self.order == ">" and entry.encoding.words is None:
+            raise self.error(
+                f"the byte order of {entry.encoding.name} blocks in a big-endian file is not settled", field
+            )
+        return entry
 
-    def raw(self, field: str, rows: np.ndarray, name: str) -> _Rows:
+    def streamed(self, field: str, tensor: StreamedTensor) -> _Entry:
+        """A tensor that is made later: its shape is checked now, each piece when it comes."""
+        encoding = self.encoding(tensor.encoding, field)
+        try:
+            encoding.tensor_bytes(tensor.shape)
+        except ValueError as error:
+            raise self.error(str(error), field) from error
+        dtype = np.dtype(np.uint8) if encoding.dtype is None else encoding.dtype
+
+        def make() -> Iterable[np.ndarray]:
+            for piece in tensor.make():
+                if not isinstance(piece, np.ndarray) or piece.dtype.newbyteorder("=") != dtype:
+                    given = getattr(piece, "dtype", type(piece).__name__)
+                    raise self.error(f"a piece of {encoding.name} is {given}; expected an array of {dtype}", field)
+                if encoding.dtype is None:
+                    if piece.size % encoding.nbytes:
+                        raise self.error(f"a piece has {piece.size} bytes, no whole blocks of {encoding.nbytes}", field)
+                    yield np.ascontiguousarray(piece).reshape(-1)
+                else:
+                    yield _little_endian(piece, encoding)
+
+        return _Entry(encoding, tensor.shape, make)
+
+    def raw(self, field: str, rows: np.ndarray, name: str) -> _Entry:
         """Packed rows and their encoding; the shape in weights follows from both."""
-        if name not in GGML_IDS:
-            raise self.error(f"the encoding is {shown(name)}; expected one of {', '.join(GGML_IDS)}", field)
-        encoding = GGML_TYPES[GGML_IDS[name]]
+        encoding = self.encoding(name, field)
         if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim < 1:
             raise self.error("the bytes are no uint8 array; expected uint8 [..., bytes_per_row]", field)
         if rows.shape[-1] % encoding.nbytes:
@@ -242,10 +314,18 @@ class _Writer:
                 field,
             )
         shape = (*rows.shape[:-1], rows.shape[-1] // encoding.nbytes * encoding.weights)
-        return np.ascontiguousarray(rows).reshape(-1), encoding, shape
+        return _Entry(encoding, shape, lambda: (np.ascontiguousarray(rows).reshape(-1),))
 
-    def ordered(self, rows: np.ndarray, encoding: Encoding) -> np.ndarray:
-        return encoding.swapped(rows) if self.order == ">" and encoding.words else rows
+    def encoding(self, name: str, field: str) -> Encoding:
+        if name not in GGML_IDS:
+            raise self.error(f"the encoding is {shown(name)}; expected one of {', '.join(GGML_IDS)}", field)
+        return GGML_TYPES[GGML_IDS[name]]
+
+
+def _little_endian(array: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """The bytes of a plain array as a little-endian file holds them, uint8 `[nbytes]`."""
+    rows = np.ascontiguousarray(array, dtype=encoding.dtype).reshape(-1).view(np.uint8)
+    return encoding.swapped(rows) if sys.byteorder == "big" and encoding.words else rows
 
 
 def _pad(file: BinaryIO, alignment: int) -> None:

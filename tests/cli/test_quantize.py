@@ -1,0 +1,128 @@
+"""`trustcore quantize`: files, the report, refusals before anything is read, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trustcore.weights import open_checkpoint
+from trustcore.weights.gguf_writer import StreamedTensor, write_gguf
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "token_embd.weight": rng.standard_normal((16, 64), np.float32),
+        "output.weight": rng.standard_normal((16, 64), np.float32),
+        "blk.0.ffn_up.weight": rng.standard_normal((32, 64), np.float32),
+        "output_norm.weight": np.ones(64, np.float32),
+    }
+    write_gguf(tmp_path / "in.gguf", {"general.architecture": "llama"}, tensors)
+    return tmp_path / "in.gguf"
+
+
+def encodings(path: Path) -> dict[str, str]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: array.encoding for name, array in checkpoint.items()}
+
+
+def test_the_report(cli, model: Path) -> None:
+    out = model.with_name("out.gguf")
+    done = cli("quantize", str(model), "-o", str(out), "--format", "Q4_K", "--keep", "output, embed")
+    assert (done.status, done.err) == (0, "")
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["token_embd.weight", "16", "x", "64", "f32", "f32", "32.00", "exact", "kept"] in lines
+    up = next(line for line in lines if line[:1] == ["blk.0.ffn_up.weight"])
+    assert up[1:7] == ["32", "x", "64", "f32", "q5_0", "5.50"] and 25 < float(up[7]) < 35
+    assert up[8:] == ["q4_k", "takes", "rows", "of", "256"]
+    assert "4 tensors (3 f32, 1 q5_0)" in done.out
+    assert encodings(out) == {
+        "token_embd.weight": "f32", "output.weight": "f32", "blk.0.ffn_up.weight": "q5_0", "output_norm.weight": "f32"
+    }  # fmt: skip
+
+
+def test_json(cli, model: Path) -> None:
+    out = model.with_name("out.gguf")
+    found = json.loads(cli("quantize", str(model), "-o", str(out), "-f", "q4_0", "--pure", "--json").out)
+    assert (found["path"], found["format"]) == (str(out), "q4_0")
+    assert {tensor["name"]: tensor["format"] for tensor in found["tensors"]} == encodings(out)
+    assert found["tensors"][3]["sqnr_db"] is None and found["tensors"][0]["sqnr_db"] > 15
+
+
+def test_an_importance_matrix(cli, model: Path) -> None:
+    sums = np.linspace(0, 10, 64, dtype=np.float32)[None]
+    matrix = {"blk.0.ffn_up.weight.in_sum2": sums, "blk.0.ffn_up.weight.counts": np.full((1, 1), 10, np.float32)}
+    write_gguf(model.with_name("imatrix.gguf"), {"general.type": "imatrix"}, matrix)
+    words = ("quantize", str(model), "-f", "q4_0", "--no-search", "-o")
+    assert cli(*words, str(model.with_name("a.gguf"))).status == 0
+    done = cli(*words, str(model.with_name("b.gguf")), "--importance", str(model.with_name("imatrix.gguf")))
+    assert (done.status, done.err) == (0, "")
+    with open_checkpoint(model.with_name("a.gguf")) as a, open_checkpoint(model.with_name("b.gguf")) as b:
+        name = "blk.0.ffn_up.weight"
+        assert a[name].raw().tobytes() != b[name].raw().tobytes()
+        assert a["output.weight"].raw().tobytes() == b["output.weight"].raw().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "words", "complaint"),
+    [
+        ("in.gguf", "out.bin", ["-f", "q4_0"], "does not end in .gguf"),
+        ("in.gguf", "nowhere/out.gguf", ["-f", "q4_0"], "lies in a folder that does not exist"),
+        ("in.gguf", "in.gguf", ["-f", "q4_0"], "exists; write over it with --force"),
+        ("in.gguf", "out.gguf", ["-f", "q9_9"], "format 'q9_9' is not known; choose one of f32"),
+        ("in.gguf", "out.gguf", [], "Missing option '--format'"),
+        ("in.gguf", "out.gguf", ["-f", "q4_0", "--keep", "head"], "keep: 'head' matches no tensor"),
+        ("in.gguf", "out.gguf", ["-f", "q4_0", "--importance", "in.gguf"], "it is no importance matrix"),
+        ("in.gguf", "out.gguf", ["-f", "q4_0", "--importance", "none.dat"], "none.dat: no such file"),
+        ("notes.txt", "out.gguf", ["-f", "q4_0"], "the file starts with b'nothing '"),
+        ("missing.gguf", "out.gguf", ["-f", "q4_0"], "missing.gguf: no such file or folder"),
+    ],
+)
+def test_refusals_are_one_line(cli, model: Path, monkeypatch, source, out, words, complaint) -> None:
+    monkeypatch.chdir(model.parent)
+    Path("notes.txt").write_text("nothing of the kind")
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    done = cli("quantize", source, "-o", out, *words)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert complaint in done.err
+    assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
+
+
+def test_packed_sources_and_files_that_are_there(cli, model: Path) -> None:
+    out, again = model.with_name("out.gguf"), model.with_name("again.gguf")
+    assert cli("quantize", str(model), "-o", str(out), "-f", "q8_0").status == 0
+    assert "packing it again as q4_0" in cli("quantize", str(out), "-o", str(again), "-f", "q4_0").err
+    assert cli("quantize", str(out), "-o", str(again), "-f", "q4_0", "--requantize").status == 0
+    assert cli("quantize", str(model), "-o", str(again), "-f", "q5_0", "--pure", "--force").status == 0
+    assert encodings(again)["output.weight"] == "q5_0"
+
+
+def test_help_names_the_options(cli) -> None:
+    page = cli("quantize", "--help").out
+    for word in ("--out", "--format", "--keep", "--importance", "--no-search", "--pure", "--requantize", "--force"):
+        assert word in page
+
+
+def test_ctrl_c_leaves_nothing(program, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((256, 2048), np.float32)
+    tensors = {f"blk.{i}.a.weight": StreamedTensor((2048, 2048), "f32", lambda: [rows] * 8) for i in range(24)}
+    write_gguf(tmp_path / "in.gguf", {}, tensors)
+    with program(
+        *("quantize", str(tmp_path / "in.gguf"), "-o", str(tmp_path / "out.gguf"), "-f", "q3_k"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob(".out.gguf.*.partial")) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        assert list(tmp_path.glob(".out.gguf.*.partial"))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]

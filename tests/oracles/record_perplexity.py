@@ -1,0 +1,120 @@
+"""Records what llama.cpp makes of GGUF files: its own, and those that trustcore wrote from the same weights.
+
+The oracle is not a test dependency. In a virtual environment of its own, `pip install llama-cpp-python==0.3.36`, then
+
+    trustcore quantize smollm2 -o F16.gguf --format f16
+    for f in q4_0 q4_1 ...; do trustcore quantize F16.gguf -o written/$f.gguf --format $f; done
+    python tests/oracles/record_perplexity.py --source F16.gguf --written written --out tests/data/perplexity.json
+
+Perplexity is that of llama.cpp's `perplexity` tool: the text without its last line feed, encoded with what the model
+puts before a text; chunks of 512 tokens, each on its own, its first token replaced by BOS where the model wants one;
+the tokens after the first half of a chunk count, `exp(mean negative log-likelihood)`. For files that trustcore wrote,
+the greedy continuation of a prompt is recorded too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+# trustcore's name for a format -> llama.cpp's number for a file of it (llama.h, `llama_ftype`).
+FILE_TYPES = {
+    "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
+    "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq3_s": 26,
+    "iq3_m": 27, "iq4_xs": 30, "bf16": 32, "tq1_0": 36, "tq2_0": 37,
+}  # fmt: skip
+CONTEXT = 512
+PROMPT = "The capital of France is"
+CONTINUED = 16  # tokens
+
+
+def quantize(source: Path, out: Path, file_type: int, threads: int) -> None:
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread, options.allow_requantize = file_type, threads, True
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(options))
+    if status:
+        raise SystemExit(f"llama.cpp could not write {out} (status {status})")
+
+
+def evaluate(path: Path, text: str, threads: int) -> dict[str, object]:
+    model = llama_cpp.Llama(
+        str(path), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, n_threads=threads, n_threads_batch=threads,
+        verbose=False,
+    )  # fmt: skip
+    tokens = model.tokenize(text.encode(), add_bos=True, special=False)
+    vocab = llama_cpp.llama_model_get_vocab(model.model)
+    bos = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
+    chunks, first = [], CONTEXT // 2
+    for start in range(0, len(tokens) // CONTEXT * CONTEXT, CONTEXT):
+        chunk = tokens[start : start + CONTEXT]
+        model.reset()
+        model.eval([bos, *chunk[1:]] if bos is not None else chunk)
+        logits = np.asarray(model.scores[first : CONTEXT - 1], np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        picked = np.take_along_axis(logits, np.array(chunk[first + 1 :])[:, None], -1)[:, 0]
+        chunks.append(float(np.mean(np.log(np.exp(logits).sum(-1)) - picked)))
+    return {"perplexity": float(np.exp(np.mean(chunks))), "chunks": chunks, "tokens": len(tokens)}
+
+
+def continuation(path: Path, threads: int) -> list[int]:
+    model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    tokens = model.tokenize(PROMPT.encode(), add_bos=True, special=False)
+    out = []
+    for token in model.generate(tokens, temp=0.0, top_k=1, repeat_penalty=1.0):
+        out.append(int(token))
+        if len(out) == CONTINUED:
+            break
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="an F16 file of the model")
+    parser.add_argument("--written", type=Path, help="a folder of files that trustcore wrote, called FORMAT.gguf")
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "data" / "moby_dick.txt")
+    parser.add_argument("--out", type=Path, required=True, help="a record; what is there already is kept")
+    parser.add_argument("--formats", nargs="*", default=list(FILE_TYPES))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+
+    text = options.text.read_text(encoding="utf-8").removesuffix("\n")
+    record = json.loads(options.out.read_text()) if options.out.exists() else {"llama_cpp": {}, "trustcore": {}}
+    record["about"] = {
+        "llama-cpp-python": llama_cpp.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "text": options.text.name,
+        "text_sha256": hashlib.sha256(options.text.read_bytes()).hexdigest(),
+        "context": CONTEXT,
+        "prompt": PROMPT,
+    }
+    for name in options.formats:
+        begin = time.perf_counter()
+        if name not in record["llama_cpp"]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{name}.gguf"
+                quantize(options.source, path, FILE_TYPES[name], options.threads)
+                found = evaluate(path, text, options.threads)
+                record["llama_cpp"][name] = {**found, "bytes": path.stat().st_size}
+        path = options.written / f"{name}.gguf" if options.written else None
+        if path is not None and path.exists():
+            found = evaluate(path, text, options.threads)
+            continued = continuation(path, options.threads)
+            record["trustcore"][name] = {**found, "bytes": path.stat().st_size, "continuation": continued}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        ours = record["trustcore"].get(name, {}).get("perplexity", float("nan"))
+        seconds = time.perf_counter() - begin
+        print(f"{name:8} llama.cpp {record['llama_cpp'][name]['perplexity']:.4f}  ours {ours:.4f}  {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A checkpoint of either kind seen as a GGUF file: metadata, and tensors that are read by rows.
+
+A GGUF file is passed on as it is, whatever its architecture. A safetensors model has its names, its rotary layout, its
+configuration and its tokenizer put into GGUF's words first; nothing of a tensor is read before its rows are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from trustcore.errors import ModelError, QuantizationError
+from trustcore.models.config import DecoderConfig
+from trustcore.models.to_gguf import gguf_divisors, gguf_metadata, gguf_tensors
+from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.text.to_gguf import gguf_tokenizer
+from trustcore.weights import Checkpoint, LazyArray
+
+PLAIN = ("f32", "f16", "bf16", "f64")
+_PARTS = ("split.no", "split.count", "split.tensors.count")  # what comes out is one file
+_BYTES = ("tokenizer.ggml.precompiled_charsmap",)  # llama.cpp takes this array as bytes only
+
+
+@dataclass(frozen=True, eq=False)
+class SourceTensor:
+    """A tensor of the source under its GGUF name.
+
+    Attributes:
+        name: in GGUF files.
+        shape: `[..., N, K]`.
+        encoding: as it is stored.
+        array: on disk, or in memory where the tensor was computed.
+        order: which row of the array is written where; None: as they lie.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    array: LazyArray | np.ndarray
+    order: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        """All rows, of every matrix of a stack."""
+        return prod(self.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """In the source."""
+        return self.array.nbytes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is stored in blocks."""
+        return self.encoding not in PLAIN
+
+    def stored(self, start: int, stop: int) -> np.ndarray:
+        """Returns rows as they are stored: numbers `[rows, K]`, or the bytes of blocks, uint8 `[rows, bytes]`."""
+        array = self.array
+        whole = array if isinstance(array, np.ndarray) else array.raw() if self.is_packed else array.numpy()
+        rows = whole.reshape(self.rows, whole.shape[-1] if whole.ndim else 1)
+        return rows[start:stop] if self.order is None else rows[self.order[start:stop]]
+
+    def floats(self, start: int, stop: int) -> np.ndarray:
+        """Returns rows as float32 `[rows, K]`."""
+        stored = self.stored(start, stop)
+        if self.is_packed:
+            return np.asarray(QuantizedArray.from_blocks(self.encoding, stored, transposed=True).dequantize())
+        return stored.astype(np.float32)
+
+    def release(self) -> None:
+        """Hands the pages of the file back; see `LazyArray.release`."""
+        if isinstance(self.array, LazyArray):
+            self.array.release()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as a GGUF file would hold it."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+
+
+def read_source(checkpoint: Checkpoint) -> Source:
+    """Returns what a GGUF file of the checkpoint holds.
+
+    Raises:
+        ModelError: a safetensors model is of a family that is not supported, or its tensors do not fit.
+        TokenizerError: its tokenizer has no counterpart in GGUF.
+        QuantizationError: a tensor is stored in a way that cannot be read.
+    """
+    source = _of_gguf(checkpoint) if checkpoint.format == "gguf" else _of_safetensors(checkpoint)
+    unknown = [
+        f"{tensor.name} is stored as {tensor.encoding}"
+        for tensor in source.tensors.values()
+        if tensor.encoding not in (*PLAIN, *FORMATS) and len(tensor.shape) > 1
+    ]
+    if unknown:
+        raise QuantizationError(
+            f"{checkpoint.path}: {'; '.join(unknown[:20])}. Readable: {', '.join(dict.fromkeys((*PLAIN, *FORMATS)))}."
+        )
+    return source
+
+
+def _of_gguf(checkpoint: Checkpoint) -> Source:
+    metadata = {
+        key: np.asarray(value, np.uint8) if key in _BYTES else value
+        for key, value in checkpoint.metadata.items()
+        if key not in (*_PARTS, "general.alignment")
+    }
+    tensors = {n: SourceTensor(n, array.shape, array.encoding, array) for n, array in checkpoint.items()}
+    return Source(metadata, tensors)
+
+
+def _of_safetensors(checkpoint: Checkpoint) -> Source:
+    described = checkpoint.metadata.get("config")
+    if described is None:
+        raise ModelError(f"{checkpoint.path}: there is no config.json beside the weights; put the model's there.")
+    config = DecoderConfig.from_hugging_face(described)
+    if config.layers > len(checkpoint):  # bounds the work below by the file's own size
+        raise ModelError(
+            f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
+        )
+    metadata = gguf_metadata(config)
+    tensors = {
+        name: SourceTensor(name, tensor.shape, tensor.encoding, tensor, rows)
+        for name, (tensor, rows) in gguf_tensors(config, checkpoint).items()
+    }
+    divisors = gguf_divisors(config)
+    if divisors is not None:
+        name = "rope_freqs.weight"
+        tensors = {name: SourceTensor(name, divisors.shape, "f32", divisors), **tensors}
+    tokenizer = gguf_tokenizer(checkpoint.path.parent, vocab_size=config.vocab_size)
+    given = described.get("_name_or_path") or checkpoint.path.resolve().parent.name
+    metadata = {"general.name": str(given).rstrip("/").rsplit("/", 1)[-1], **metadata}
+    return Source({**metadata, **tokenizer}, tensors)
