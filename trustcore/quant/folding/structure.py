@@ -101,6 +101,10 @@ class Leaves:
     def __setitem__(self, path: str, array: jax.Array) -> None:
         self._leaves[path] = array.astype(self._leaves[path].dtype)
 
+    def items(self) -> list[tuple[str, Any]]:
+        """Returns paths and leaves, in the order of the tree."""
+        return [(path, self._leaves[path]) for path in self._paths]
+
     def is_transposed(self, path: str) -> bool:
         """Returns whether the matrix is stored `[N, K]`."""
         return bool(self._transposed(path, self._leaves[path]))
@@ -113,6 +117,10 @@ class Leaves:
     def set_matrix(self, path: str, matrix: jax.Array) -> None:
         """Puts a matrix given as `[K, N]` in its place."""
         self[path] = matrix.T if self.is_transposed(path) else matrix
+
+    def put(self, path: str, leaf: Any) -> None:
+        """Puts a leaf of any kind in place of another."""
+        self._leaves[path] = leaf
 
     def tree(self) -> Any:
         """Returns the tree with the leaves as they are now."""
