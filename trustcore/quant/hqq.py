@@ -27,6 +27,8 @@ from trustcore.quant.array import QuantizedArray
 from trustcore.quant.encode.encoder import fold
 from trustcore.quant.encode.search import half
 from trustcore.quant.folding.structure import Leaves
+from trustcore.quant.formats import get_format
+from trustcore.quant.formats.scaled import ScaledFormat
 from trustcore.quant.quantize import Predicate, is_matrix
 
 BITS = {f"int{bits}": bits for bits in range(2, 9)}
@@ -99,7 +101,7 @@ def hqq(
     return leaves.tree()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 6))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def hqq_codes(
     weights: jax.Array, bits: int, group: int, p: float, beta: float, kappa: float, iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -108,6 +110,7 @@ def hqq_codes(
     Codes are those of the stored format: from 0, for 8 bits from -128.
     """
     k, n = weights.shape
+    first = -128 if bits == 8 else 0
     levels = 2**bits - 1
     w = weights.reshape(k // group, group, n)
     low, high = jnp.min(w, axis=1), jnp.max(w, axis=1)
@@ -117,27 +120,23 @@ def hqq_codes(
     y = w / scale[:, None, :]
 
     def place(zero: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(y + zero[:, None, :]), 0, levels)
-
-    def remainder(zero: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        codes = place(zero)
-        r = y - (codes - zero[:, None, :])
-        return codes, r, jnp.sum(jnp.abs(r) ** p, axis=1)
+        return jnp.clip(jnp.round(y + zero[:, None, :]), first, first + levels)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         zero, best, least = state
-        codes, r, _ = remainder(zero)
+        codes = place(zero)
+        r = y - (codes - zero[:, None, :])
         size = jnp.abs(r)
-        # |r|^(p-1) is infinite at 0, where the shrinkage is 0 anyhow.
-        shrunk = jnp.maximum(size - jnp.where(size > 0, size, 1) ** (p - 1) / (beta * kappa**i), 0)
-        zero = _half_precision(jnp.mean(codes - (y - jnp.sign(r) * shrunk), axis=1))
-        error = remainder(zero)[2]
-        return zero, jnp.where(error < least, zero, best), jnp.minimum(error, least)
+        power = jnp.where(size > 0, size, 1) ** (p - 1)  # infinite at 0, where the shrinkage is 0 anyhow
+        error = jnp.sum(size * power, axis=1)
+        e = jnp.sign(r) * jnp.maximum(size - power / (beta * kappa**i), 0)
+        following = _half_precision(jnp.mean(codes - (y - e), axis=1))
+        return following, jnp.where(error < least, zero, best), jnp.minimum(error, least)
 
-    start = _half_precision(-low / scale)
-    _, zero, _ = jax.lax.fori_loop(0, iterations, step, (start, start, remainder(start)[2]))
-    signed = 128 if bits == 8 else 0
-    return place(zero).astype(jnp.int32).reshape(k, n) - signed, scale, zero - signed
+    start = _half_precision(first - low / scale)
+    # Once more than there are iterations, to measure the last zero point.
+    _, zero, _ = jax.lax.fori_loop(0, iterations + 1, step, (start, start, jnp.full_like(start, jnp.inf)))
+    return place(zero).astype(jnp.int32).reshape(k, n), scale, zero
 
 
 def pack_codes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:
@@ -145,13 +144,16 @@ def pack_codes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:
     if bits == 8:
         return {"codes": codes.astype(jnp.int8)}
     planes, below = {}, 0
-    for name, width in zip(("codes", "high", "top"), PLANES[bits], strict=False):
-        part = (codes >> below) & (2**width - 1)
-        planes[name], below = fold(part, width), below + width
+    for plane in _format(bits).planes:
+        planes[plane.name] = fold((codes >> below) & (2**plane.bits - 1), plane.bits)
+        below += plane.bits
     return planes
 
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+def _format(bits: int) -> ScaledFormat:
+    format = get_format(f"int{bits}")
+    assert isinstance(format, ScaledFormat)
+    return format
 
 
 def _half_precision(zero: jax.Array) -> jax.Array:
@@ -171,7 +173,7 @@ def _parse(format: str) -> tuple[int, int]:
 
 
 def _misfit(k: int, bits: int, group: int) -> str | None:
-    multiple = 1 if bits == 8 else max(8 // width for width in PLANES[bits])
+    multiple = _format(bits).multiple
     if group and k % group:
         return f"K={k} is not a multiple of the group of {group}"
     return f"K={k} is not a multiple of {multiple}, which int{bits} packs together" if k % multiple else None

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.errors import QuantizationError
-from trustcore.quant.folding.packing import Packing
+from trustcore.quant.folding.packing import Packing, group_of
 from trustcore.quant.folding.structure import Leaves, Link, check_links, inputs_of, scale_link
 from trustcore.quant.quantize import Formats, Predicate, quantize
 
@@ -88,8 +88,8 @@ def awq(
     weights = {path: np.asarray(jnp.mean(x * x, axis=0)) for path, x in rows.items()} if importance else {}
     for path, x in rows.items():
         may = packing.packs(path) and (clip is None or clip(path, leaves[path]))
-        if may and len(clips) and (group := packing.group(path)) is not None:
-            leaves.set_matrix(path, _clipped(leaves.matrix(path), x, clips, group, packing, path, weights.get(path)))
+        if may and any(ratio < 1 for ratio in clips):
+            leaves.set_matrix(path, _clipped(leaves.matrix(path), x, clips, packing, path, weights.get(path)))
     return quantize(
         leaves.tree(), format, where=where, transposed=transposed, importance=weights or None, search=search
     )
@@ -147,7 +147,6 @@ def _clipped(
     matrix: jax.Array,
     x: jax.Array,
     clips: Sequence[float],
-    group: int,
     packing: Packing,
     path: str,
     importance: np.ndarray | None,
@@ -155,15 +154,18 @@ def _clipped(
     """Returns the matrix with each group of each column clipped where its rounded part of the output fits best."""
     matrix = matrix.astype(jnp.float32)
     k, n = matrix.shape
-    gram = _group_gram(x, group)
-    bound = jnp.max(jnp.abs(matrix.reshape(-1, group, n)), axis=1, keepdims=True)  # [groups, 1, N]
+    group = group_of(packing.packed(path, matrix, importance))
+    if group == 1 or k % group:
+        return matrix
+    gram, groups = _group_gram(x, group), matrix.reshape(-1, group, n)
+    bound = jnp.max(jnp.abs(groups), axis=1, keepdims=True)  # [groups, 1, N]
     best: Any = None
     for ratio in dict.fromkeys((1.0, *clips)):
-        clipped = jnp.clip(matrix.reshape(-1, group, n), -ratio * bound, ratio * bound).reshape(k, n)
+        clipped = jnp.clip(groups, -ratio * bound, ratio * bound).reshape(k, n)
         error = _group_error(gram, matrix - packing.rounded(path, clipped, importance))
         best = (error, jnp.full_like(error, ratio)) if best is None else _better(best, error, ratio)
     limit = best[1][:, None, :] * bound
-    return jnp.clip(matrix.reshape(-1, group, n), -limit, limit).reshape(k, n)
+    return jnp.clip(groups, -limit, limit).reshape(k, n)
 
 
 def _better(best: tuple[jax.Array, jax.Array], error: jax.Array, ratio: float) -> tuple[jax.Array, jax.Array]:

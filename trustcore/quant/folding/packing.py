@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trustcore.quant.array import QuantizedArray
 from trustcore.quant.folding.structure import Leaves
-from trustcore.quant.formats import get_format
+from trustcore.quant.formats import BlockFormat, ScaledFormat
 from trustcore.quant.quantize import Formats, Predicate, _plan, is_table, quantize
 
 
@@ -41,15 +42,16 @@ class Packing:
         """Returns whether the leaf at `path` will be packed."""
         return path in self._formats
 
-    def group(self, path: str) -> int | None:
-        """Returns how many weights of a column share a scale; None where each weight stands alone."""
-        block = get_format(self._formats[path]).block
-        return block if block > 1 else None
-
     def rounded(self, path: str, matrix: jax.Array, importance: Any = None) -> jax.Array:
         """Returns `matrix` `[K, N]`, packed as the leaf at `path` will be and decoded, float32."""
+        packed = self.packed(path, matrix, importance)
+        decoded = packed.dequantize().astype(jnp.float32)
+        return decoded.T if packed.transposed else decoded
+
+    def packed(self, path: str, matrix: jax.Array, importance: Any = None) -> QuantizedArray:
+        """Returns `matrix` `[K, N]`, packed as the leaf at `path` will be, in the orientation of the leaf."""
         transposed = self._leaves.is_transposed(path)
-        packed = quantize(
+        return quantize(
             {path: matrix.T if transposed else matrix},
             self._formats[path],
             where=lambda *_: True,
@@ -57,5 +59,11 @@ class Packing:
             importance=None if importance is None else {path: importance},
             search=self._search,
         )[path]
-        decoded = packed.dequantize().astype(jnp.float32)
-        return decoded.T if transposed else decoded
+
+
+def group_of(packed: QuantizedArray) -> int:
+    """Returns how many weights of a column share a scale; 1 where each stands alone."""
+    spec = packed.spec
+    if isinstance(spec, ScaledFormat):
+        return spec.granularity(packed.fields)[0]
+    return spec.block if isinstance(spec, BlockFormat) else 1
