@@ -13,7 +13,9 @@ from trustcore.quant import quantize
 from trustcore.quant.quantize import path_name
 
 
-@pytest.mark.parametrize("changes", ({}, {"tied": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}), ids=str)
+@pytest.mark.parametrize(
+    "changes", ({}, {"tied": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}), ids=str
+)
 def test_every_weight_of_a_block_is_named_once_in_each_part(changes):
     config = dataclasses.replace(CONFIG, **changes)
     paths = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(random_decoder(config))[0]}

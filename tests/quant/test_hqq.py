@@ -28,7 +28,7 @@ def numpy_hqq(weights, bits, group, iterations, p=P, beta=BETA):
             scale = float(np.float16(scale))
             y, zero = w / scale, float(np.float16(first - w.min() / scale))
             best, least, b = zero, np.inf, beta
-            for i in range(iterations + 1):
+            for _ in range(iterations + 1):
                 q = np.clip(np.round(y + zero), first, first + levels)
                 r = y - (q - zero)
                 if (error := (np.abs(r) ** p).sum()) < least:
@@ -66,9 +66,7 @@ def error(weights, packed, p):
 @pytest.mark.parametrize("bits", (2, 3, 4))
 def test_no_group_is_worse_than_plain_rounding_and_outliers_gain_most(bits):
     weights = weights_of("heavy", 512, 64).T
-    plain, fitted = (
-        hqq({"w": jnp.asarray(weights)}, f"int{bits}:g64", iterations=i)["w"] for i in (0, 20)
-    )
+    plain, fitted = (hqq({"w": jnp.asarray(weights)}, f"int{bits}:g64", iterations=i)["w"] for i in (0, 20))
     before, after = error(weights, plain, P), error(weights, fitted, P)
     assert (after <= before * (1 + 1e-5)).all()
     assert after.mean() < 0.97 * before.mean()
@@ -138,7 +136,12 @@ def test_a_decoder_computes_almost_the_same():
 
 
 def test_what_cannot_be_packed_is_refused_at_once():
-    tree = {"odd": jnp.ones((40, 4)), "bad": jnp.full((64, 2), jnp.nan), "vector": jnp.ones(64), "fine": jnp.ones((64, 2))}
+    tree = {
+        "odd": jnp.ones((40, 4)),
+        "bad": jnp.full((64, 2), jnp.nan),
+        "vector": jnp.ones(64),
+        "fine": jnp.ones((64, 2)),
+    }
     with pytest.raises(QuantizationError) as raised:
         hqq(tree, where=lambda path, array: True)
     for expected in (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.small import CONFIG, random_decoder, some_tokens
-from tests.quant.plain_model import D, LAST, NORM, STREAM, UP, apply, plain_model, tokens
+from tests.quant.plain_model import LAST, NORM, STREAM, UP, D, apply, plain_model, tokens
 from trustcore.errors import QuantizationError
 from trustcore.models import decoder_links, decoder_stream, untie
 from trustcore.quant import QuantizedArray, quantize
@@ -53,7 +53,9 @@ def test_random_orthogonal_matrices_are_uniform():
 
 
 @pytest.mark.parametrize("rotation", ("hadamard", "orthogonal"))
-@pytest.mark.parametrize("changes", ({}, {"tied": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}), ids=str)
+@pytest.mark.parametrize(
+    "changes", ({}, {"tied": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}), ids=str
+)
 def test_a_decoder_stays_the_same_function(rotation, changes):
     model = with_random_vectors(random_decoder(dataclasses.replace(CONFIG, **changes)))
     untied, t = untie(model), some_tokens()
@@ -147,7 +149,12 @@ def test_scaling_any_link_of_a_decoder_keeps_the_function(changes):
 
 
 def test_tables_stored_by_outputs_are_scaled_along_their_inputs():
-    tree = {"gain": jnp.ones(3), "table": jnp.ones((2, 3)), "up": {"embedding": jnp.ones((3, 4))}, "down": jnp.ones((3, 2))}
+    tree = {
+        "gain": jnp.ones(3),
+        "table": jnp.ones((2, 3)),
+        "up": {"embedding": jnp.ones((3, 4))},
+        "down": jnp.ones((3, 2)),
+    }
     leaves = Leaves(tree, method="test")
     scale_link(leaves, Link(("gain",), ("table",)), jnp.array([1.0, 2.0, 4.0]))
     np.testing.assert_array_equal(leaves["table"], [[1, 2, 4], [1, 2, 4]])
@@ -191,7 +198,10 @@ def test_all_faults_of_a_structure_come_at_once():
     [
         (Stream(("embed",), (NORM,), ("layer.up",)), "widths of the stream differ: embed 64, layer.up 96"),
         (Stream(("embed",), (Link(("layer.up",), ("layer.down",)),), ()), "must be its gain alone, a vector"),
-        (Stream(("embed",), (Link(("last",), ("layer.down",)),), ()), r"channels do not fit, .* last \[64\], layer.down"),
+        (
+            Stream(("embed",), (Link(("last",), ("layer.down",)),), ()),
+            r"channels do not fit, .* last \[64\], layer.down",
+        ),
         (Stream(("embed",), (NORM,), (), (dataclasses.replace(UP, heads=(2, 3)),)), "3 heads cannot share 2 evenly"),
         (Stream(("embed",), (Link((), ("head",)),), ()), "has no sources or no consumers"),
     ],

@@ -18,7 +18,7 @@ from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.nn.linear import Linear
-from trustcore.ops.weight import Weight
+from trustcore.quant import QuantizedArray
 from trustcore.quant.folding import Link, Stream
 
 
@@ -63,10 +63,10 @@ def untie(model: Decoder) -> Decoder:
     table = model.embedding.table.get_value()
     if isinstance(table, jax.ShapeDtypeStruct):
         raise ModelError("untie: the embedding is abstract; load or initialize the weights first.")
-    copy: Decoder = jax.tree.map(lambda leaf: leaf, model, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    copy: Decoder = jax.tree.map(lambda leaf: leaf, model)
     copy.config = dataclasses.replace(model.config, tied=False)
     output = Linear(copy.config.features, copy.config.vocab_size)
-    output.kernel.set_value(table.T if isinstance(table, Weight) else jnp.asarray(table).T)
+    output.kernel.set_value(table.T if isinstance(table, QuantizedArray) else jnp.asarray(table).T)
     copy.output = nnx.data(output)  # nnx took the None that stood there for a static attribute
     return copy
 

@@ -51,8 +51,9 @@ def awq(
         tree: a pytree of float weights.
         format: as in `trustcore.quantize`.
         links: whose channels are scaled; `trustcore.models.decoder_links(model)` for a decoder.
-        samples: path of a matrix to rows of its inputs `[rows, K]`, as the calibration captures them. Matrices of a
-            link read the same inputs: one of them is enough. A few hundred rows do.
+        samples: path of a matrix to rows of its inputs `[rows, K]`, as `capture(fn, tree, Sample(512))` gathers them.
+            Matrices of a link read the same inputs: one of them is enough. Matrices outside of links that have samples
+            are clipped and weighted as well.
         alphas: exponents to try for each link.
         clips: fractions of a group's largest magnitude to try; `(1,)` clips nothing.
         clip: which matrices may be clipped, by (path, array); None: all that have samples. The paper's code leaves out

@@ -1,8 +1,8 @@
 """Orthogonal matrices to rotate channels with: uniformly random ones, and Hadamard matrices with random signs.
 
 A Hadamard matrix has entries of one magnitude, so it spreads a single outlier over all channels evenly. Sizes are
-2^k * m with m = 1, q + 1 (q a prime, 3 mod 4: Paley's first construction) or 2 (q + 1) (q a prime, 1 mod 4: his second):
-m = 12, 20, 28, 36, 44, 60, 68, 76, 84, ... For every one H @ H.T = n I holds exactly, in integers.
+2^k * m with m = 1 (Sylvester), or m = q + 1 for a prime q that is 3 mod 4, or m = 2 (q + 1) for a prime q that is 1 mod
+4 (Paley, 1933): m = 12, 20, 28, 36, 44, 60, 68, 76, 84, ... For every one H @ H.T = n I holds exactly, in integers.
 """
 
 from __future__ import annotations

@@ -71,8 +71,9 @@ def smoothquant(
     Args:
         tree: a pytree of float weights.
         links: whose channels are smoothed; `trustcore.models.decoder_links(model)` for a decoder.
-        ranges: path of a matrix to the largest magnitude of each of its inputs, `[K]`, over the calibration. Matrices
-            of a link read the same inputs: one of them is enough.
+        ranges: path of a matrix to the largest magnitude of each of its inputs, `[K]`, or the `Range` that
+            `capture(fn, tree, MinMax(per_channel=True))` gathers. Matrices of a link read the same inputs: one of them
+            is enough.
         alpha: migration strength in [0, 1], one for all links or one for each. The paper has 0.5, and 0.75 for models
             with larger outliers.
         transposed: which matrices are `[N, K]`; None: those called "table" or "embedding".

@@ -25,6 +25,7 @@ import numpy as np
 
 from trustcore.errors import QuantizationError
 from trustcore.ops.weight import Weight
+from trustcore.quant.calibration.observers import Range
 from trustcore.quant.quantize import Predicate, is_table, path_name
 
 
@@ -210,7 +211,8 @@ def inputs_of(
     path = next((path for path in link.consumers if path in given), None)
     if path is None:
         return None, [f"there are no {what} of {' or '.join(link.consumers)}"]
-    array = np.asarray(given[path])
+    found = given[path]
+    array = np.asarray(found.largest if isinstance(found, Range) else found)
     k = leaves.matrix(path).shape[0]
     if array.ndim != ndim or array.shape[-1] != k or 0 in array.shape:
         expected = f"[rows, {k}]" if ndim == 2 else f"[{k}]"
