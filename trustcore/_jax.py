@@ -35,3 +35,11 @@ def computed_once(x: jax.Array) -> jax.Array:
 def program_count(jitted: Any) -> int:
     """Returns how many programs a jitted function holds. JAX gives the number to nobody but its own tests."""
     return jitted._cache_size()
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns how many inputs of a scan equation are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps them as trees
+    return len(consts.vals), len(carry.vals)

@@ -3,5 +3,6 @@
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.models.from_checkpoint import decoder_from_checkpoint
+from trustcore.models.links import decoder_links, decoder_stream, untie
 
-__all__ = ["Decoder", "DecoderConfig", "decoder_from_checkpoint"]
+__all__ = ["Decoder", "DecoderConfig", "decoder_from_checkpoint", "decoder_links", "decoder_stream", "untie"]
