@@ -24,6 +24,7 @@ from typing import Any
 import bitsandbytes as bnb
 import compressed_tensors
 import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as portable_4bit
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
@@ -153,7 +154,11 @@ def bitsandbytes_4bit(kind: str, nested: bool, k: int, block: int, n: int = 40) 
     """A matrix of the 4-bit types, as a layer's state has it."""
     weight = torch.randn(n, k)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=nested)
-    decoded = bnb.functional.dequantize_4bit(packed, state)
+    if k % block:  # the CPU kernel decodes blocks that lie across rows to something else; the portable code does not
+        flat, shape = packed.reshape(-1), (n, k)
+        decoded = portable_4bit(flat, state.absmax, state.code, block, shape, torch.float32)
+    else:
+        decoded = bnb.functional.dequantize_4bit(packed, state)
     parts = {"weight": packed, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
     return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}, parts, decoded
 
