@@ -16,7 +16,9 @@ CASES: dict[str, dict] = json.loads(_CHECKPOINT.metadata["cases"])
 def tensors(case):
     """Returns the tensors of a case's module "m", by name."""
     start = f"{case}/"
-    return {n.removeprefix(start): t for n, t in _CHECKPOINT.items() if n.startswith(start) and not n.endswith("expected")}
+    return {
+        n.removeprefix(start): t for n, t in _CHECKPOINT.items() if n.startswith(start) and not n.endswith("expected")
+    }
 
 
 def expected(case):

@@ -72,7 +72,9 @@ def awq(weight, *, size=32):
 
     def words(rows):  # [rows, N] -> [rows, N / 8]
         order = [0, 2, 4, 6, 1, 3, 5, 7]
-        return np.stack([np.concatenate([stream(row[c : c + 8][order], 4) for c in range(0, len(row), 8)]) for row in rows])
+        return np.stack(
+            [np.concatenate([stream(row[c : c + 8][order], 4) for c in range(0, len(row), 8)]) for row in rows]
+        )
 
     return {"qweight": words(codes.T), "qzeros": words(zero.T), "scales": scale.T}, held
 
@@ -121,7 +123,7 @@ def pack_quantized(weight, *, bits=4, size=32, sym=True):
 
 
 def int_quantized(weight):
-    codes, scale, zero, held = grouped(weight, 8, weight.shape[1], sym=True)
+    codes, scale, _, held = grouped(weight, 8, weight.shape[1], sym=True)
     return {"weight": (codes - 128).astype(np.int8), "weight_scale": scale}, held
 
 

@@ -28,7 +28,12 @@ def gptq_config(bits=4, size=32, **others):
 
 def groups(format, **weights):
     entry = {"targets": ["Linear"], "weights": weights}
-    return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"g": entry}, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"g": entry},
+        "ignore": ["lm_head"],
+    }
 
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -41,9 +46,7 @@ CASES = {
     "gptq": (packers.gptq, gptq_config(), "int4:g32:asym"),
     "gptq-v2": (functools.partial(packers.gptq, version=2), gptq_config(checkpoint_format="gptq_v2"), "int4:g32:asym"),
     "gptq-sym": (functools.partial(packers.gptq, sym=True), gptq_config(sym=True), "int4:g32"),
-    "gptq-order": (
-        lambda weight: packers.gptq(weight, order=draw()), gptq_config(desc_act=True), "int4:g32:asym"
-    ),
+    "gptq-order": (lambda weight: packers.gptq(weight, order=draw()), gptq_config(desc_act=True), "int4:g32:asym"),
     "gptq-no-index": (functools.partial(packers.gptq, index=False), gptq_config(), "int4:g32:asym"),
     "gptq-2": (functools.partial(packers.gptq, bits=2), gptq_config(2), "int2:g32:asym"),
     "gptq-3": (functools.partial(packers.gptq, bits=3), gptq_config(3), "int3:g32:asym"),
@@ -79,9 +82,7 @@ CASES = {
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
         "fp8_e4m3:tensor",
     ),
-    "fp8-tensor": (
-        functools.partial(packers.float8, rows=0, columns=0), {"quant_method": "fp8"}, "fp8_e4m3:tensor"
-    ),
+    "fp8-tensor": (functools.partial(packers.float8, rows=0, columns=0), {"quant_method": "fp8"}, "fp8_e4m3:tensor"),
     "mxfp4": (packers.mxfp4, {"quant_method": "mxfp4"}, "mxfp4"),
 }
 
@@ -90,7 +91,9 @@ CASES = {
 QUICK = ("gptq", "gptq-order", "awq", "nf4-nested", "pack-3-asym", "fp8-tensor", "nvfp4")
 
 
-@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_packed_folder_answers_as_its_float_model(tmp_path, case):
     packer, quantization, description = CASES[case]
     write_packed(tmp_path / "m", packer, quantization)
@@ -98,9 +101,7 @@ def test_a_packed_folder_answers_as_its_float_model(tmp_path, case):
     kernel = packed.blocks[1].mlp.down.kernel.get_value()
     assert isinstance(kernel, QuantizedArray) and kernel.shape == (128, 64)
     assert kernel.description == description
-    np.testing.assert_allclose(
-        kernel.dequantize(), plain.blocks[1].mlp.down.kernel.get_value(), rtol=2e-7, atol=1e-9
-    )
+    np.testing.assert_allclose(kernel.dequantize(), plain.blocks[1].mlp.down.kernel.get_value(), rtol=2e-7, atol=1e-9)
     tokens = some_tokens()
     np.testing.assert_allclose(packed(tokens), plain(tokens), atol=3e-5)
 
@@ -108,9 +109,7 @@ def test_a_packed_folder_answers_as_its_float_model(tmp_path, case):
 def test_a_dtype_decodes_packed_matrices(tmp_path):
     write_packed(tmp_path / "m", packers.gptq, gptq_config())
     dense, plain = load(tmp_path / "m", dtype=jnp.float32), load(tmp_path / "m" / "float")
-    np.testing.assert_array_equal(
-        dense.blocks[0].mlp.up.kernel.get_value(), plain.blocks[0].mlp.up.kernel.get_value()
-    )
+    np.testing.assert_array_equal(dense.blocks[0].mlp.up.kernel.get_value(), plain.blocks[0].mlp.up.kernel.get_value())
 
 
 def test_load_and_generate(tmp_path):
@@ -177,7 +176,10 @@ def test_zero_biases_that_the_model_has_not_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "aqlm"}, r"quant_method is 'aqlm'; supported: gptq, awq, bitsandbytes, compressed-tensors, fp8"),
+        (
+            {"quant_method": "aqlm"},
+            r"quant_method is 'aqlm'; supported: gptq, awq, bitsandbytes, compressed-tensors, fp8",
+        ),
         ({"quant_method": ["gptq"]}, "supported: gptq"),
         ("gptq", "expected an object"),
         (gptq_config(5), r"\(gptq\).*bits is '5'; supported: 2, 3, 4, 8"),
@@ -194,7 +196,10 @@ def test_zero_biases_that_the_model_has_not_are_left_out(tmp_path):
         (groups("pack-quantized", **(INTS | {"group_size": 1})), "group_size is 1; expected an integer of at least 8"),
         (groups("pack-quantized", **INTS) | {"transform_config": {"a": 1}}, "transforms of activations"),
         (groups("pack-quantized", **INTS) | {"config_groups": {"W4A16": ["Linear"]}}, "names of presets are not read"),
-        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]; expected \[rows, columns\]"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128]},
+            r"weight_block_size is \[128\]; expected \[rows, columns\]",
+        ),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(tmp_path, config, message):
@@ -205,7 +210,9 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, config, message):
 
 def test_a_folder_without_its_configuration_says_so(tmp_path):
     write_packed(tmp_path / "m", packers.gptq, None)
-    with pytest.raises(ModelError, match=r"packed as another package does, but config\.json has no quantization_config"):
+    with pytest.raises(
+        ModelError, match=r"packed as another package does, but config\.json has no quantization_config"
+    ):
         load(tmp_path / "m")
 
 
@@ -227,4 +234,3 @@ def test_all_faults_come_at_once(tmp_path):
     ):
         assert part in str(caught.value)
     assert "qweight is unexpected" not in str(caught.value)
-

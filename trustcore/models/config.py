@@ -15,6 +15,7 @@ from trustcore.errors import ModelError
 from trustcore.models.values import LARGEST, Values
 from trustcore.ops.rope import RopeConfig
 
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What tells one family of the decoder's shape from another.

@@ -37,7 +37,15 @@ _PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of FORMATS s
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 
 # What packed matrices of other packages are called, for the hint that config.json does not tell of them.
-_PACKED_NAMES = (".qweight", ".weight_packed", ".SCB", ".weight.absmax", ".weight_scale", ".weight_scale_inv", "_blocks")
+_PACKED_NAMES = (
+    ".qweight",
+    ".weight_packed",
+    ".SCB",
+    ".weight.absmax",
+    ".weight_scale",
+    ".weight_scale_inv",
+    "_blocks",
+)
 
 
 def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Decoder:

@@ -27,6 +27,7 @@ from trustcore.quant.formats.layout import BlockFormat
 from trustcore.quant.formats.scaled import ScaledFormat
 from trustcore.weights.checkpoint import Checkpoint, LazyArray
 from trustcore.weights.json_file import parse_object
+from trustcore.weights.safetensors_writer import Planned
 
 KEY = "trustcore.weights"
 VERSION = 1
@@ -86,6 +87,11 @@ def describe(weight: QuantizedArray) -> dict[str, Any]:
     }
 
 
+def field_tensors(name: str, weight: QuantizedArray) -> dict[str, Planned]:
+    """Returns the tensors of a weight called `name`, by their whole names."""
+    return {f"{name}.{field}": Planned.of(array) for field, array in weight.fields.items()}
+
+
 def header(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Returns the `__metadata__` of a file with the weights of those entries."""
     return {KEY: json.dumps({"version": VERSION, "weights": dict(entries)}, sort_keys=True)}
@@ -126,18 +132,16 @@ def _packed(checkpoint: Checkpoint, name: str, entry: Any) -> PackedTensor:
     """The weight of an entry, proved to be what the tensors make."""
 
     def error(message: str) -> CheckpointError:
-        return CheckpointError(
-            message, path=checkpoint.path, field=f"__metadata__[{KEY!r}].weights[{name[:200]!r}]"
-        )
+        return CheckpointError(message, path=checkpoint.path, field=f"__metadata__[{KEY!r}].weights[{name[:200]!r}]")
 
     if not isinstance(entry, dict):
         raise error(f"the entry is {str(entry)[:64]!r}; expected an object")
-    format, shape, transposed, names = (entry.get(key) for key in ("format", "shape", "transposed", "fields"))
-    if format not in FORMATS if isinstance(format, str) else True:
+    format, transposed, names = entry.get("format"), entry.get("transposed"), entry.get("fields")
+    if not isinstance(format, str) or format not in FORMATS:
         raise error(f"format is {str(format)[:64]!r}; known: {', '.join(sorted(FORMATS))}")
-    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**40 for size in shape)
-    if not sizes or len(shape) < 2 or len(shape) > 16:
-        raise error(f"shape is {str(shape)[:64]}; expected a list of 2 to 16 sizes")
+    shape = _sizes(entry.get("shape"))
+    if shape is None:
+        raise error(f"shape is {str(entry.get('shape'))[:64]}; expected a list of 2 to 16 sizes")
     if not isinstance(transposed, bool):
         raise error(f"transposed is {str(transposed)[:64]!r}; expected true or false")
     if not isinstance(names, list) or not names or not all(isinstance(field, str) for field in names):
@@ -148,15 +152,13 @@ def _packed(checkpoint: Checkpoint, name: str, entry: Any) -> PackedTensor:
         if tensor is None:
             raise error(f"there is no tensor {f'{name}.{field}'[:250]!r}, which the entry names")
         fields[field] = tensor
-    stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+    stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     try:
-        abstract = {
-            field: jax.ShapeDtypeStruct(tensor.shape, _dtype(tensor)) for field, tensor in fields.items()
-        }
+        abstract = {field: jax.ShapeDtypeStruct(tensor.shape, _dtype(tensor)) for field, tensor in fields.items()}
         fits(format, abstract, stored)
     except QuantizationError as fault:
         raise error(str(fault)) from None
-    return PackedTensor(name, format, tuple(shape), transposed, fields)
+    return PackedTensor(name, format, shape, transposed, fields)
 
 
 def fits(format: str, fields: Mapping[str, Any], stored: tuple[int, ...]) -> None:
@@ -213,6 +215,13 @@ def _scaled(spec: ScaledFormat, fields: Mapping[str, Any], k: int, n: int) -> di
 def _is(dtype: Any, kind: Any) -> bool:
     """Whether a dtype is `kind`, or of that kind; the 8-bit and 16-bit floats of ml_dtypes are floats."""
     return np.dtype(dtype) == kind if isinstance(kind, np.dtype) else bool(jax.numpy.issubdtype(dtype, kind))
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A shape of the header; None where it is none."""
+    if not isinstance(value, list) or not 2 <= len(value) <= 16:
+        return None
+    return tuple(value) if all(type(size) is int and 0 <= size < 2**40 for size in value) else None
 
 
 def _dtype(tensor: LazyArray) -> np.dtype:

@@ -82,7 +82,9 @@ class BitsAndBytes:
         if "weight_format" in parts:
             kind = parts.need("weight_format", ("u8",), (), (1,))
             if int(kind.numpy().reshape(-1)[0]) != 0:
-                raise parts.error("weight_format", f"is {int(kind.numpy().reshape(-1)[0])}; only 0, row by row, is read")
+                raise parts.error(
+                    "weight_format", f"is {int(kind.numpy().reshape(-1)[0])}; only 0, row by row, is read"
+                )
 
         def fields() -> Fields:
             largest = finite_scale(parts, "SCB", scale)

@@ -58,9 +58,7 @@ class _Group:
         self.symmetric = values.flag("symmetric", True)
         self.size = 0 if values.get("group_size") in (None, -1) else values.integer("group_size", least=8)
         inferred = "group" if self.size else "channel" if values.get("group_size") == -1 else "tensor"
-        self.strategy = choose(
-            f"{where}.weights.strategy", values.text("strategy", inferred).lower(), _STRATEGIES
-        )
+        self.strategy = choose(f"{where}.weights.strategy", values.text("strategy", inferred).lower(), _STRATEGIES)
         if self.strategy in ("group", "tensor_group") and not self.size:
             raise ModelError(f"{where}.weights.group_size is missing; strategy {self.strategy!r} needs it")
         self.block = block_size(values.get("block_structure"), f"{where}.weights.block_structure")
@@ -168,7 +166,9 @@ class CompressedTensors:
             shapes = {(word_count(n, bits, padded=padded), groups): "i32", (n, groups): "i8"}
             found = parts.get("weight_zero_point")
             plain = found is not None and found.encoding == "i8"
-            zeros = parts.need("weight_zero_point", ("i32", "i8"), *[s for s, e in shapes.items() if (e == "i8") == plain])
+            zeros = parts.need(
+                "weight_zero_point", ("i32", "i8"), *[s for s, e in shapes.items() if (e == "i8") == plain]
+            )
         shape = parts.need("weight_shape", ("i64", "i32"), (2,)) if "weight_shape" in parts else None
         index = parts.need("weight_g_idx", ("i32",), (k,)) if "weight_g_idx" in parts else None
 
@@ -272,7 +272,9 @@ def _unsigned(parts: Module, suffix: str, tensor: LazyArray, bits: int) -> np.nd
     half = 1 << (bits - 1)
     values = tensor.numpy()
     if bits < 8 and values.size and (values.min() < -half or values.max() >= half):
-        raise parts.error(suffix, f"holds {values.min()} to {values.max()}; integers of {bits} bits are {-half} to {half - 1}")
+        raise parts.error(
+            suffix, f"holds {values.min()} to {values.max()}; integers of {bits} bits are {-half} to {half - 1}"
+        )
     return (values.view(np.uint8) + np.uint8(half)) & np.uint8((1 << bits) - 1)
 
 

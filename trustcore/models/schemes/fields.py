@@ -38,10 +38,7 @@ def integer_fields(
     Raises:
         ModelError: K is no whole number of the bytes of a plane.
     """
-    if bits == 8:
-        fields = {"codes": signed(codes)}
-    else:
-        fields = plane_fields(codes, bits)
+    fields = {"codes": signed(codes)} if bits == 8 else plane_fields(codes, bits)
     return {**fields, "scale": scale, **zero_field(zero, bits), **({} if order is None else {"order": order})}
 
 

@@ -1,7 +1,8 @@
 """FP8 files: 8-bit floats with a scale for the tensor, for each output, or for blocks.
 
     weight              f8_e4m3 (or f8_e5m2) [N, K]
-    weight_scale_inv    [ceil(N / rows), ceil(K / columns)], blocks of `weight_block_size` [rows, columns], or one number
+    weight_scale_inv    [ceil(N / rows), ceil(K / columns)] for blocks of `weight_block_size` = [rows, columns], or one
+                        number
     weight_scale        one number, or [N] or [N, 1]
     input_scale         one number for the inputs of a layer that was calibrated; kept beside the weight
 
@@ -83,7 +84,11 @@ def block_size(value: object, where: str) -> tuple[int, int] | None:
     """Returns (rows, columns) of a block; None where there are none."""
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or not all(type(size) is int and size > 0 for size in value)
+    ):
         raise ModelError(f"{where} is {str(value)[:64]}; expected [rows, columns], two positive integers")
     return value[0], value[1]
 

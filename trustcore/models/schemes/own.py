@@ -38,4 +38,5 @@ class Own:
             except CheckpointError as error:
                 raise ModelError(str(error)) from None
 
-        return Packed(found.format, tuple(found.fields.values()), fields)
+        extra = tensors.get(f"{module}.input_scale")
+        return Packed(found.format, tuple(found.fields.values()), fields, () if extra is None else (extra,))

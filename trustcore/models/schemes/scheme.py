@@ -91,9 +91,7 @@ class Module:
         """Returns a tensor without asking what it is."""
         return self._tensors.get(f"{self.name}.{suffix}")
 
-    def need(
-        self, suffix: str, encodings: Sequence[str], *shapes: tuple[int, ...], why: str = ""
-    ) -> LazyArray:
+    def need(self, suffix: str, encodings: Sequence[str], *shapes: tuple[int, ...], why: str = "") -> LazyArray:
         """Returns the tensor, which has one of the encodings and of the shapes (no shape: any).
 
         Raises:
