@@ -47,6 +47,7 @@ FLOORS: dict[str, int] = {
     "trustcore.export": 5,
     "trustcore.generation": 5,
     "trustcore.loading": 5,
+    "trustcore.saving": 5,
     "trustcore.train": 5,
     "trustcore": 6,
     "trustcore.cli": 6,

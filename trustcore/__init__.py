@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trustcore.loading import load
     from trustcore.models import Decoder, DecoderConfig
     from trustcore.quant import QuantizedArray, quantize
+    from trustcore.saving import save
     from trustcore.text import Tokenizer
     from trustcore.weights import Checkpoint, open_checkpoint
 
@@ -41,6 +42,7 @@ _HOMES = {
     "open_checkpoint": "trustcore.weights",
     "pull": "trustcore.catalogue",
     "quantize": "trustcore.quant",
+    "save": "trustcore.saving",
 }
 
 __all__ = [  # noqa: RUF022 - in the order in which they are met
@@ -50,6 +52,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "generate_tokens",
     "pull",
     "quantize",
+    "save",
     "open_checkpoint",
     "Checkpoint",
     "Decoder",

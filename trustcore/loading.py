@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from trustcore.heap import trim_heap
@@ -43,7 +44,20 @@ def load(
         elif checkpoint.format == "gguf":
             model.tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
         else:
-            model.tokenizer = Tokenizer.from_file(checkpoint.path.parent)
+            model.tokenizer = _tokenizer_beside(checkpoint.path.parent)
     del checkpoint
     trim_heap()
     return model
+
+
+def _tokenizer_beside(folder: Path) -> Any:
+    """The tokenizer of a folder: of its tokenizer.json, or of the GGUF metadata that a saved model may have instead."""
+    from trustcore.text import Tokenizer
+    from trustcore.weights import open_checkpoint
+    from trustcore.weights.checkpoint import TOKENIZER_GGUF
+
+    metadata = folder / TOKENIZER_GGUF
+    if (folder / "tokenizer.json").is_file() or not metadata.is_file():
+        return Tokenizer.from_file(folder)
+    with open_checkpoint(metadata) as checkpoint:
+        return Tokenizer.from_gguf(checkpoint.metadata)

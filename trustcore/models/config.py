@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from trustcore.errors import ModelError
+from trustcore.models.values import LARGEST, Values
 from trustcore.ops.rope import RopeConfig
-
-_LARGEST = 1 << 31  # no dimension of a real model comes near; keeps products of dimensions out of harm's way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "features", "layers", "heads", "kv_heads", "head_dim", "hidden", "context"):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 0 < value < _LARGEST:
+            if not isinstance(value, int) or not 0 < value < LARGEST:
                 raise ModelError(f"config: {name} is {value!r}; it must be a positive integer.")
         if self.heads % self.kv_heads:
             raise ModelError(f"config: {self.kv_heads} key-value heads do not divide {self.heads} query heads.")
@@ -118,7 +117,7 @@ class DecoderConfig:
         if family is None or not family.gguf:
             known = ", ".join(f.name for f in FAMILIES.values() if f.gguf)
             raise ModelError(f"general.architecture is {architecture!r}; supported GGUF architectures: {known}.")
-        values = _Values({k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}, "metadata")
+        values = Values({k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}, "metadata")
         heads = values.integer("attention.head_count")
         features = values.integer("embedding_length")
         head_dim = values.integer("attention.key_length", features // heads)
@@ -172,7 +171,7 @@ class DecoderConfig:
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None:
             raise ModelError(f"config.json: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}.")
-        values = _Values(config, "config.json")
+        values = Values(config, "config.json")
         activation = values.text("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ModelError(f"config.json: hidden_act is {activation!r}; this family has silu.")
@@ -202,11 +201,11 @@ class DecoderConfig:
         )
 
 
-def _hugging_face_rope(values: _Values, head_dim: int, context: int) -> RopeConfig:
+def _hugging_face_rope(values: Values, head_dim: int, context: int) -> RopeConfig:
     given = values.get("rope_parameters", values.get("rope_scaling")) or {}
     if not isinstance(given, Mapping):
         raise ModelError(f"config.json: rope_scaling is {given!r}; expected an object or null.")
-    scaling = _Values(given, "config.json: rope_scaling")
+    scaling = Values(given, "config.json: rope_scaling")
     kind = scaling.text("rope_type", scaling.text("type", "none"))
     kind = "none" if kind == "default" else kind
     if kind not in ("none", "linear", "dynamic", "yarn", "llama3"):
@@ -233,51 +232,10 @@ def _hugging_face_rope(values: _Values, head_dim: int, context: int) -> RopeConf
     )
 
 
-def _yarn_magnitude(values: _Values, factor: float) -> float:
+def _yarn_magnitude(values: Values, factor: float) -> float:
     """GGUF's `attn_factor` multiplies YaRN's own magnitude."""
     return values.number("rope.scaling.attn_factor", 1.0) * _magnitude(factor, 1.0)
 
 
 def _magnitude(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-class _Values:
-    """Typed look-ups in a mapping that came from a file."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self._values, self._where = values, where
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._values.get(key, default)
-
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self._read(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
-            raise ModelError(f"{self._where}: {key} is {value!r}; expected an integer of at least {least}.")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._read(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ModelError(f"{self._where}: {key} is {value!r}; expected a number.")
-        return float(value)
-
-    def text(self, key: str, default: str) -> str:
-        value = self._read(key, default)
-        if not isinstance(value, str):
-            raise ModelError(f"{self._where}: {key} is {value!r}; expected a string.")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._read(key, default)
-        if not isinstance(value, bool):
-            raise ModelError(f"{self._where}: {key} is {value!r}; expected true or false.")
-        return value
-
-    def _read(self, key: str, default: Any) -> Any:
-        value = self._values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ModelError(f"{self._where}: {key} is missing.")
-        return value.item() if hasattr(value, "item") else value

@@ -67,6 +67,9 @@ class Decoder(nnx.Module):
     Attributes:
         tokenizer: set by `trustcore.load`; None in a model that was made by hand.
         source: where the weights came from, for people.
+        origin: the file they came from, or "": `trustcore.save` takes the tokenizer's files from beside it.
+        input_scales: (path, scale) of matrices whose checkpoint has a static scale for quantized inputs. Products do
+            not use them; they are kept for whoever does.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
@@ -75,6 +78,8 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Any = None
         self.source = ""
+        self.origin = ""
+        self.input_scales: tuple[tuple[str, float], ...] = ()
         self.embedding = Embedding(config.vocab_size, config.features, **made)
         self.blocks = nnx.List([Block(config, **made) for _ in range(config.layers)])
         self.norm = RMSNorm(config.features, eps=config.norm_eps, **made)

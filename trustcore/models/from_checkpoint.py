@@ -1,7 +1,8 @@
 """From a checkpoint to a decoder: configuration, names, shapes; then tensor by tensor, packed ones as they are.
 
 A tensor is read, laid out and given to the device before the next one is touched, and its pages of the file are handed
-back: the host never holds more than the model and one tensor.
+back: the host never holds more than the model and one tensor. A matrix that another package packed is several tensors,
+which `trustcore.models.schemes` finds and reads.
 """
 
 from __future__ import annotations
@@ -21,12 +22,30 @@ from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.models.names import NOT_WEIGHTS, Name, decoder_names
+from trustcore.models.schemes import Packed, Scheme, scheme_of
+from trustcore.models.schemes.float8 import input_scale
+from trustcore.models.schemes.own import Own
 from trustcore.quant import FORMATS, QuantizedArray
 from trustcore.weights import Checkpoint, LazyArray
+from trustcore.weights.packed_layout import packed_tensors
 
 Progress = Callable[[int, int], None]
 
 _PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of FORMATS stay packed
+
+# Beside packed matrices in files, and not needed: scales of a cache of keys and values in 8-bit floats.
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
+
+# What packed matrices of other packages are called, for the hint that config.json does not tell of them.
+_PACKED_NAMES = (
+    ".qweight",
+    ".weight_packed",
+    ".SCB",
+    ".weight.absmax",
+    ".weight_scale",
+    ".weight_scale_inv",
+    "_blocks",
+)
 
 
 def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Decoder:
@@ -38,9 +57,12 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
             elsewhere. A dtype decodes all of them into arrays of that dtype and computes in it.
         progress: called with (bytes done, bytes in all) after each tensor.
 
+    Matrices that GPTQ, AWQ, bitsandbytes, compressed-tensors or FP8 tools packed stay as they are; `config.json` says
+    which of them it was.
+
     Raises:
-        ModelError: the architecture or the dtype is not supported, or tensors are missing, unexpected or of the wrong
-            shape or encoding: all of them in one message.
+        ModelError: the architecture, the quantization or the dtype is not supported, or tensors are missing, unexpected
+            or of the wrong shape or encoding: all of them in one message.
     """
     compute = _compute_dtype(dtype)
     from_gguf = checkpoint.format == "gguf"
@@ -50,7 +72,8 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
             f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
         )
     model = Decoder(config, dtype=compute)
-    plan = _match(model, checkpoint, decoder_names(config.layers), from_gguf)
+    scheme = None if from_gguf else _scheme(checkpoint)
+    plan = _match(model, checkpoint, decoder_names(config.layers), from_gguf, scheme)
 
     total, done = sum(tensor.nbytes for _, _, tensor in plan), 0
     # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side.
@@ -61,7 +84,9 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
-    model.source = checkpoint.path.name
+    scales = ((path, input_scale(tensor)) for path, _, tensor in plan if isinstance(tensor, Packed))
+    model.input_scales = tuple((path, scale) for path, scale in scales if scale is not None)
+    model.source, model.origin = checkpoint.path.name, str(checkpoint.path.absolute())
     return model
 
 
@@ -93,23 +118,48 @@ def _read_config(checkpoint: Checkpoint, from_gguf: bool) -> DecoderConfig:
     )
 
 
+def _scheme(checkpoint: Checkpoint) -> Scheme | None:
+    """How the checkpoint spells packed matrices: by its own header, or as config.json says."""
+    packed = packed_tensors(checkpoint)
+    return Own(packed) if packed else scheme_of(checkpoint.metadata["config"])
+
+
 def _match(
-    model: Decoder, checkpoint: Checkpoint, names: tuple[Name, ...], from_gguf: bool
-) -> list[tuple[str, nnx.Param[Any], LazyArray]]:
+    model: Decoder, checkpoint: Checkpoint, names: tuple[Name, ...], from_gguf: bool, scheme: Scheme | None
+) -> list[tuple[str, nnx.Param[Any], LazyArray | Packed]]:
     """Pairs parameters with tensors, or tells every disagreement at once."""
-    plan, faults, used = [], [], set()
+    plan: list[tuple[str, nnx.Param[Any], LazyArray | Packed]] = []
+    faults: list[str] = []
+    used = {"lm_head.weight", "output.weight"} if model.output is None else set[str]()  # a tied table may stand twice
+    packed: dict[str, bool] = {}  # modules that are packed: whether they are as they should be
     for name in names:
         parameter = _find(model, name.path)
         given = name.gguf if from_gguf else name.hugging_face
         if parameter is None:
             continue
+        shape = parameter.get_value().shape
+        if scheme is not None and len(shape) == 2:
+            module = given.removesuffix(".weight")
+            k, n = shape if name.path.endswith("kernel") else reversed(shape)
+            try:
+                found = scheme.find(checkpoint, module, k, n)
+            except ModelError as error:
+                if any(other.startswith(module) for other in checkpoint):
+                    faults.append(str(error))
+                    packed[module] = False
+                    continue
+                found = None
+            if found is not None:
+                used.update(part.name for part in (*found.tensors, *found.extras))
+                packed[module] = True
+                plan.append((name.path, parameter, found))
+                continue
         tensor = checkpoint.get(given)
         if tensor is None:
             near = difflib.get_close_matches(given, list(checkpoint), n=1)
             faults.append(f"{given} is missing" + (f" (nearest: {near[0]})" if near else ""))
             continue
         used.add(given)
-        shape = parameter.get_value().shape
         expected = tuple(reversed(shape)) if name.path.endswith("kernel") else tuple(shape)
         if tuple(tensor.shape) != expected:
             faults.append(f"{given} has shape {list(tensor.shape)}, expected {list(expected)}")
@@ -117,14 +167,26 @@ def _match(
             known = ", ".join((*_PLAIN, *FORMATS))
             faults.append(f"{given} is stored as {tensor.encoding}; readable encodings: {known}")
         plan.append((name.path, parameter, tensor))
-    tied_twice = {"lm_head.weight", "output.weight"} if model.output is None else set()
-    for given in checkpoint:
-        if given not in used and given not in tied_twice and not given.endswith(NOT_WEIGHTS):
-            faults.append(f"{given} is unexpected")
+    left = [checkpoint[given] for given in checkpoint if given not in used and not given.endswith(NOT_WEIGHTS)]
+    faults += [f"{tensor.name} is unexpected" for tensor in left if not _explained(tensor, scheme, packed)]
     if faults:
+        if scheme is None and any(given.endswith(_PACKED_NAMES) for given in checkpoint):
+            faults.insert(0, "matrices are packed as another package does, but config.json has no quantization_config")
         shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise ModelError(f"{checkpoint.path}: the tensors do not fit a {model.config.family} model: {shown}.")
     return plan
+
+
+def _explained(tensor: LazyArray, scheme: Scheme | None, packed: dict[str, bool]) -> bool:
+    """Whether a tensor that no parameter takes may stand in a file with packed matrices."""
+    if scheme is not None and tensor.name.endswith(_CACHE_SCALES):
+        return True
+    module, _, suffix = tensor.name.rpartition(".")
+    if packed.get(module) and suffix == "bias":  # AutoGPTQ's layers have a bias whether the model has or not
+        return tensor.encoding in ("f16", "bf16", "f32") and not tensor.numpy().any()
+    parts = tensor.name.split(".")
+    owners = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(packed.get(owner) is False for owner in owners)  # its fault has been told
 
 
 def _find(module: Any, path: str) -> nnx.Param[Any] | None:
@@ -135,10 +197,14 @@ def _find(module: Any, path: str) -> nnx.Param[Any] | None:
     return module
 
 
-def _read(path: str, tensor: LazyArray, decode: bool, compute: Any) -> Any:
+def _read(path: str, tensor: LazyArray | Packed, decode: bool, compute: Any) -> Any:
     """Returns the tensor in the orientation of the module: packed where it is a packed matrix, else an array."""
     transposed = not path.endswith("kernel")
-    if tensor.encoding in FORMATS and len(tensor.shape) == 2:
+    if isinstance(tensor, Packed):
+        value = tensor.read(transposed=transposed)
+        if decode:
+            value = value.dequantize().astype(compute)
+    elif tensor.encoding in FORMATS and len(tensor.shape) == 2:
         value: Any = QuantizedArray.from_blocks(tensor.encoding, tensor.raw(), transposed=transposed)
         if decode:
             value = value.dequantize().astype(compute)

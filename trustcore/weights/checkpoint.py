@@ -27,6 +27,10 @@ from trustcore.weights.encoding import Encoding
 from trustcore.weights.mapped import MappedFile, read_bytes
 
 
+# The tokenizer of a model from GGUF, beside its weights in another format: metadata without tensors.
+TOKENIZER_GGUF = "tokenizer.gguf"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LazyArray:
     """A tensor on disk; nothing is read before it is asked for.
@@ -255,7 +259,7 @@ def _choose(folder: Path) -> Path:
             break
     models: dict[object, str] = {}  # a split GGUF model counts once, by its first part
     for name in names:
-        if name.endswith(".gguf"):
+        if name.endswith(".gguf") and name != TOKENIZER_GGUF:
             split = split_name(name)
             models.setdefault(name if split is None else (split.prefix, split.count), name)
     found = (indices or tensors) + list(models.values())

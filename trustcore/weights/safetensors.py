@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_CONFIG_BYTES = 2**24
 MAX_DIMS = 64  # NumPy's
 
-_DTYPES = {
+DTYPES = {
     "BOOL": Encoding.plain("bool", np.bool_),
     "U8": Encoding.plain("u8", np.uint8),
     "I8": Encoding.plain("i8", np.int8),
@@ -161,9 +161,9 @@ def _entry(file: MappedFile, header: bytes, base: int, name: str, entry: Any) ->
     if not isinstance(entry, dict):
         raise error(f"the entry is {str(entry)[:64]!r}; expected an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    encoding = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+    encoding = DTYPES.get(dtype) if isinstance(dtype, str) else None
     if encoding is None:
-        raise error(f"the dtype is {str(dtype)[:64]!r}; expected one of {', '.join(_DTYPES)}", ".dtype")
+        raise error(f"the dtype is {str(dtype)[:64]!r}; expected one of {', '.join(DTYPES)}", ".dtype")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
         raise error(
             f"the shape is {str(shape)[:64]}; expected a list of at most {MAX_DIMS} integers from 0 to 2**63 - 1",

@@ -1,0 +1,57 @@
+"""Typed look-ups in configurations that came from a file: each value is checked where it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from trustcore.errors import ModelError
+
+LARGEST = 1 << 31  # no dimension of a real model comes near; keeps products of dimensions out of harm's way
+
+
+class Values:
+    """Typed look-ups in a mapping that came from a file; `where` says which, in errors."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._values, self._where = values, where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the value as it stands."""
+        return self._values.get(key, default)
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """Returns an integer from `least` to `LARGEST` - 1."""
+        value = self._read(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
+            raise ModelError(f"{self._where}: {key} is {value!r}; expected an integer of at least {least}.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Returns a finite number."""
+        value = self._read(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{self._where}: {key} is {value!r}; expected a number.")
+        return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        """Returns a string."""
+        value = self._read(key, default)
+        if not isinstance(value, str):
+            raise ModelError(f"{self._where}: {key} is {value!r}; expected a string.")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns a truth value."""
+        value = self._read(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self._where}: {key} is {value!r}; expected true or false.")
+        return value
+
+    def _read(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ModelError(f"{self._where}: {key} is missing.")
+        return value.item() if hasattr(value, "item") else value
