@@ -60,7 +60,8 @@ def fake_quantize(
                 f"it must be {list(expected)}."
             )
     parts = [None if p is None else expand(p.astype(jnp.float32), x.shape, scheme) for p in (scale, offset)]
-    return elementwise(scheme.grid, "lsq", clipped, x.astype(jnp.float32), *parts).astype(x.dtype)
+    y: jax.Array = elementwise(scheme.grid, "lsq", clipped, x.astype(jnp.float32), *parts)
+    return y.astype(x.dtype)
 
 
 def codes_of(x: jax.Array, scale: jax.Array, offset: jax.Array | None, scheme: Scheme) -> jax.Array:
@@ -135,10 +136,7 @@ def _backward(grid: Grid, rule: str, clipped: bool, args: Any, g: jax.Array) -> 
     v = _position(x, scale, offset)
     q = grid.nearest(v)
     inside = (v >= grid.low) & (v <= grid.high)
-    if grid.binary:
-        step = q
-    else:
-        step = jnp.where(inside, q - v if rule == "lsq" else 0.0, q)
+    step = q if grid.binary else jnp.where(inside, q - v if rule == "lsq" else 0.0, q)
     dx = jnp.where(inside, g, 0.0) if clipped else g
     return dx, g * step, None if offset is None else jnp.where(inside, 0.0, g)
 

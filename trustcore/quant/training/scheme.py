@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.errors import QuantizationError
+from trustcore.quant.formats import SCALED_FORMATS, ScaledFormat
+from trustcore.quant.formats.scaled import span_of
 
 _FLOATS = {"fp8_e4m3": np.dtype(jnp.float8_e4m3fn), "fp8_e5m2": np.dtype(jnp.float8_e5m2)}
 FORMATS = ("int1", "ternary", *(f"int{bits}" for bits in range(2, 9)), *_FLOATS)
@@ -101,9 +103,9 @@ class Scheme:
         return found
 
     @property
-    def bits(self) -> int:
-        """Of a code, as it is stored."""
-        return {"ternary": 2}.get(self.format, 8 if self.format in _FLOATS else int(self.format.strip("int") or 8))
+    def stored(self) -> ScaledFormat:
+        """The entry of the format table."""
+        return SCALED_FORMATS[self.format]
 
     @property
     def grid(self) -> Grid:
@@ -116,20 +118,21 @@ class Scheme:
             return Grid(-top, top, _FLOATS[self.format])
         if self.format in ("int1", "ternary"):
             return Grid(-1, 1, binary=self.format == "int1")
-        if self.asymmetric and self.bits < 8:
-            return Grid(0, 2**self.bits - 1)
-        return Grid(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+        bits = self.stored.bits
+        if self.asymmetric and bits < 8:
+            return Grid(0, 2**bits - 1)
+        return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def fault(self, shape: tuple[int, ...]) -> str | None:
         """Returns why a matrix `[..., K, N]` cannot have this scheme."""
-        k = shape[-2]
         if self.token:
             return "scales of tokens are for activations; give weights channel, tensor, g64 or 128x128"
-        if self.rows is not None and self.columns == 1 and k % self.rows:
-            return f"K={k} is not a multiple of the group of {self.rows}"
-        fold = 1 if self.bits == 8 else 8 // (self.bits & -self.bits)
-        if k % fold:
-            return f"K={k} is not a multiple of {fold}, the rows that {self.format} folds into a byte"
+        *_, k, n = shape
+        *_, groups, columns = self.scale_shape(shape)
+        if k % self.stored.multiple:
+            return f"K={k} is not a multiple of {self.stored.multiple}, the rows that {self.format} folds into bytes"
+        if self.stored.run(k, groups) != min(self.rows or k, k) or span_of(n, columns) is None:
+            return f"[{k}, {n}] is not cut evenly by {self.rows or k} x {self.columns or n} (blocks may end in a rest)"
         return None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,7 +146,7 @@ def expand(scale: jax.Array, shape: tuple[int, ...], scheme: Scheme) -> jax.Arra
     """Returns `[..., K, N]`: the scale of each weight, from scales `[..., G, C]`. Its transpose sums gradients."""
     for axis, size, each in ((-2, shape[-2], scheme.rows), (-1, shape[-1], scheme.columns)):
         if scale.shape[axis] != 1 and each != 1:
-            scale = jnp.repeat(scale, each or size, axis, total_repeat_length=None)
+            scale = jnp.repeat(scale, each or size, axis)
             scale = jax.lax.slice_in_dim(scale, 0, size, axis=axis)
     return jnp.broadcast_to(scale, shape)
 
