@@ -86,7 +86,7 @@ def test_sampling_options_reach_the_device(model):
     assert len(set(tokens)) == len(tokens)
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "int8"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "int8", "fp8", "int4"))
 def test_narrow_caches_choose_nearly_the_same(model, dtype):
     prompt = [[5, 80, 3, 9, 1, 7]]
     wide, narrow = run(model, prompt, max_tokens=8), run(model, prompt, max_tokens=8, cache_dtype=dtype)
@@ -138,7 +138,7 @@ def test_slots_are_few_and_large_enough():
         ([[1]], {"max_tokens": 0}, "max_tokens is 0"),
         ([[1]], {"max_tokens": True}, "max_tokens is True"),
         ([[1]], {"context": "long"}, "context is 'long'"),
-        ([[1]], {"cache_dtype": "int3"}, "cache_dtype is 'int3'; choose from float32, bfloat16, int8"),
+        ([[1]], {"cache_dtype": "int3"}, "cache_dtype is 'int3'; choose from float32, bfloat16, int8, fp8, int4"),
         ([[1]], {"cache_dtype": "float64"}, "cache_dtype is 'float64'"),
     ),
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kernels_pallas.attention as kernels
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
-from trustcore.ops.attention import LayerCache, cached_attention
+from trustcore.ops.attention import LayerCache, _decode_half, _encode_half, _hadamard, cached_attention
 
 # B, T, N, K, H, S, window, soft cap
 CASES = {
@@ -24,14 +24,15 @@ CASES = {
     "head size 80": (1, 3, 2, 2, 80, 50, None, None),
     "head size 24": (1, 3, 2, 2, 24, 50, None, None),
 }
-# Largest difference for standard normal inputs; codes of 8 bits are off by 1/254 of a vector's largest channel.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "int8": 4e-2}
+# Largest difference for standard normal inputs. Codes of 8 bits are off by 1/254 of a vector's largest channel, float8
+# by 1/16 of each channel, codes of 4 bits by 1/30 of a vector's range, which is about 5 wide.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "int8": 4e-2, "float8_e4m3fn": 1e-1, "int4": 2.5e-1}
 
 
-def native_refusal(size):
+def native_refusal(size, dtype="float32"):
     if cpu.why_not():
         return cpu.why_not()
-    return "head size" if size % cpu.vector_lanes() else ""
+    return "head size" if size % (cpu.vector_lanes() * (2 if dtype == "int4" else 1)) else ""
 
 
 def tokens(case, seed=0):
@@ -53,7 +54,10 @@ def filled(case, key, value, start, dtype):
     part = [jnp.stack([x[i, start[i] : start[i] + t] for i in range(b)]) for x in (key, value)]
     # What lies beyond a row's length must not be seen: fill it with something that would show.
     beyond = jnp.arange(s)[None, :] >= start[:, None]
-    poison = 100 if dtype == "int8" else 1000
+    poison = {"int8": 100, "float8_e4m3fn": 400, "int4": 255}.get(dtype, 1000)
+    if cache.key_scale is not None:  # of slots that are free, the scale is what shows
+        hidden = jnp.broadcast_to(beyond.reshape(b, 1, *[1] * (cache.key_scale.ndim - 3), s), cache.key_scale.shape)
+        cache = cache._replace(key_scale=jnp.where(hidden, jnp.asarray(9, cache.key_scale.dtype), cache.key_scale))
     keys = jnp.where(beyond[:, None, None, :], jnp.asarray(poison, cache.keys.dtype), cache.keys)
     return cache._replace(keys=keys), part
 
@@ -64,8 +68,8 @@ def filled(case, key, value, start, dtype):
 def test_cached_attention(name, implementation, dtype):
     case = CASES[name]
     _, t, _, _, h, s, window, soft_cap = case
-    if implementation == "native" and native_refusal(h):
-        pytest.skip(native_refusal(h))
+    if implementation == "native" and native_refusal(h, dtype):
+        pytest.skip(native_refusal(h, dtype))
     query, key, value, start = tokens(case)
     cache, (new_key, new_value) = filled(case, key, value, start, dtype)
     out, extended = jax.jit(
@@ -97,6 +101,41 @@ def test_both_implementations_write_the_same_cache(dtype):
         np.testing.assert_allclose(
             np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=1e-6, atol=1 if dtype == "int8" else 0
         )
+
+
+def test_each_narrower_cache_takes_about_half():
+    """Of a head of 64 channels; scales take 4 bytes of a vector in every form that has them."""
+    nbytes = {d: sum(x.nbytes for x in jax.tree.leaves(LayerCache.zeros(2, 3, 100, 64, d))) for d in TOLERANCE}
+    vectors = 2 * 2 * 3 * 100
+    assert nbytes == {
+        "float32": vectors * 256,
+        "bfloat16": vectors * 128,
+        "int8": vectors * (64 + 4),
+        "float8_e4m3fn": vectors * (64 + 4),
+        "int4": vectors * (32 + 4),
+    }
+    with pytest.raises(ImplementationError, match="int4 packs channels in pairs and the head size is 7"):
+        LayerCache.zeros(1, 1, 8, 7, "int4")
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 130), seed=st.integers(0, 99))
+def test_the_hadamard_transform_is_orthogonal_and_its_own_inverse(size, seed):
+    x, y = jnp.asarray(np.random.default_rng(seed).standard_normal((2, 3, size)), jnp.float32)
+    np.testing.assert_allclose(_hadamard(_hadamard(x)), x, atol=1e-5)
+    np.testing.assert_allclose(jnp.sum(_hadamard(x) * _hadamard(y), -1), jnp.sum(x * y, -1), atol=1e-4)
+
+
+def test_four_bits_bear_a_channel_that_is_larger_than_the_rest():
+    """As keys have them: without the transform such a channel takes most of the codes."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 64, 500)), jnp.float32).at[:, :, 5].add(12.0)
+
+    def error(x):
+        pair, scale = _encode_half(x, jnp.dtype(jnp.uint8), axis=2)
+        return jnp.sqrt(jnp.mean((_decode_half(pair, scale, axis=2) - x) ** 2))
+
+    turned = _hadamard(x.swapaxes(2, 3)).swapaxes(2, 3)  # orthogonal: errors keep their length
+    assert error(turned) < 0.55 * error(x)
 
 
 @pytest.mark.parametrize("implementation", ("native", "xla"))
@@ -210,6 +249,6 @@ def test_errors_name_shapes_and_reasons():
         cached_attention(q, q, q, cache, jnp.zeros((1,), jnp.int32), implementation="xla")
     with pytest.raises(ImplementationError, match="'fast' is not known; choose native or xla"):
         cached_attention(q, q, q, cache, jnp.zeros((1,), jnp.int32), implementation="fast")
-    with pytest.raises(ImplementationError, match="a cache of float16 is not float32, bfloat16 or int8"):
+    with pytest.raises(ImplementationError, match="a cache of float16 is not float32, bfloat16, int8, float8_e4m3fn"):
         half = LayerCache.zeros(1, 3, 8, 16, "float16")
         cached_attention(q, q, q, half, jnp.zeros((1,), jnp.int32), implementation="native")

@@ -29,6 +29,8 @@ class CacheType(enum.Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 Model = Annotated[

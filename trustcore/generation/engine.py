@@ -187,8 +187,8 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, contex
 def _cache_dtype(dtype: Any) -> Any:
     if dtype is None:
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    names = ("float32", "bfloat16", "int8")
-    given = named_dtype(dtype, names)
+    names = ("float32", "bfloat16", "int8", "fp8", "int4")
+    given = named_dtype("float8_e4m3fn" if dtype == "fp8" else dtype, (*names, "float8_e4m3fn"))
     if given is None:
         raise GenerationError(f"cache_dtype is {dtype!r}; choose from {', '.join(names)}.")
     return given

@@ -74,7 +74,7 @@ def generate(
         seed: the same seed gives the same text.
         stop: strings that end the answer; they are not part of it.
         context: tokens that prompt and answer may have together; None: what the model was made for.
-        cache_dtype: float32, bfloat16 or int8 for the key-value cache; None chooses.
+        cache_dtype: float32, bfloat16, int8, fp8 or int4 for the key-value cache; None chooses.
         ignore_eos: go on after the model's own end tokens.
         parse_special: read "<|im_end|>" and the like in the prompt as the tokens of that name. Off by default: what a
             user typed must not speak with the voice of the system.

@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
         return y.astype(jnp.float32)
 
     def new_cache(self, batch: int, slots: int, *, dtype: Any = jnp.float32) -> KVCache:
-        """Returns an empty cache for `batch` rows of up to `slots` tokens; dtype float32, bfloat16 or int8."""
+        """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`."""
         return empty_cache(self.config, batch, slots, dtype=dtype)
 
     @property

@@ -30,7 +30,7 @@ class KVCache(NamedTuple):
     def zeros(
         batch: int, slots: int, *, layers: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32
     ) -> KVCache:
-        """Returns an empty cache for `batch` rows of up to `slots` tokens; dtype float32, bfloat16 or int8."""
+        """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`."""
         made = tuple(LayerCache.zeros(batch, kv_heads, slots, head_dim, dtype) for _ in range(layers))
         return KVCache(made, jnp.zeros((batch,), jnp.int32))
 

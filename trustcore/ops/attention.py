@@ -7,10 +7,12 @@ chosen while tracing: `kernels_pallas` holds the forms for every platform, `ops/
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 import kernels_pallas.attention as kernels
@@ -21,10 +23,22 @@ from trustcore.ops import cpu
 class LayerCache(NamedTuple):
     """Keys and values of one layer; slot s of a row holds the token at position s.
 
+    What a vector of a token takes, H channels of one head:
+
+        float32, bfloat16       4 H or 2 H bytes
+        int8, float8_e4m3fn     H + 4 bytes        channel ~ code * scale
+        int4                    H / 2 + 4 bytes    channel ~ Hadamard(code * scale + minimum)
+
+    Four bits are few for vectors of which some channels are far larger than the rest, as those of keys are. A Hadamard
+    transform spreads each channel over all others first (Ashkboos et al., QuaRot, arXiv 2404.00456); queries turn with
+    the keys, so scores stay what they are, and the output is turned back.
+
     Attributes:
-        keys: `[B, K, H, S]`, float32, bfloat16 or int8: positions innermost, see `kernels_pallas.attention`.
-        values: `[B, K, S, H]`.
-        key_scale: float32 `[B, K, S]` with int8 codes, else None: `key ~ code * scale`.
+        keys: `[B, K, H, S]`: positions innermost, see `kernels_pallas.attention`. int4: uint8 `[B, K, H / 2, S]`,
+            channels h and h + H / 2 in the low and the high half of a byte.
+        values: `[B, K, S, H]`, int4: `[B, K, S, H / 2]`.
+        key_scale: float32 `[B, K, S]` with int8 and float8 codes; bfloat16 `[B, K, 2, S]` with int4, scale and minimum;
+            else None.
         value_scale: the same for values.
     """
 
@@ -35,14 +49,34 @@ class LayerCache(NamedTuple):
 
     @staticmethod
     def zeros(batch: int, kv_heads: int, slots: int, size: int, dtype: Any) -> LayerCache:
-        """Returns an empty cache. With int8, scales come with it."""
+        """Returns an empty cache, with scales where codes have them.
+
+        Raises:
+            ImplementationError: int4 codes lie two a byte and the head size is odd.
+        """
         dtype = jnp.dtype(dtype)
+        if dtype == jnp.int4:
+            if size % 2:
+                raise ImplementationError(f"a cache of int4 packs channels in pairs and the head size is {size}.")
+            dtype, size = jnp.dtype(jnp.uint8), size // 2
         keys = jnp.zeros((batch, kv_heads, size, slots), dtype)
         values = jnp.zeros((batch, kv_heads, slots, size), dtype)
-        if dtype != jnp.int8:
+        if dtype == jnp.uint8:
+            scales = (jnp.zeros((batch, kv_heads, 2, slots), jnp.bfloat16) for _ in range(2))
+        elif dtype in _TOP:
+            scales = (jnp.zeros((batch, kv_heads, slots), jnp.float32) for _ in range(2))
+        else:
             return LayerCache(keys, values)
-        scales = (jnp.zeros((batch, kv_heads, slots), jnp.float32) for _ in range(2))
         return LayerCache(keys, values, *scales)
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes are of 4 bits, two a byte."""
+        return self.keys.dtype == jnp.uint8
+
+
+# Dtypes of codes that a scale multiplies, and the code of the largest magnitude.
+_TOP = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 
 
 def attention(
@@ -101,7 +135,7 @@ def cached_attention(
     Raises:
         ImplementationError: the named implementation cannot compute this call.
 
-    Differentiable (through the "xla" form, whatever ran forward), except through int8 codes.
+    Differentiable (through the "xla" form, whatever ran forward), except through codes.
     """
     if implementation not in (None, "native", "xla"):
         raise ImplementationError(
@@ -111,19 +145,23 @@ def cached_attention(
     if implementation == "native" and refusal:
         raise ImplementationError(f"cached_attention: 'native' cannot compute this call: {refusal}")
     options = (window, kernels.size_scale(query, scale), soft_cap)
-    run = _xla if refusal else _native
-    return run(options, query, key, value, cache, start)
+    run: Callable[..., tuple[jax.Array, LayerCache]] = _xla if refusal else _native
+    if cache.packed:
+        query, key, value = (_hadamard(x) for x in (query, key, value))
+    out, extended = run(options, query, key, value, cache, start)
+    return _hadamard(out) if cache.packed else out, extended
 
 
 def _native_refusal(query: jax.Array, cache: LayerCache) -> str:
     if jax.default_backend() != "cpu":
         return f"it runs on the CPU and the default backend is {jax.default_backend()}."
-    if cache.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
-        return f"a cache of {cache.keys.dtype} is not float32, bfloat16 or int8."
+    if cache.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.uint8, *_TOP):
+        return f"a cache of {cache.keys.dtype} is not float32, bfloat16, int8, float8_e4m3fn or int4."
     if cpu.why_not():
         return cpu.why_not()
-    if query.shape[-1] % cpu.vector_lanes():
-        return f"head size {query.shape[-1]} is not a multiple of {cpu.vector_lanes()}."
+    lanes = cpu.vector_lanes() * (2 if cache.packed else 1)
+    if query.shape[-1] % lanes:
+        return f"head size {query.shape[-1]} is not a multiple of {lanes}{', as int4 needs' if cache.packed else ''}."
     return ""
 
 
@@ -132,6 +170,7 @@ def _xla(
 ) -> tuple[jax.Array, LayerCache]:
     window, scale, soft_cap = options
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
+    kind = cache.keys.dtype
     if cache.key_scale is None or cache.value_scale is None:
         cache = LayerCache(
             kernels.extend_cache(cache.keys, key, start, axis=3),
@@ -139,27 +178,71 @@ def _xla(
         )
         keys, values = cache.keys, cache.values
     else:
-        key, key_scale = _encode(key, axis=2)
-        value, value_scale = _encode(value, axis=3)
+        encode, decode, slots = (_encode_half, _decode_half, 3) if cache.packed else (_encode, _decode, 2)
+        key, key_scale = encode(key, kind, axis=2)
+        value, value_scale = encode(value, kind, axis=3)
         cache = LayerCache(
             kernels.extend_cache(cache.keys, key, start, axis=3),
             kernels.extend_cache(cache.values, value, start, axis=2),
-            kernels.extend_cache(cache.key_scale, key_scale, start, axis=2),
-            kernels.extend_cache(cache.value_scale, value_scale, start, axis=2),
+            kernels.extend_cache(cache.key_scale, key_scale, start, axis=slots),
+            kernels.extend_cache(cache.value_scale, value_scale, start, axis=slots),
         )
         assert cache.key_scale is not None and cache.value_scale is not None
-        keys = cache.keys.astype(jnp.float32) * cache.key_scale[:, :, None, :]
-        values = cache.values.astype(jnp.float32) * cache.value_scale[..., None]
+        keys = decode(cache.keys, cache.key_scale, axis=2)
+        values = decode(cache.values, cache.value_scale, axis=3)
     out = kernels.cached_attention(query, keys, values, start, window=window, scale=scale, soft_cap=soft_cap)
     return out, cache
 
 
-def _encode(x: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Returns int8 codes and float32 scales: the largest magnitude along `axis` becomes 127."""
-    x = x.astype(jnp.float32)
+def _encode(x: jax.Array, dtype: np.dtype, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns codes and float32 scales: the largest magnitude along `axis` becomes 127, or 448 in float8."""
+    x, most = x.astype(jnp.float32), _TOP[dtype]
     top = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    inverse = jnp.where(top > 0, 127.0 / jnp.where(top > 0, top, 1.0), 0.0)
-    return jnp.round(x * inverse).astype(jnp.int8), jnp.squeeze(top / 127.0, axis)
+    inverse = jnp.where(top > 0, most / jnp.where(top > 0, top, 1.0), 0.0)
+    codes = jnp.clip(jax.lax.stop_gradient(x * inverse), -most, most)
+    codes = jnp.round(codes) if dtype == jnp.int8 else codes
+    return codes.astype(dtype), jnp.squeeze(top / most, axis)
+
+
+def _decode(codes: jax.Array, scale: jax.Array, *, axis: int) -> jax.Array:
+    return codes.astype(jnp.float32) * jnp.expand_dims(scale, axis)
+
+
+def _encode_half(x: jax.Array, dtype: np.dtype, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns codes of 4 bits in pairs, and their scale and minimum, bfloat16 `[B, K, 2, T]`.
+
+    Codes are chosen for scale and minimum as they are stored.
+    """
+    x = jax.lax.stop_gradient(x.astype(jnp.float32))
+    low, high = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
+    minimum = low.astype(jnp.bfloat16)
+    scale = ((high - minimum.astype(jnp.float32)) / 15.0).astype(jnp.bfloat16)
+    step = scale.astype(jnp.float32)
+    inverse = jnp.where(step > 0, 1.0 / jnp.where(step > 0, step, 1.0), 0.0)
+    codes = jnp.clip(jnp.round((x - minimum.astype(jnp.float32)) * inverse), 0.0, 15.0).astype(dtype)
+    first, second = jnp.split(codes, 2, axis)
+    pair = first | second << jnp.asarray(4, dtype)
+    return pair, jnp.stack([jnp.squeeze(scale, axis), jnp.squeeze(minimum, axis)], axis=2)
+
+
+def _decode_half(codes: jax.Array, scale: jax.Array, *, axis: int) -> jax.Array:
+    channels = jnp.concatenate([codes & jnp.asarray(15, codes.dtype), codes >> jnp.asarray(4, codes.dtype)], axis)
+    step, minimum = (jnp.expand_dims(part.astype(jnp.float32), axis) for part in (scale[:, :, 0], scale[:, :, 1]))
+    return channels.astype(jnp.float32) * step + minimum
+
+
+def _hadamard(x: jax.Array) -> jax.Array:
+    """Returns x turned by the orthogonal Hadamard matrix along its last axis; twice is x again.
+
+    A size that is no power of two is turned in equal parts, each of the largest power of two that divides it.
+    """
+    size = x.shape[-1]
+    part = size & -size
+    places = np.arange(part)
+    odd = np.bitwise_count(places[:, None] & places) % 2
+    matrix = jnp.asarray((1.0 - 2.0 * odd) * part**-0.5, x.dtype)
+    parts = x.reshape(*x.shape[:-1], size // part, part)
+    return jnp.matmul(parts, matrix, precision="highest").reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -129,7 +129,8 @@ def cached_attention(
         key: float32 `[B, T, K, H]`.
         value: float32 `[B, T, K, H]`.
         start: int32 `[B]`, the slot of each row's first token.
-        cache: keys and values (float32, bfloat16 or int8) and, for int8, their scales.
+        cache: keys and values (float32, bfloat16, int8, float8_e4m3fn; uint8 holds pairs of 4 bits) and, for codes,
+            their scales.
         scale: of the scores.
         soft_cap: 0 for none.
         window: 0 for none.

@@ -5,8 +5,10 @@
 //   out[b, t, n] = sum over s of softmax(scale * q[b, t, n] . keys[b, n / G, :, s]) * values[b, n / G, s, :]
 //
 // Layout: query [B, T, N, H], key and value [B, T, K, H], keys [B, K, H, S], values [B, K, S, H], out [B, T, N, H]; with
-// 8-bit codes a float scale for each (b, k, s). Keys lie with their positions innermost, so both products have the same
-// form: a few rows (the G heads of some tokens) times a matrix whose columns lie side by side.
+// 8-bit codes (integers or float8 e4m3) a float scale for each (b, k, s). Codes of 4 bits lie two a byte, [B, K, H / 2, S]
+// and [B, K, S, H / 2]: channels h and h + H / 2 in the low and the high half of byte h; their scale and minimum are
+// bfloat16 [B, K, 2, S]. Keys lie with their positions innermost, so both products have the same form: a few rows (the G
+// heads of some tokens) times a matrix whose columns lie side by side.
 //
 // One task is a tile of up to kTileRows rows of one (b, k). It walks the visible keys kKeys at a time: scores in
 // registers, softmax kept online (Milakov and Gimelshein, arXiv 1805.02867), sums in the L1 cache. Only slots that hold
@@ -33,7 +35,10 @@ constexpr int kGroup = kLanes == 16 ? 6 : 3;           // rows whose sums the re
 constexpr int64_t kTileRows = 4 * kGroup;              // rows that share a decoded block of keys and values
 constexpr int64_t kSpan = 256;                         // slots of a part when a short call is cut along the keys
 
-enum class Store { kF32, kBF16, kS8 };
+enum class Store { kF32, kBF16, kS8, kF8, kU4 };
+
+// A float scale multiplies each code.
+constexpr bool scaled(Store f) { return f == Store::kS8 || f == Store::kF8; }
 
 struct Call {
   int64_t B, T, N, K, H, S, G;
@@ -41,8 +46,8 @@ struct Call {
   float* out;
   const void* keys;
   const void* values;
-  const float* key_scale;
-  const float* value_scale;
+  const void* key_scale;
+  const void* value_scale;
   const int32_t* start;
   float scale, soft_cap;
   int64_t window;
@@ -123,11 +128,31 @@ struct Block {
   std::vector<float> keys, values;
 };
 
+// float8 e4m3: 4 bits of exponent over 7, 3 of fraction. Subnormals are computed, not shifted into place: the threads of
+// XLA read subnormal floats as zero.
+inline VecF from_float8(VecI codes) {
+  const VecI magnitude = codes & 127;
+  const VecI normal = (magnitude << 20) + (120 << 23);
+  const VecF small = to_float(magnitude) * 0x1p-9f;
+  const VecI bits = magnitude < 8 ? reinterpret_cast<VecI>(small) : normal;
+  return reinterpret_cast<VecF>(bits | (codes & 128) << 24);
+}
+
+inline float scalar_from_float8(uint8_t code) {
+  const int magnitude = code & 127;
+  const uint32_t normal = (static_cast<uint32_t>(magnitude) << 20) + (120u << 23);
+  float value;
+  std::memcpy(&value, &normal, 4);
+  if (magnitude < 8) value = static_cast<float>(magnitude) * 0x1p-9f;
+  return code & 128 ? -value : value;
+}
+
 template <Store F>
 inline float element(const void* data, int64_t at) {
   if constexpr (F == Store::kF32) return static_cast<const float*>(data)[at];
   if constexpr (F == Store::kBF16) return scalar_from_bfloat16(static_cast<const uint16_t*>(data)[at]);
   if constexpr (F == Store::kS8) return static_cast<float>(static_cast<const int8_t*>(data)[at]);
+  if constexpr (F == Store::kF8) return scalar_from_float8(static_cast<const uint8_t*>(data)[at]);
 }
 
 template <Store F>
@@ -135,35 +160,74 @@ inline VecF elements(const void* data, int64_t at) {
   if constexpr (F == Store::kF32) return load(static_cast<const float*>(data) + at);
   if constexpr (F == Store::kBF16) return from_bfloat16(static_cast<const uint16_t*>(data) + at);
   if constexpr (F == Store::kS8) return to_float(widen(static_cast<const int8_t*>(data) + at));
+  if constexpr (F == Store::kF8) return from_float8(widen(static_cast<const uint8_t*>(data) + at));
 }
 
 template <Store F>
 void read_keys(const Call& c, int64_t head, int64_t s, int64_t count, float* block) {
-  const int64_t base = head * c.H * c.S + s;
-  for (int64_t h = 0; h < c.H; ++h) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      VecF v = elements<F>(c.keys, base + h * c.S + i);
-      if constexpr (F == Store::kS8) v *= load(c.key_scale + head * c.S + s + i);
-      store(block + h * kKeys + i, v);
+  if constexpr (F == Store::kU4) {
+    const int64_t half = c.H / 2;
+    const uint8_t* bytes = static_cast<const uint8_t*>(c.keys) + head * half * c.S + s;
+    const uint16_t* scale = static_cast<const uint16_t*>(c.key_scale) + head * 2 * c.S + s;
+    const uint16_t* minimum = scale + c.S;
+    for (int64_t h = 0; h < half; ++h) {
+      float *low = block + h * kKeys, *high = block + (h + half) * kKeys;
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        const VecI pair = widen(bytes + h * c.S + i);
+        const VecF step = from_bfloat16(scale + i), least = from_bfloat16(minimum + i);
+        store(low + i, low_nibble(pair) * step + least);
+        store(high + i, high_nibble(pair) * step + least);
+      }
+      for (; i < count; ++i) {
+        const int pair = bytes[h * c.S + i];
+        const float step = scalar_from_bfloat16(scale[i]), least = scalar_from_bfloat16(minimum[i]);
+        low[i] = static_cast<float>(pair & 15) * step + least;
+        high[i] = static_cast<float>(pair >> 4) * step + least;
+      }
+      for (; i < kKeys; ++i) low[i] = high[i] = 0;
     }
-    for (; i < count; ++i) {
-      float v = element<F>(c.keys, base + h * c.S + i);
-      if constexpr (F == Store::kS8) v *= c.key_scale[head * c.S + s + i];
-      block[h * kKeys + i] = v;
+  } else {
+    const int64_t base = head * c.H * c.S + s;
+    const float* scale = static_cast<const float*>(c.key_scale) + head * c.S + s;
+    for (int64_t h = 0; h < c.H; ++h) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        VecF v = elements<F>(c.keys, base + h * c.S + i);
+        if constexpr (scaled(F)) v *= load(scale + i);
+        store(block + h * kKeys + i, v);
+      }
+      for (; i < count; ++i) {
+        float v = element<F>(c.keys, base + h * c.S + i);
+        if constexpr (scaled(F)) v *= scale[i];
+        block[h * kKeys + i] = v;
+      }
+      for (; i < kKeys; ++i) block[h * kKeys + i] = 0;
     }
-    for (; i < kKeys; ++i) block[h * kKeys + i] = 0;
   }
 }
 
 template <Store F>
 void read_values(const Call& c, int64_t head, int64_t s, int64_t count, float* block) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = (head * c.S + s + i) * c.H;
-    for (int64_t h = 0; h < c.H; h += kLanes) {
-      VecF v = elements<F>(c.values, at + h);
-      if constexpr (F == Store::kS8) v *= c.value_scale[head * c.S + s + i];
-      store(block + i * c.H + h, v);
+    const int64_t token = head * c.S + s + i;
+    float* row = block + i * c.H;
+    if constexpr (F == Store::kU4) {
+      const int64_t half = c.H / 2;
+      const uint8_t* bytes = static_cast<const uint8_t*>(c.values) + token * half;
+      const uint16_t* scale = static_cast<const uint16_t*>(c.value_scale) + head * 2 * c.S + s + i;
+      const float step = scalar_from_bfloat16(scale[0]), least = scalar_from_bfloat16(scale[c.S]);
+      for (int64_t h = 0; h < half; h += kLanes) {
+        const VecI pair = widen(bytes + h);
+        store(row + h, low_nibble(pair) * step + least);
+        store(row + half + h, high_nibble(pair) * step + least);
+      }
+    } else {
+      for (int64_t h = 0; h < c.H; h += kLanes) {
+        VecF v = elements<F>(c.values, token * c.H + h);
+        if constexpr (scaled(F)) v *= static_cast<const float*>(c.value_scale)[token];
+        store(row + h, v);
+      }
     }
   }
 }
@@ -335,31 +399,73 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
-// Codes of one token of one head, and their scale: the largest magnitude becomes 127.
-float encode(const float* x, int64_t H, int8_t* codes) {
+// x as float8 e4m3, to nearest, ties to even; |x| <= 448 but for rounding.
+inline uint8_t to_float8(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  const uint8_t sign = static_cast<uint8_t>(u >> 24 & 128);
+  u &= 0x7fffffff;
+  if (u < 121u << 23)  // below 2 ** -6: subnormal, and the smallest normal number where it rounds up to it
+    return static_cast<uint8_t>(sign | static_cast<int>(std::nearbyint(std::fabs(x) * 0x1p9f)));
+  u += 0x7ffff + (u >> 20 & 1);
+  return static_cast<uint8_t>(sign | std::min<uint32_t>(126, (u >> 20) - (120 << 3)));
+}
+
+// Codes of one token of one head, and their scale: the largest magnitude becomes 127, or 448 in float8.
+template <Store F>
+float encode(const float* x, int64_t H, uint8_t* codes) {
+  constexpr float kTop = F == Store::kF8 ? 448 : 127;
   float top = 0;
   for (int64_t h = 0; h < H; ++h) top = std::max(top, std::fabs(x[h]));
-  const float scale = top / 127, inverse = top > 0 ? 127 / top : 0;
-  for (int64_t h = 0; h < H; ++h) codes[h] = static_cast<int8_t>(std::nearbyint(x[h] * inverse));
-  return scale;
+  const float inverse = top > 0 ? kTop / top : 0;
+  for (int64_t h = 0; h < H; ++h) {
+    if constexpr (F == Store::kF8)
+      codes[h] = to_float8(x[h] * inverse);
+    else
+      codes[h] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(x[h] * inverse)));
+  }
+  return top / kTop;
+}
+
+// Codes of 4 bits of one token of one head, two a byte, and where they lie: scale * code + minimum. Codes are chosen for
+// scale and minimum as they are stored.
+void encode_half(const float* x, int64_t H, uint8_t* bytes, uint16_t* scale, uint16_t* minimum) {
+  const auto [low, high] = std::minmax_element(x, x + H);
+  *minimum = to_bfloat16(*low);
+  const float least = scalar_from_bfloat16(*minimum);
+  *scale = to_bfloat16((*high - least) / 15);
+  const float step = scalar_from_bfloat16(*scale), inverse = step > 0 ? 1 / step : 0;
+  const auto code = [&](float v) {
+    return static_cast<int>(std::min(15.0f, std::max(0.0f, std::nearbyint((v - least) * inverse))));
+  };
+  for (int64_t h = 0; h < H / 2; ++h) bytes[h] = static_cast<uint8_t>(code(x[h]) | code(x[h + H / 2]) << 4);
 }
 
 template <Store F>
-void extend(const Call& c, const float* key, const float* value, void* keys, void* values, float* key_scale,
-            float* value_scale) {
+void extend(const Call& c, const float* key, const float* value, void* const* data) {
+  void *keys = data[0], *values = data[1], *key_scale = data[2], *value_scale = data[3];
+  const int64_t width = F == Store::kU4 ? c.H / 2 : c.H;  // codes of a token
   Pool::get().run(c.B * c.K, [&](int64_t head) {
     const int64_t b = head / c.K, k = head % c.K;
-    std::vector<int8_t> codes(c.H);
+    std::vector<uint8_t> codes(c.H);
     for (int64_t t = 0; t < c.T; ++t) {
       const int64_t s = c.start[b] + t;
       if (s < 0 || s >= c.S) continue;
       const float* from_key = key + ((b * c.T + t) * c.K + k) * c.H;
       const float* from_value = value + ((b * c.T + t) * c.K + k) * c.H;
-      const int64_t to_key = head * c.H * c.S + s, to_value = (head * c.S + s) * c.H;
-      if constexpr (F == Store::kS8) {
-        key_scale[head * c.S + s] = encode(from_key, c.H, codes.data());
-        for (int64_t h = 0; h < c.H; ++h) static_cast<int8_t*>(keys)[to_key + h * c.S] = codes[h];
-        value_scale[head * c.S + s] = encode(from_value, c.H, static_cast<int8_t*>(values) + to_value);
+      const int64_t to_key = head * width * c.S + s, to_value = (head * c.S + s) * width;
+      if constexpr (F == Store::kU4 || scaled(F)) {
+        uint8_t* value_codes = static_cast<uint8_t*>(values) + to_value;
+        if constexpr (F == Store::kU4) {
+          uint16_t* ks = static_cast<uint16_t*>(key_scale) + head * 2 * c.S + s;
+          uint16_t* vs = static_cast<uint16_t*>(value_scale) + head * 2 * c.S + s;
+          encode_half(from_key, c.H, codes.data(), ks, ks + c.S);
+          encode_half(from_value, c.H, value_codes, vs, vs + c.S);
+        } else {
+          static_cast<float*>(key_scale)[head * c.S + s] = encode<F>(from_key, c.H, codes.data());
+          static_cast<float*>(value_scale)[head * c.S + s] = encode<F>(from_value, c.H, value_codes);
+        }
+        for (int64_t h = 0; h < width; ++h) static_cast<uint8_t*>(keys)[to_key + h * c.S] = codes[h];
       } else {
         for (int64_t h = 0; h < c.H; ++h) {
           if constexpr (F == Store::kF32) {
@@ -378,9 +484,8 @@ void extend(const Call& c, const float* key, const float* value, void* keys, voi
 // ---- the call ------------------------------------------------------------------------------------------------------
 
 template <Store F>
-void run(Call& c, const float* key, const float* value, void* keys, void* values, float* key_scale,
-         float* value_scale) {
-  extend<F>(c, key, value, keys, values, key_scale, value_scale);
+void run(Call& c, const float* key, const float* value, void* const* data) {
+  extend<F>(c, key, value, data);
   attend_all<F>(c);
 }
 
@@ -396,9 +501,12 @@ ffi::Error CachedAttention(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> ke
   const auto shape = first->dimensions();
   if (shape.size() != 4) return ffi::Error::InvalidArgument("cached_attention: keys must be [B, K, H, S]");
   Call c{dims[0], dims[1], dims[2], shape[1], dims[3], shape[3], dims[2] / std::max<int64_t>(1, shape[1])};
-  if (shape[0] != c.B || shape[2] != c.H || c.G * c.K != c.N || c.H % kLanes || kv[0] != c.B || kv[1] != c.T ||
+  const bool packed = first->element_type() == ffi::U8;  // two codes a byte
+  if (shape[0] != c.B || shape[2] * (packed ? 2 : 1) != c.H || (packed && c.H % (2 * kLanes)) || c.G * c.K != c.N || c.H % kLanes || kv[0] != c.B || kv[1] != c.T ||
       kv[2] != c.K || kv[3] != c.H)
     return ffi::Error::InvalidArgument("cached_attention: shapes do not fit");
+  const bool plain = first->element_type() == ffi::F32 || first->element_type() == ffi::BF16;
+  if (plain != (cache.size() == 2)) return ffi::Error::InvalidArgument("cached_attention: codes come with their scales");
   void* data[4] = {};
   for (size_t i = 0; i < cache.size(); ++i) {
     const auto from = cache.get<ffi::AnyBuffer>(i);
@@ -412,19 +520,20 @@ ffi::Error CachedAttention(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> ke
   c.out = out->typed_data();
   c.keys = data[0];
   c.values = data[1];
-  c.key_scale = static_cast<float*>(data[2]);
-  c.value_scale = static_cast<float*>(data[3]);
+  c.key_scale = data[2];
+  c.value_scale = data[3];
   c.start = start.typed_data();
   c.scale = scale;
   c.soft_cap = soft_cap;
   c.window = window;
   const float *k = key.typed_data(), *v = value.typed_data();
-  float *ks = static_cast<float*>(data[2]), *vs = static_cast<float*>(data[3]);
   switch (first->element_type()) {
-    case ffi::F32: run<Store::kF32>(c, k, v, data[0], data[1], ks, vs); break;
-    case ffi::BF16: run<Store::kBF16>(c, k, v, data[0], data[1], ks, vs); break;
-    case ffi::S8: run<Store::kS8>(c, k, v, data[0], data[1], ks, vs); break;
-    default: return ffi::Error::InvalidArgument("cached_attention: the cache must be f32, bf16 or s8");
+    case ffi::F32: run<Store::kF32>(c, k, v, data); break;
+    case ffi::BF16: run<Store::kBF16>(c, k, v, data); break;
+    case ffi::S8: run<Store::kS8>(c, k, v, data); break;
+    case ffi::F8E4M3FN: run<Store::kF8>(c, k, v, data); break;
+    case ffi::U8: run<Store::kU4>(c, k, v, data); break;
+    default: return ffi::Error::InvalidArgument("cached_attention: the cache must be f32, bf16, s8, f8e4m3fn or u8");
   }
   return ffi::Error::Success();
 }
