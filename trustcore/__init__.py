@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trustcore.catalogue import pull
+    from trustcore.convert import quantize_checkpoint
     from trustcore.errors import TrustcoreError
+    from trustcore.evaluation import compare, perplexity
     from trustcore.generation import Sampling, Stats, Stream, chat, generate, generate_tokens
     from trustcore.loading import load
     from trustcore.models import Decoder, DecoderConfig
@@ -36,12 +38,15 @@ _HOMES = {
     "Tokenizer": "trustcore.text",
     "TrustcoreError": "trustcore.errors",
     "chat": "trustcore.generation",
+    "compare": "trustcore.evaluation",
     "generate": "trustcore.generation",
     "generate_tokens": "trustcore.generation",
     "load": "trustcore.loading",
     "open_checkpoint": "trustcore.weights",
+    "perplexity": "trustcore.evaluation",
     "pull": "trustcore.catalogue",
     "quantize": "trustcore.quant",
+    "quantize_checkpoint": "trustcore.convert",
     "save": "trustcore.saving",
 }
 
@@ -52,7 +57,10 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "generate_tokens",
     "pull",
     "quantize",
+    "quantize_checkpoint",
     "save",
+    "perplexity",
+    "compare",
     "open_checkpoint",
     "Checkpoint",
     "Decoder",
