@@ -1,7 +1,7 @@
 """Hand-written CPU implementations, called from inside XLA programs through its foreign-function interface.
 
 They exist where XLA's CPU code falls short (short products with packed weights, attention of one query against a long
-cache), and are never needed for correctness: `why_not()` says why they are absent, and every caller has a plain XLA
+cache, the searches of encoders), and are never needed for correctness: `why_not()` says why they are absent, and every caller has a plain XLA
 form. The C++ sources stand beside this file; `build.py` compiles them once a machine.
 """
 
@@ -21,6 +21,7 @@ __all__ = [
     "FORMATS",
     "cached_attention",
     "load",
+    "nearest_entry",
     "packed_matmul",
     "packed_refusal",
     "vector_lanes",
@@ -159,6 +160,21 @@ def cached_attention(
         return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * len(results)
 
     return call(query, key, value, start, tuple(cache))
+
+
+def nearest_entry(costs: jax.Array, grid: jax.Array, bits: int) -> jax.Array:
+    """Returns int32 `[G]`: the least sum of costs over the entries of the grid, its lowest bits the entry's index.
+
+    Args:
+        costs: float32 `[levels, d, G]`, not negative, d 4 or 8.
+        grid: uint16, a power of two of entries; level i of an entry in `bits` bits from i * bits on.
+        bits: of a level.
+    """
+    load()
+    target = jax.ffi.ffi_call(
+        "trustcore_nearest_entry", jax.ShapeDtypeStruct(costs.shape[2:], jnp.int32), vmap_method="sequential"
+    )
+    return target(costs, grid, bits=np.int64(bits))
 
 
 def vector_lanes() -> int:

@@ -25,9 +25,9 @@ import jax
 from trustcore.cache import cache_folder
 from trustcore.errors import ImplementationError
 
-SOURCES = ("packed_matmul.cc", "packed_codes.cc", "attention.cc")
+SOURCES = ("packed_matmul.cc", "packed_codes.cc", "attention.cc", "nearest_entry.cc")
 HEADERS = ("columns.h", "formats.h", "grids.h", "parallel.h", "simd.h")
-TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention")
+TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention", "trustcore_nearest_entry")
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")

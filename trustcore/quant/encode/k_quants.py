@@ -23,6 +23,8 @@ import numpy as np
 from trustcore.quant.encode.encoder import Encoded, Encoder, fold
 from trustcore.quant.encode.search import (
     HALF_MAX,
+    Grids,
+    Nearest,
     affine_codes,
     affine_grids,
     better,
@@ -32,9 +34,9 @@ from trustcore.quant.encode.search import (
     power_of_two,
     search_affine,
     search_symmetric,
-    symmetric_codes,
     symmetric_grids,
     total,
+    whole,
 )
 
 BLOCK = 256
@@ -108,32 +110,34 @@ def _affine(
 # ---- w = scale * s * code --------------------------------------------------------------------------------------------
 
 
-def _symmetric(
-    x: jax.Array, weight: jax.Array | None, search: bool, *, reach: int, top: int
+def symmetric_under_scales(
+    x: jax.Array, weight: jax.Array | None, search: bool, *, sub: int, nearest: Nearest, grids: Grids, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns codes `[16, 16, M]` from -reach to reach - 1, s `[16, M]` from -top to top - 1, scale `[1, M]`.
+    """Returns codes `[sub, subs, M]` as `nearest` gives them, s `[subs, M]` from -top to top - 1, scale `[1, M]`.
 
     Args:
         x: `[256, M]`.
         weight: as in `Encoder`.
         search: as in `Encoder`.
-        reach: of the codes.
+        sub: weights in a sub-block.
+        nearest: the codes there are.
+        grids: what to try for a sub-block.
         top: of the scales.
     """
     unit = power_of_two(x)[None]  # [1, M]
-    x, weight = _parted(x / unit, 16), None if weight is None else _parted(weight, 16)
+    x, weight = _parted(x / unit, sub), None if weight is None else _parted(weight, sub)
 
     def stored(scale: jax.Array) -> jax.Array:
         return half(scale * unit) / unit
 
     def codes_under(scale: jax.Array, s: jax.Array) -> jax.Array:
-        return symmetric_codes(x, scale * s, -reach, reach - 1)
+        return nearest(x * inverse(scale * s)[None])
 
     def error(scale: jax.Array, s: jax.Array) -> jax.Array:
         return total(weight, (x - (scale * s)[None] * codes_under(scale, s)) ** 2)
 
-    scales = search_symmetric(x, weight, -reach, reach - 1, symmetric_grids(reach).choose(weight, search))
-    codes = symmetric_codes(x, scales, -reach, reach - 1)
+    scales = search_symmetric(x, weight, nearest, grids.choose(weight, search))
+    codes = nearest(x * inverse(scales)[None])
     scale = stored(_scale_of_scales(scales, total(weight, codes * codes), -top, top - 1))
     s = _nearest(scales, scale, -top, top - 1)
 
@@ -193,35 +197,45 @@ def _scale_of_scales(values: jax.Array, weight: jax.Array, low: int, high: int) 
 def _q2_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     codes, s, m, scale, minimum = _affine(x, weight, search, sub=16, levels=3, top=15)
     scales = s.astype(jnp.uint8) | m.astype(jnp.uint8) << jnp.uint8(4)
-    return {"scales": scales, "codes": fold(_joined(codes), 2, chunk=32), **_halves(scale=scale, minimum=minimum)}
+    return {"scales": scales, "codes": fold(joined(codes), 2, chunk=32), **halves(scale=scale, minimum=minimum)}
+
+
+def _symmetric(
+    x: jax.Array, weight: jax.Array | None, search: bool, *, reach: int, top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns uint8 codes `[256, M]` from 0 to 2 * reach - 1, s `[16, M]` from -top to top - 1, scale `[1, M]`."""
+    codes, s, scale = symmetric_under_scales(
+        x, weight, search, sub=16, nearest=whole(-reach, reach - 1), grids=symmetric_grids(reach), top=top
+    )
+    return joined(codes + reach), s, scale
 
 
 def _q3_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     codes, s, scale = _symmetric(x, weight, search, reach=4, top=32)
-    codes, s = _joined(codes + 4), (s + 32).astype(jnp.uint8)
+    s = (s + 32).astype(jnp.uint8)
     low, high = fold(s & jnp.uint8(15), 4, chunk=8), fold(s >> jnp.uint8(4), 2, chunk=4)
     return {
         "high": fold(codes >> jnp.uint8(2), 1, chunk=32),
         "codes": fold(codes & jnp.uint8(3), 2, chunk=32),
         "scales": jnp.concatenate([low, high], axis=0),
-        **_halves(scale=scale),
+        **halves(scale=scale),
     }
 
 
 def _q4_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     codes, s, m, scale, minimum = _affine(x, weight, search, sub=32, levels=15, top=63)
     return {
-        **_halves(scale=scale, minimum=minimum),
+        **halves(scale=scale, minimum=minimum),
         "scales": _six_bits(s, m),
-        "codes": fold(_joined(codes), 4, chunk=32),
+        "codes": fold(joined(codes), 4, chunk=32),
     }
 
 
 def _q5_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     codes, s, m, scale, minimum = _affine(x, weight, search, sub=32, levels=31, top=63)
-    codes = _joined(codes)
+    codes = joined(codes)
     return {
-        **_halves(scale=scale, minimum=minimum),
+        **halves(scale=scale, minimum=minimum),
         "scales": _six_bits(s, m),
         "high": fold(codes >> jnp.uint8(4), 1, chunk=32),
         "codes": fold(codes & jnp.uint8(15), 4, chunk=32),
@@ -230,21 +244,21 @@ def _q5_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
 
 def _q6_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     codes, s, scale = _symmetric(x, weight, search, reach=32, top=128)
-    codes = _joined(codes + 32)
     return {
         "codes": fold(codes & jnp.uint8(15), 4, chunk=64),
         "high": fold(codes >> jnp.uint8(4), 2, chunk=32),
         "scales": s.astype(jnp.int8),
-        **_halves(scale=scale),
+        **halves(scale=scale),
     }
 
 
-def _joined(codes: jax.Array) -> jax.Array:
+def joined(codes: jax.Array) -> jax.Array:
     """Returns uint8 `[256, M]` of codes in sub-blocks `[sub, subs, M]`."""
     return codes.astype(jnp.uint8).swapaxes(0, 1).reshape(BLOCK, -1)
 
 
-def _halves(**scales: jax.Array) -> Encoded:
+def halves(**scales: jax.Array) -> Encoded:
+    """Returns the scales `[1, M]` as float16 `[M]`."""
     return {name: scale[0].astype(jnp.float16) for name, scale in scales.items()}
 
 

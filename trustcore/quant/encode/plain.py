@@ -19,24 +19,28 @@ from trustcore.quant.encode.search import (
     Grids,
     affine_codes,
     affine_grids,
+    count_of,
     half,
+    inverse,
     power_of_two,
     search_affine,
     search_symmetric,
-    symmetric_codes,
     symmetric_grids,
+    total,
+    whole,
 )
 
 
 def _symmetric(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Callable[..., Encoded]:
     high = (1 << (bits - 1)) - 1
     low = -high - 1 if bits < 8 else -high  # no encoder writes -128, so no reader is known to take it
+    nearest = whole(low, high)
 
     def encode(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
         unit = power_of_two(x)
         x = x / unit[None]
-        scale = half(search_symmetric(x, weight, low, high, grids.choose(weight, search)) * unit)
-        return {"scale": scale.astype(jnp.float16), **pack(symmetric_codes(x, scale / unit, low, high))}
+        scale = half(search_symmetric(x, weight, nearest, grids.choose(weight, search)) * unit)
+        return {"scale": scale.astype(jnp.float16), **pack(nearest(x * inverse(scale / unit)[None]))}
 
     return encode
 
@@ -79,6 +83,23 @@ def _bf16(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     return {"values": jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)}
 
 
+def _q8_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    unit = power_of_two(x)
+    x = x / unit[None]
+    scale = search_symmetric(x, weight, _EIGHT_BITS, _Q8_0.choose(weight, search))
+    codes = _EIGHT_BITS(x * inverse(scale)[None])
+    sums = jnp.sum(codes.reshape(16, 16, -1), axis=1)
+    return {"scale": scale * unit, "codes": codes.astype(jnp.int8), "sums": sums.astype(jnp.int16)}
+
+
+def _q1_0(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+    """The scale that fits best is the mean magnitude: there is nothing to search."""
+    unit = power_of_two(x)
+    scale = half(total(weight, jnp.abs(x / unit[None])) / count_of(weight, x) * unit)
+    return {"scale": scale.astype(jnp.float16), "codes": fold((x >= 0).astype(jnp.uint8), 1)}
+
+
+_EIGHT_BITS = whole(-127, 127)
 _Q8_0 = Grids(Grid((127.0,)), Grid((127.0,)), Grid(tuple(np.linspace(124.5, 128.5, 9)), 1))
 
 PLAIN: dict[str, Encoder] = {
@@ -89,4 +110,6 @@ PLAIN: dict[str, Encoder] = {
     "q5_0": Encoder(_symmetric(5, _nibbles_and_high_bits(16), symmetric_grids(16)), 15 * HALF_MAX),
     "q5_1": Encoder(_affine(5, _nibbles_and_high_bits(0), affine_grids(31)), HALF_MAX),
     "q8_0": Encoder(_symmetric(8, lambda codes: {"codes": codes.astype(jnp.int8)}, _Q8_0), 127 * HALF_MAX),
+    "q8_k": Encoder(_q8_k, 3.4e38),
+    "q1_0": Encoder(_q1_0, HALF_MAX),
 }

@@ -143,24 +143,26 @@ def half(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(scale) < HALF_NORMAL, up, nearest)
 
 
-def symmetric_codes(x: jax.Array, scale: jax.Array, low: int, high: int) -> jax.Array:
-    """Returns the nearest codes, float32, as x; 0 where the scale is 0."""
-    return jnp.clip(jnp.round(x * inverse(scale)[None]), low, high)
-
-
 def affine_codes(x: jax.Array, scale: jax.Array, shift: jax.Array, levels: int) -> jax.Array:
     """Returns the nearest codes, float32, as x; 0 where the scale is 0."""
     return jnp.clip(jnp.round((x - shift[None]) * inverse(scale)[None]), 0, levels)
 
 
-def search_symmetric(x: jax.Array, weight: jax.Array | None, low: int, high: int, grid: Grid) -> jax.Array:
+Nearest = Callable[[jax.Array], jax.Array]  # from numbers in units of the scale to the codes nearest to them
+
+
+def whole(low: int, high: int) -> Nearest:
+    """Returns the function that gives the nearest whole number from low to high."""
+    return lambda x: jnp.clip(jnp.round(x), low, high)
+
+
+def search_symmetric(x: jax.Array, weight: jax.Array | None, nearest: Nearest, grid: Grid) -> jax.Array:
     """Returns the scale of each block, float32 `[...]`, of either sign; 0 for a block of zeros.
 
     Args:
         x: blocks `[R, ...]` of size about one.
         weight: of each row in the error.
-        low: the smallest code.
-        high: the largest.
+        nearest: the codes there are.
         grid: what to try.
     """
     return search_nearest(x, weight, lambda y: jnp.clip(jnp.round(y), low, high), grid, signed=True)

@@ -21,15 +21,20 @@ import numpy as np
 from jax.core import Tracer
 
 from trustcore.errors import QuantizationError
+from trustcore.quant.encode.block_floats import BLOCK_FLOATS
 from trustcore.quant.encode.encoder import Encoded, Encoder
 from trustcore.quant.encode.floats import float_encoder, nested_scales, table_codes
 from trustcore.quant.encode.integers import integer_encoder, planes
+from trustcore.quant.encode.iq import IQ
+from trustcore.quant.encode.iq4 import IQ4
 from trustcore.quant.encode.k_quants import K_QUANTS
 from trustcore.quant.encode.plain import PLAIN
+from trustcore.quant.encode.ternary import TERNARY
 from trustcore.quant.formats import SCALED_FORMATS, BlockFormat, ScaledFormat
 from trustcore.quant.formats.names import CHOICES, Storage, parse, storages
 
-ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS}  # of formats of blocks
+# Of formats of blocks.
+ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS, **IQ4, **IQ, **TERNARY, **BLOCK_FLOATS}
 
 # Weights in a tile. CPU: its float32 copies stay in a 1 MB cache. Elsewhere: enough work for a whole device.
 _TILE_ON_CPU, _TILE_ELSEWHERE = 1 << 15, 1 << 24
