@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trustcore as tc
 from tests.models.small import CONFIG, random_decoder, some_tokens
 from tests.quant.plain_model import LAST, NORM, STREAM, UP, D, apply, plain_model, tokens
 from trustcore.errors import QuantizationError
 from trustcore.models import decoder_links, decoder_stream, untie
-from trustcore.quant import QuantizedArray, quantize
+from trustcore.quant import QuantizedArray, quantize, report
 from trustcore.quant.folding import Link, Stream, fold_norms, rotate
 from trustcore.quant.folding.orthogonal import hadamard, random_hadamard, random_orthogonal
 from trustcore.quant.folding.structure import Leaves, scale_link
@@ -69,6 +70,23 @@ def test_a_decoder_stays_the_same_function(rotation, changes):
     np.testing.assert_array_equal(block.mlp_norm.weight.get_value(), 1)
     np.testing.assert_array_equal(rotated.norm.weight.get_value(), 1)
     assert (model.output is None) == model.config.tied  # the model is as it was
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rotation", ("hadamard", "orthogonal"))
+def test_a_real_model_stays_the_same_function(smollm2_path, rotation):
+    """The reference that qualities of formats are measured on: the same logits, weights on no grid."""
+    model = untie(tc.load(smollm2_path, dtype="float32"))
+    rotated = rotate(model, decoder_stream(model), rotation=rotation, values=rotation)
+    t = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 64)), jnp.int32)
+    run = jax.jit(lambda m, t: m(t))
+    expected = np.asarray(run(model, t))
+    np.testing.assert_allclose(run(rotated, t), expected, atol=2e-5 * np.abs(expected).max())
+    grid = quantize(model, "q4_1", where=lambda path, array: path == "blocks.3.mlp.up.kernel")
+    spread = quantize(rotated, "q4_1", where=lambda path, array: path == "blocks.3.mlp.up.kernel")
+    errors = [report(a, b).leaves for a, b in ((model, grid), (rotated, spread))]
+    on_grid, off_grid = ({leaf.path: leaf.sqnr_db for leaf in leaves}["blocks.3.mlp.up.kernel"] for leaves in errors)
+    assert on_grid > 50 > 25 > off_grid
 
 
 def with_random_vectors(model):
