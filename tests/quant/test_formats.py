@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from tests.quant.blocks import a_few_blocks, blocks_of
 from trustcore.errors import QuantizationError
-from trustcore.quant import FORMATS, QuantizedArray, get_format
+from trustcore.quant import QuantizedArray, get_format
+from trustcore.quant.formats import BLOCK_FORMATS
 
 decode = jax.jit(lambda weight: weight.dequantize())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_decoding_is_bit_exact(name):
     k = a_few_blocks(name, 96)
     raw, oracle = blocks_of(name, k, 40)
@@ -25,7 +26,7 @@ def test_decoding_is_bit_exact(name):
     np.testing.assert_array_equal(weight.to_blocks(), raw)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_rows_of_a_table_are_looked_up_bit_exactly(name):
     raw, oracle = blocks_of(name, a_few_blocks(name, 64), 50)
     table = QuantizedArray.from_blocks(name, raw, transposed=True)
@@ -36,7 +37,7 @@ def test_rows_of_a_table_are_looked_up_bit_exactly(name):
 
 
 @settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from(sorted(FORMATS)), blocks=st.integers(1, 5), n=st.integers(1, 70), data=st.data())
+@given(name=st.sampled_from(sorted(BLOCK_FORMATS)), blocks=st.integers(1, 5), n=st.integers(1, 70), data=st.data())
 def test_any_bytes_go_through_unpack_and_pack_unchanged(name, blocks, n, data):
     spec = get_format(name)
     size = blocks * spec.bytes_per_block
@@ -47,7 +48,7 @@ def test_any_bytes_go_through_unpack_and_pack_unchanged(name, blocks, n, data):
     assert {k: (v.shape, v.dtype) for k, v in fields.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_memory_is_what_the_disk_has(name):
     raw, _ = blocks_of(name, a_few_blocks(name, 96), 40)
     weight = QuantizedArray.from_blocks(name, raw)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from tests.quant.blocks import a_few_blocks, blocks_of, decoded
-from trustcore.quant import FORMATS, QuantizedArray, get_format
+from trustcore.quant import QuantizedArray, get_format
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.quant.formats.bits import even_signs, lookup, spread, unfold
 from trustcore.quant.formats.iq_grids import GRIDS
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "ggml_blocks.json").read_text())["formats"]
-PACKED = [name for name, spec in FORMATS.items() if spec.block > 1]
+PACKED = [name for name, spec in BLOCK_FORMATS.items() if spec.block > 1]
 WITHOUT_FLOATS = ("iq1_m", "mxfp4", "nvfp4")  # their scales are codes as well
 
 # FACTS.md's figures, and the sizes of ggml's structures for the rest.
@@ -36,8 +37,8 @@ def same_bits(found, expected):
 
 
 def test_the_table_is_complete_and_its_sizes_are_true():
-    assert {name: spec.bits_per_weight for name, spec in FORMATS.items()} == BITS
-    for name, spec in FORMATS.items():
+    assert {name: spec.bits_per_weight for name, spec in BLOCK_FORMATS.items()} == BITS
+    for name, spec in BLOCK_FORMATS.items():
         if spec.block > 1:
             kind = getattr(gguf.GGMLQuantizationType, name.upper())
             assert (spec.block, spec.bytes_per_block) == gguf.GGML_QUANT_SIZES[kind]

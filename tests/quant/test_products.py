@@ -13,7 +13,8 @@ from tests.quant.blocks import a_few_blocks, blocks_of
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
 from trustcore.ops.linear import linear, linear_many
-from trustcore.quant import FORMATS, QuantizedArray, get_format
+from trustcore.quant import QuantizedArray, get_format
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.quant.matmul import TILE, choose
 
 IMPLEMENTATIONS = ("native", "stream", "tiles", "dequantize")
@@ -47,7 +48,7 @@ def case(name, shape, rows):
 
 
 def forward_cases():
-    for name in FORMATS:
+    for name in BLOCK_FORMATS:
         for implementation in IMPLEMENTATIONS:
             if implementation == "native" and name not in cpu.FORMATS:
                 continue
@@ -59,7 +60,7 @@ def forward_cases():
 
 
 def by_name(quick):
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FORMATS]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in BLOCK_FORMATS]
 
 
 @pytest.mark.parametrize(("name", "shape", "rows", "implementation"), list(forward_cases()))
@@ -82,8 +83,8 @@ def test_the_default_is_right_under_jit_and_vmap(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(name, NARROW) for name in FORMATS]
-    + [pytest.param(name, WIDE, marks=() if name in THOROUGH else pytest.mark.slow) for name in FORMATS],
+    [(name, NARROW) for name in BLOCK_FORMATS]
+    + [pytest.param(name, WIDE, marks=() if name in THOROUGH else pytest.mark.slow) for name in BLOCK_FORMATS],
 )
 def test_gradients(name, shape):
     """In x: the transposed product. In scales and minima: `decode`'s own derivative. Codes have none."""
@@ -136,7 +137,7 @@ def test_weights_of_several_formats_share_one_call():
     ("name", "implementation"),
     [
         pytest.param(name, form, marks=() if name in ("q4_1", "q4_k", "iq2_s", "tq1_0") else pytest.mark.slow)
-        for name, spec in FORMATS.items()
+        for name, spec in BLOCK_FORMATS.items()
         if spec.block > 1  # not bf16: jax 0.10's CPU compiler widens the whole array ahead of the loop that slices it
         for form in ("native", "stream", "tiles")
         if form != "native" or name in cpu.FORMATS

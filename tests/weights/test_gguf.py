@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trustcore.errors import CheckpointError
-from trustcore.quant.formats import FORMATS
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, open_checkpoint
 from trustcore.weights.gguf_types import GGML_IDS, GGML_TYPES, SCALARS
 from trustcore.weights.gguf_writer import write_gguf
@@ -136,11 +136,11 @@ def test_the_table_of_types_is_that_of_the_gguf_package():
 
 
 def test_the_table_of_types_is_that_of_the_packed_formats():
-    shared = [name for name in FORMATS if name in GGML_IDS]
+    shared = [name for name in BLOCK_FORMATS if name in GGML_IDS]
     assert {"q4_1", "q8_0"} <= set(shared)
     for name in shared:
-        encoding = GGML_TYPES[GGML_IDS[name]]
-        assert (FORMATS[name].block, FORMATS[name].bytes_per_block) == (encoding.weights, encoding.nbytes), name
+        encoding, spec = GGML_TYPES[GGML_IDS[name]], BLOCK_FORMATS[name]
+        assert (spec.block, spec.bytes_per_block) == (encoding.weights, encoding.nbytes), name
 
 
 def assert_same_as_oracle(checkpoint: Checkpoint, reader: gguf.GGUFReader, keys=None) -> None:

@@ -30,15 +30,19 @@ class QuantizedArray(Weight):
 
     Args:
         format: a name in `trustcore.quant.FORMATS`.
-        fields: the format's fields, each `[..., K / block, (rows,) N]`.
+        fields: the format's fields: `[..., K / block, (rows,) N]` where it has blocks, and as
+            `trustcore.quant.formats.scaled` says where its scales have any granularity.
         transposed: whether the logical matrix is the transpose of the stored one.
+
+    Raises:
+        QuantizationError: the format is unknown, or a field is missing or unknown.
     """
 
     __slots__ = ("fields", "format", "transposed")
 
     def __init__(self, format: str, fields: Mapping[str, Any], *, transposed: bool = False):
         self.format = format
-        self.fields = dict(fields)
+        self.fields = get_format(format).in_order(fields)
         self.transposed = transposed
 
     @classmethod
@@ -91,8 +95,10 @@ class QuantizedArray(Weight):
     @classmethod
     def tree_unflatten(cls, aux: tuple[str, tuple[str, ...], bool], leaves: Sequence[Any]) -> QuantizedArray:
         """The inverse of flattening; leaves may be anything that a transform puts there."""
-        format, names, transposed = aux
-        return cls(format, dict(zip(names, leaves, strict=True)), transposed=transposed)
+        packed = object.__new__(cls)
+        packed.format, names, packed.transposed = aux
+        packed.fields = dict(zip(names, leaves, strict=True))
+        return packed
 
     @property
     def spec(self) -> Format:
@@ -102,11 +108,7 @@ class QuantizedArray(Weight):
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape `[..., K, N]` of the matrix as it is stored."""
-        field = self.spec.fields[0]
-        *lead, n = self.fields[field.name].shape
-        if field.rows is not None:
-            lead = lead[:-1]
-        return (*lead[:-1], lead[-1] * self.spec.block, n)
+        return self.spec.stored_shape(self.fields)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -135,6 +137,16 @@ class QuantizedArray(Weight):
         return sum(int(np.prod(f.shape)) * np.dtype(f.dtype).itemsize for f in self.fields.values())
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits of all fields, scales included, for each weight."""
+        return 8 * self.nbytes / max(self.size, 1)
+
+    @property
+    def description(self) -> str:
+        """The format with the granularity of its scales, as `quantize` takes it: "int4:g64"."""
+        return self.spec.describe(self.fields)
+
+    @property
     def T(self) -> QuantizedArray:
         """The transpose, sharing the fields."""
         return QuantizedArray(self.format, self.fields, transposed=not self.transposed)
@@ -157,8 +169,7 @@ class QuantizedArray(Weight):
             raise QuantizationError(
                 f"take needs a transposed [N, K] table, got {self!r}; build it with from_blocks(..., transposed=True)."
             )
-        flat = indices.reshape(-1)
-        rows = {name: jnp.take(field, flat, axis=-1, mode="clip") for name, field in self.fields.items()}
+        rows = self.spec.pick(self.fields, indices.reshape(-1))
         return decode_matrix(self.spec, rows).T.reshape(*indices.shape, self.stored_shape[0])
 
     @classmethod
@@ -174,7 +185,7 @@ class QuantizedArray(Weight):
         return self.products(jnp.asarray(x), [self])[0]
 
     def __repr__(self) -> str:
-        return f"QuantizedArray({self.format}{list(self.shape)}, {self.spec.bits_per_weight:g} bits/weight)"
+        return f"QuantizedArray({self.description}{list(self.shape)}, {self.bits_per_weight:g} bits/weight)"
 
 
 def _to_device(field: np.ndarray) -> jax.Array:

@@ -10,7 +10,9 @@ Implementations, all accumulating in float32:
 - `dequantize`: decodes everything, then one dot at highest precision. The oracle; never chosen.
 
 Gradients: with respect to x, `g @ decode(w).T` by tiles; with respect to the float fields (scales, minima), the exact
-derivative through `decode`, by tiles; integer codes have none, nor have formats whose scales are codes as well.
+derivative through `decode`, by tiles; codes have none, nor have formats whose scales are codes as well.
+
+Where the rows of a weight are stored in another order (`order`), x or the result is put in order, never the weight.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from trustcore import _jax
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
 from trustcore.quant.array import QuantizedArray
-from trustcore.quant.formats import decode_matrix
+from trustcore.quant.formats import BlockFormat
+from trustcore.quant.formats.format import TILE, add_part, logical_rows, stored_rows
 
-TILE = 512  # columns decoded at a time: 512 x 1536 float32 are 3 MB, which the cache of a core still holds
 FEW_ROWS = 16  # rows up to which streaming the codes beats decoding tiles into a dot
 
 Products = Callable[[jax.Array, tuple[QuantizedArray, ...]], tuple[jax.Array, ...]]
@@ -100,9 +102,10 @@ def _native_refusal(rows: int, w: QuantizedArray) -> str:
         return "its blocks run along the output axis; use 'tiles'."
     if jax.default_backend() != "cpu":
         return f"it runs on the CPU and the default backend is {jax.default_backend()}."
-    for field in w.spec.fields:
-        if w.fields[field.name].dtype != field.dtype:
-            return f"its {field.name} is {w.fields[field.name].dtype}, the format's {field.dtype}."
+    if isinstance(w.spec, BlockFormat):
+        for field in w.spec.fields:
+            if w.fields[field.name].dtype != field.dtype:
+                return f"its {field.name} is {w.fields[field.name].dtype}, the format's {field.dtype}."
     return cpu.packed_refusal(w.format, w.stored_shape[-1])
 
 
@@ -117,9 +120,8 @@ _REFUSALS: dict[str, Callable[[int, QuantizedArray], str]] = {
 def _stream_refusal(w: QuantizedArray) -> str:
     if w.transposed:
         return "its blocks run along the output axis; use 'tiles'."
-    if w.spec.affine is None and w.spec.block > 1:
-        return f"{w.format} is not of the form scale * code + shift; use 'tiles'."
-    return ""
+    blocks = w.spec.streamed(w.fields)
+    return blocks if isinstance(blocks, str) else ""
 
 
 # ---- implementations -------------------------------------------------------------------------------------------------
@@ -134,19 +136,23 @@ def _stream(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Arra
 
 
 def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    spec = w.spec
+    streamed = w.spec.streamed(w.fields)
+    assert not isinstance(streamed, str), streamed
     k, n = w.stored_shape
+    x = stored_rows(x, w.fields.get("order"), -1)
     rows = x.shape[0]
     unroll = _jax.STREAM_UNROLL
-    if spec.affine is None:  # 16-bit floats: every row of w stands alone
+    if streamed.affine is None:  # 16-bit floats: every row of w stands alone
+        decode = streamed.rows
+        assert decode is not None
 
         def add_weights(acc: jax.Array, step: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
             xk, fields = step
-            return acc + xk[:, None] * spec.decode(fields)[None, :], None
+            return acc + xk[:, None] * decode(fields)[None, :], None
 
-        return jax.lax.scan(add_weights, jnp.zeros((rows, n)), (x.T, w.fields), unroll=unroll)[0]
+        return jax.lax.scan(add_weights, jnp.zeros((rows, n)), (x.T, streamed.fields), unroll=unroll)[0]
 
-    affine = spec.affine
+    affine = streamed.affine
 
     def add_code(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         xs, codes = row  # [rows], [n]
@@ -166,16 +172,23 @@ def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
         codes = affine.codes(fields).reshape(subs, -1, n)
         return jax.lax.scan(add_sub, acc, (xb.reshape(subs, -1, rows), codes, scale, *shift))[0], None
 
-    blocks = x.T.reshape(k // spec.block, spec.block, rows)
-    return jax.lax.scan(add_block, jnp.zeros((rows, n)), (blocks, w.fields))[0]
+    blocks = x.T.reshape(k // streamed.block, streamed.block, rows)
+    return jax.lax.scan(add_block, jnp.zeros((rows, n)), (blocks, streamed.fields))[0]
 
 
 def _tiles(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
-    return tuple(_transposed_tiles(x, w) if w.transposed else _forward_tiles(x, w) for w in weights)
+    results = []
+    for w in weights:
+        order = w.fields.get("order")
+        if w.transposed:
+            results.append(logical_rows(_transposed_tiles(x, w), order, -1))
+        else:
+            results.append(_forward_tiles(stored_rows(x, order, -1), w))
+    return tuple(results)
 
 
 def _forward_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """y[:, tile] = x @ decode(w[:, tile])."""
+    """y[:, tile] = x @ decode(w[:, tile]), x in the order of the stored rows."""
     n = w.stored_shape[-1]
 
     def one(start: Any, width: int) -> jax.Array:
@@ -190,7 +203,7 @@ def _forward_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 
 def _transposed_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """y = sum over tiles of x[:, tile] @ decode(w)[:, tile].T."""
+    """y = sum over tiles of x[:, tile] @ decode(w)[:, tile].T, y in the order of the stored rows."""
     k, n = w.stored_shape
 
     def one(start: Any, width: int) -> jax.Array:
@@ -205,8 +218,7 @@ def _transposed_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 
 def _decode_tile(w: QuantizedArray, start: Any, width: int) -> jax.Array:
-    fields = {name: jax.lax.dynamic_slice_in_dim(f, start, width, f.ndim - 1) for name, f in w.fields.items()}
-    return decode_matrix(w.spec, fields)
+    return w.spec.matrix(w.spec.cut(w.fields, start, width))
 
 
 def _dequantize(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
@@ -237,34 +249,33 @@ def _backward(implementation: str | None, residuals: Any, cotangents: tuple[jax.
 def _field_gradients(x: jax.Array, w: QuantizedArray, g: jax.Array) -> QuantizedArray:
     """Cotangents of the fields: `decode`'s own derivative applied to x.T @ g, tile by tile."""
     n = w.stored_shape[-1]
-    trained = {name: f for name, f in w.fields.items() if jnp.issubdtype(f.dtype, jnp.floating)}
-    fixed = {name: f for name, f in w.fields.items() if name not in trained}
+    spans, order = w.spec.spans(w.fields), w.fields.get("order")
+    trained = {name: w.fields[name] for name in w.spec.trained(w.fields)}
+    here, other = (x, stored_rows(g, order, -1)) if w.transposed else (g, stored_rows(x, order, -1))
 
-    def tile(start: Any, width: int) -> dict[str, jax.Array]:
-        def cut(f: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(f, start, width, f.ndim - 1)
-
-        other = g if w.transposed else x
-        here = jax.lax.dynamic_slice_in_dim(x if w.transposed else g, start, width, 1)
-        codes = {name: cut(f) for name, f in fixed.items()}
-        _, pull = jax.vjp(lambda t: decode_matrix(w.spec, {**t, **codes}), {n: cut(f) for n, f in trained.items()})
-        return pull(other.T @ here)[0]
-
-    def write(grads: dict[str, jax.Array], start: Any, width: int) -> dict[str, jax.Array]:
-        parts = tile(start, width)
-        return {
-            name: jax.lax.dynamic_update_slice_in_dim(grads[name], part, start, part.ndim - 1)
-            for name, part in parts.items()
-        }
+    def add(grads: dict[str, jax.Array], start: Any, width: int) -> dict[str, jax.Array]:
+        cut = w.spec.cut(w.fields, start, width)
+        tile = jax.lax.dynamic_slice_in_dim(here, start, width, 1)
+        _, pull = jax.vjp(lambda floats: w.spec.matrix({**cut, **floats}), {name: cut[name] for name in trained})
+        parts = pull(other.T @ tile)[0]
+        return {name: add_part(grads[name], parts[name], spans[name], start) for name in grads}
 
     grads = {name: jnp.zeros_like(f) for name, f in trained.items()}
     if trained and n >= TILE:
-        grads = jax.lax.fori_loop(0, n // TILE, lambda i, t: write(t, i * TILE, TILE), grads)
+        grads = jax.lax.fori_loop(0, n // TILE, lambda i, t: add(t, i * TILE, TILE), grads)
     if trained and n % TILE:
-        grads = write(grads, n - n % TILE, n % TILE)
-    none = {name: np.zeros(f.shape, jax.dtypes.float0) for name, f in fixed.items()}
+        grads = add(grads, n - n % TILE, n % TILE)
+    fixed = {name: f for name, f in w.fields.items() if name not in trained}
+    none = {name: _no_gradient(f) for name, f in fixed.items()}
     # Fields keep the format's order: the pytree structure must be that of w.
     return QuantizedArray(w.format, {name: {**grads, **none}[name] for name in w.fields}, transposed=w.transposed)
+
+
+def _no_gradient(codes: jax.Array) -> Any:
+    """Returns the cotangent of codes: nothing of integers, zero of 8-bit floats."""
+    if jnp.issubdtype(codes.dtype, jnp.floating):
+        return jnp.zeros_like(codes)
+    return np.zeros(codes.shape, jax.dtypes.float0)
 
 
 _products.defvjp(_forward, _backward)

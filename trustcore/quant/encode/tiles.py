@@ -23,7 +23,7 @@ from trustcore.errors import QuantizationError
 from trustcore.quant.encode.encoder import Encoded, Encoder
 from trustcore.quant.encode.k_quants import K_QUANTS
 from trustcore.quant.encode.plain import PLAIN
-from trustcore.quant.formats import Format, get_format
+from trustcore.quant.formats import BLOCK_FORMATS, BlockFormat, get_format
 
 ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS}
 
@@ -53,10 +53,11 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
 
     O(K * N) for each candidate of the search; temporaries of a few tiles. Not differentiable.
     """
-    spec = get_format(format)
+    get_format(format)
     encoder = ENCODERS.get(format)
     if encoder is None:
         raise QuantizationError(f"{format}: there is no encoder. Formats with one: {', '.join(sorted(ENCODERS))}.")
+    spec = BLOCK_FORMATS[format]
     weights = jnp.asarray(weights)
     if weights.ndim < 2 or not jnp.issubdtype(weights.dtype, jnp.floating):
         raise QuantizationError(
@@ -80,7 +81,7 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
     return {f.name: fields[f.name].reshape(*lead, k // spec.block, *fields[f.name].shape[1:]) for f in spec.fields}
 
 
-def _weight_of(spec: Format, importance: Any, shape: tuple[int, ...]) -> jax.Array:
+def _weight_of(spec: BlockFormat, importance: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns `[blocks, block, 1]`, at most 1 and above 0: in each block relative to its largest."""
     importance = jnp.asarray(importance, jnp.float32)
     if importance.shape not in (shape, shape[-1:]):
@@ -127,7 +128,7 @@ def _elementwise(format: str, weights: jax.Array) -> Encoded:
     return ENCODERS[format].blocks(weights[None], None, False)
 
 
-def _in_pieces(spec: Format, blocks: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+def _in_pieces(spec: BlockFormat, blocks: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     n = blocks.shape[-1]
     on_cpu = jax.default_backend() == "cpu"
     pieces = min(os.cpu_count() or 1, n, -(-blocks.size // _PIECE))
@@ -156,7 +157,7 @@ def _piece(
     start: jax.Array | int,
 ) -> Encoded:
     """Returns the fields of columns `start` to `start + width`."""
-    spec, encoder = get_format(format), ENCODERS[format]
+    spec, encoder = BLOCK_FORMATS[format], ENCODERS[format]
     count, block, _ = blocks.shape
     tile = _TILE_ON_CPU if on_cpu else _TILE_ELSEWHERE
     columns = min(width, max(tile // block, 1))

@@ -21,7 +21,7 @@ import numpy as np
 
 from trustcore.quant.formats.bits import even_signs, lookup, spread, unfold, with_signs
 from trustcore.quant.formats.iq_grids import GRIDS
-from trustcore.quant.formats.layout import Affine, Fields, Format, in_order
+from trustcore.quant.formats.layout import Affine, BlockFormat, Fields, in_order
 from trustcore.quant.formats.plain import one_per_block
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -172,12 +172,12 @@ def _iq1_m_scale(fields: Fields) -> jax.Array:
 _SCALE = ("scale", np.float16, None)
 
 
-def _iq(name: str, parts: Sequence[tuple[str, type, int | None]], affine: Affine) -> Format:
-    return Format.of_affine(name, 256, in_order(*parts), affine)
+def _iq(name: str, parts: Sequence[tuple[str, type, int | None]], affine: Affine) -> BlockFormat:
+    return BlockFormat.of_affine(name, 256, in_order(*parts), affine)
 
 
-IQ: tuple[Format, ...] = (
-    Format.of_affine(
+IQ: tuple[BlockFormat, ...] = (
+    BlockFormat.of_affine(
         "iq4_nl", 32, in_order(_SCALE, ("codes", np.uint8, 16)), Affine(_iq4_codes, one_per_block("scale"))
     ),
     _iq(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.quant.formats.bits import unfold
-from trustcore.quant.formats.layout import Affine, Fields, Format, in_order
+from trustcore.quant.formats.layout import Affine, BlockFormat, Fields, in_order
 
 
 def _times(fields: Fields, name: str, codes: jax.Array) -> jax.Array:
@@ -92,19 +92,19 @@ def _bytes(name: str, rows: int) -> tuple[str, type, int]:
     return name, np.uint8, rows
 
 
-K_QUANTS: tuple[Format, ...] = (
-    Format.of_affine("q2_k", 256, in_order(_bytes("scales", 16), _bytes("codes", 64), _SCALE, _MINIMUM), _Q2_K),
-    Format.of_affine(
+K_QUANTS: tuple[BlockFormat, ...] = (
+    BlockFormat.of_affine("q2_k", 256, in_order(_bytes("scales", 16), _bytes("codes", 64), _SCALE, _MINIMUM), _Q2_K),
+    BlockFormat.of_affine(
         "q3_k", 256, in_order(_bytes("high", 32), _bytes("codes", 64), _bytes("scales", 12), _SCALE), _Q3_K
     ),
-    Format.of_affine("q4_k", 256, in_order(_SCALE, _MINIMUM, _bytes("scales", 12), _bytes("codes", 128)), _Q4_K),
-    Format.of_affine(
+    BlockFormat.of_affine("q4_k", 256, in_order(_SCALE, _MINIMUM, _bytes("scales", 12), _bytes("codes", 128)), _Q4_K),
+    BlockFormat.of_affine(
         "q5_k",
         256,
         in_order(_SCALE, _MINIMUM, _bytes("scales", 12), _bytes("high", 32), _bytes("codes", 128)),
         _Q5_K,
     ),
-    Format.of_affine(
+    BlockFormat.of_affine(
         "q6_k", 256, in_order(_bytes("codes", 128), _bytes("high", 64), ("scales", np.int8, 16), _SCALE), _Q6_K
     ),
 )

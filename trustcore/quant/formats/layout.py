@@ -1,8 +1,8 @@
-"""What a storage format is: how numbers are packed, on disk and in arrays.
+"""Formats whose scales sit in blocks of fixed size: how numbers are packed, on disk and in arrays.
 
-A format cuts the contraction axis into blocks. On disk (GGUF) a block is a run of bytes; in arrays each *field* of the
-block is an array of its own, with the block index leading and the output axis N contiguous, so that one row of codes
-feeds N independent sums:
+Such a format, as all of GGUF's are, cuts the contraction axis into blocks. On disk a block is a run of bytes; in arrays
+each *field* of the block is an array of its own, with the block index leading and the output axis N contiguous, so that
+one row of codes feeds N independent sums:
 
     disk   [N, K / block, bytes_per_block]  uint8
     arrays codes [K / block, rows, N], scale [K / block, N], ...
@@ -14,6 +14,7 @@ row. `unpack` and `pack` only move bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,9 @@ import numpy as np
 
 from trustcore import _jax
 from trustcore.errors import QuantizationError
+from trustcore.quant.formats.format import Affine, Fields, Format, Streamed
 
-Fields = Mapping[str, jax.Array]
+__all__ = ["Affine", "BlockFormat", "Field", "Fields", "in_order"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,38 +52,8 @@ class Field:
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine:
-    """The shape of almost every format: small integers under a scale and a shift for each run of weights.
-
-        w[s * sub + j] = scale[s] * code[s * sub + j] + shift[s]        sub = block / subs
-
-    Products use it to sum `x * code` over a sub-block first and scale the sum once.
-
-    Args:
-        codes: fields to int8 or uint8 `[..., K / block, block, N]`, in the order of the weights.
-        scale: fields to float32 `[..., K / block, subs, N]`; `subs` is 1 where the whole block shares one.
-        shift: the same, or None where it is zero.
-    """
-
-    codes: Callable[[Fields], jax.Array]
-    scale: Callable[[Fields], jax.Array]
-    shift: Callable[[Fields], jax.Array] | None = None
-
-    def decode(self, fields: Fields) -> jax.Array:
-        """Returns float32 `[..., K / block, block, N]`."""
-        codes = self.codes(fields)
-        # Stored first, or XLA computes a sub-block's scale anew for each of its weights: K-quants then decode 1.2 to 2
-        # times as slowly, and 7 to 12 times in the loop over tiles of jax 0.10.2 (CPU, 2026-11).
-        scale = _jax.computed_once(self.scale(fields))
-        decoded = codes.astype(jnp.float32).reshape(*scale.shape[:-1], -1, scale.shape[-1]) * scale[..., None, :]
-        if self.shift is not None:
-            decoded = decoded + _jax.computed_once(self.shift(fields))[..., None, :]
-        return decoded.reshape(codes.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One way to store weights.
+class BlockFormat(Format):
+    """One way to store weights in blocks.
 
     Args:
         name: as in `QuantizedArray.format` and `LazyArray.encoding`.
@@ -90,6 +62,7 @@ class Format:
         decode: fields `[..., K/block, rows, N]` and `[..., K/block, N]` to float32 `[..., K/block, block, N]`
             (for block 1: `[..., K, N]`).
         affine: the parts of `decode` where the format has that shape.
+        shared: names of optional fields `[..., 1, 1]` that belong to the whole matrix and to no block.
     """
 
     name: str
@@ -97,11 +70,58 @@ class Format:
     fields: tuple[Field, ...]
     decode: Callable[[Fields], jax.Array]
     affine: Affine | None = None
+    shared: tuple[str, ...] = ()
 
     @classmethod
-    def of_affine(cls, name: str, block: int, fields: tuple[Field, ...], affine: Affine) -> Format:
+    def of_affine(
+        cls, name: str, block: int, fields: tuple[Field, ...], affine: Affine, shared: tuple[str, ...] = ()
+    ) -> BlockFormat:
         """Returns the format that decodes as `affine` says."""
-        return cls(name, block, fields, affine.decode, affine)
+        return cls(name, block, fields, functools.partial(decode_affine, affine), affine, shared)
+
+    @property
+    def field_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See `Format`."""
+        return tuple(field.name for field in self.fields), self.shared
+
+    def stored_shape(self, fields: Fields) -> tuple[int, ...]:
+        """See `Format`."""
+        field = self.fields[0]
+        *lead, n = fields[field.name].shape
+        if field.rows is not None:
+            lead = lead[:-1]
+        return (*lead[:-1], lead[-1] * self.block, n)
+
+    def matrix(self, fields: Fields) -> jax.Array:
+        """See `Format`."""
+        decoded = self.decode(fields)
+        if self.block == 1:
+            return decoded
+        *lead, blocks, block, n = decoded.shape
+        return decoded.reshape(*lead, blocks * block, n)
+
+    def spans(self, fields: Fields) -> dict[str, int]:
+        """See `Format`."""
+        return {name: 0 if name in self.shared else 1 for name in fields}
+
+    def trained(self, fields: Fields) -> tuple[str, ...]:
+        """See `Format`."""
+        return tuple(name for name, field in fields.items() if jnp.issubdtype(field.dtype, jnp.floating))
+
+    def describe(self, fields: Fields) -> str:
+        """See `Format`."""
+        return self.name
+
+    def streamed(self, fields: Fields) -> Streamed | str:
+        """See `Format`."""
+        if self.affine is None and self.block > 1:
+            return f"{self.name} is not of the form scale * code + shift; use 'tiles'."
+        blocks = fields[self.fields[0].name].shape[0]
+        each = {
+            name: jnp.broadcast_to(field[0], (blocks, 1)) if name in self.shared else field
+            for name, field in fields.items()
+        }
+        return Streamed(self.block, each, self.affine, self.decode)
 
     @property
     def bytes_per_block(self) -> int:
@@ -140,6 +160,11 @@ class Format:
 
     def pack(self, fields: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns the bytes on disk, uint8 `[..., N, K / block * bytes_per_block]`: the inverse of `unpack`."""
+        if any(name in fields for name in self.shared):
+            raise QuantizationError(
+                f"{self.name}: {', '.join(self.shared)} has no place in the blocks; multiply it into the weights and "
+                "pack them anew, or write it beside the blocks and leave it out here."
+            )
         parts = []
         for field in sorted(self.fields, key=lambda f: f.offset):
             part = np.asarray(fields[field.name])
@@ -166,13 +191,16 @@ def in_order(*parts: tuple[str, Any, int | None]) -> tuple[Field, ...]:
     return tuple(fields)
 
 
-def decode_matrix(format: Format, fields: Fields) -> jax.Array:
-    """Returns float32 `[..., K, N]`, every weight of `fields`."""
-    decoded = format.decode(fields)
-    if format.block == 1:
-        return decoded
-    *lead, blocks, block, n = decoded.shape
-    return decoded.reshape(*lead, blocks * block, n)
+def decode_affine(affine: Affine, fields: Fields) -> jax.Array:
+    """Returns float32 `[..., K / block, block, N]`."""
+    codes = affine.codes(fields)
+    # Stored first, or XLA computes a sub-block's scale anew for each of its weights: K-quants then decode 1.2 to 2
+    # times as slowly, and 7 to 12 times in the loop over tiles of jax 0.10.2 (CPU, 2026-11).
+    scale = _jax.computed_once(affine.scale(fields))
+    decoded = codes.astype(jnp.float32).reshape(*scale.shape[:-1], -1, scale.shape[-1]) * scale[..., None, :]
+    if affine.shift is not None:
+        decoded = decoded + _jax.computed_once(affine.shift(fields))[..., None, :]
+    return decoded.reshape(codes.shape)
 
 
 def _view(part: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from trustcore.quant.formats.bits import unfold
-from trustcore.quant.formats.layout import Affine, Fields, Format, in_order
+from trustcore.quant.formats.layout import Affine, BlockFormat, Fields, in_order
 
 
 def one_per_block(name: str) -> Callable[[Fields], jax.Array]:
@@ -75,16 +75,16 @@ _MINIMUM = ("minimum", np.float16, None)
 _HIGH = ("high", np.uint8, 4)
 _NIBBLES = ("codes", np.uint8, 16)
 
-PLAIN: tuple[Format, ...] = (
-    Format("f16", 1, in_order(("values", np.float16, None)), _decode_f16),
-    Format("bf16", 1, in_order(("values", ml_dtypes.bfloat16, None)), _decode_bf16),
-    Format.of_affine("q4_0", 32, in_order(_SCALE, _NIBBLES), _Q4_0),
-    Format.of_affine("q4_1", 32, in_order(_SCALE, _MINIMUM, _NIBBLES), _Q4_1),
-    Format.of_affine("q5_0", 32, in_order(_SCALE, _HIGH, _NIBBLES), _Q5_0),
-    Format.of_affine("q5_1", 32, in_order(_SCALE, _MINIMUM, _HIGH, _NIBBLES), _Q5_1),
-    Format.of_affine("q8_0", 32, in_order(_SCALE, ("codes", np.int8, 32)), _Q8_0),
-    Format.of_affine(
+PLAIN: tuple[BlockFormat, ...] = (
+    BlockFormat("f16", 1, in_order(("values", np.float16, None)), _decode_f16),
+    BlockFormat("bf16", 1, in_order(("values", ml_dtypes.bfloat16, None)), _decode_bf16),
+    BlockFormat.of_affine("q4_0", 32, in_order(_SCALE, _NIBBLES), _Q4_0),
+    BlockFormat.of_affine("q4_1", 32, in_order(_SCALE, _MINIMUM, _NIBBLES), _Q4_1),
+    BlockFormat.of_affine("q5_0", 32, in_order(_SCALE, _HIGH, _NIBBLES), _Q5_0),
+    BlockFormat.of_affine("q5_1", 32, in_order(_SCALE, _MINIMUM, _HIGH, _NIBBLES), _Q5_1),
+    BlockFormat.of_affine("q8_0", 32, in_order(_SCALE, ("codes", np.int8, 32)), _Q8_0),
+    BlockFormat.of_affine(
         "q8_k", 256, in_order(("scale", np.float32, None), ("codes", np.int8, 256), ("sums", np.int16, 16)), _Q8_0
     ),
-    Format.of_affine("q1_0", 128, in_order(_SCALE, ("codes", np.uint8, 16)), _Q1_0),
+    BlockFormat.of_affine("q1_0", 128, in_order(_SCALE, ("codes", np.uint8, 16)), _Q1_0),
 )

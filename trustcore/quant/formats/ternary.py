@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.quant.formats.bits import unfold
-from trustcore.quant.formats.layout import Affine, Fields, Format, in_order
+from trustcore.quant.formats.layout import Affine, BlockFormat, Fields, in_order
 from trustcore.quant.formats.plain import one_per_block
 
 
@@ -46,14 +46,14 @@ def _tq2_codes(fields: Fields) -> jax.Array:
 
 _SCALE = ("scale", np.float16, None)
 
-TERNARY: tuple[Format, ...] = (
-    Format.of_affine(
+TERNARY: tuple[BlockFormat, ...] = (
+    BlockFormat.of_affine(
         "tq1_0",
         256,
         in_order(("codes", np.uint8, 48), ("high", np.uint8, 4), _SCALE),
         Affine(_tq1_codes, one_per_block("scale")),
     ),
-    Format.of_affine(
+    BlockFormat.of_affine(
         "tq2_0", 256, in_order(("codes", np.uint8, 64), _SCALE), Affine(_tq2_codes, one_per_block("scale"))
     ),
 )
