@@ -92,6 +92,9 @@ def stages(
             f"batch {odd} has the shapes {shapes[odd]}, batch 0 has {shapes[0]}; cut the data into batches of one shape."
         )
     plan = _Plan(fn, params, batches[0], paths, strict)
+    found = {matrix.path for matrix in plan.matrices}
+    if len(found) < len(paths):  # what is no factor of a product is an input like any other
+        plan = _Plan(fn, params, batches[0], [path for path in paths if path in found], strict)
     leaves = named_leaves(params)
     carried = [dict(zip(plan.batch_inputs, jax.tree.leaves(tuple(batch)), strict=True)) for batch in batches]
     replaced: dict[Matrix, Any] = {}

@@ -31,7 +31,6 @@ from trustcore.quant.encode.search import (
     symmetric_grids,
 )
 from trustcore.quant.formats import get_format
-from trustcore.quant.formats.bits import unfold
 
 
 class Grid(abc.ABC):
@@ -58,10 +57,6 @@ class Grid(abc.ABC):
     @abc.abstractmethod
     def pack(self, codes: jax.Array, params: Any, order: jax.Array | None) -> QuantizedArray:
         """Returns the weight `[K, N]` of codes `[K, N]` and of the parameters of all groups."""
-
-    @abc.abstractmethod
-    def decode(self, packed: QuantizedArray) -> jax.Array:
-        """Returns float32 `[..., K, N]` of what `pack` made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,26 +120,6 @@ class IntegerGrid(Grid):
             planes = _planes(codes.astype(jnp.uint8), self.bits)
         return QuantizedArray(f"int{self.bits}", {**planes, **fields})
 
-    def decode(self, packed: QuantizedArray) -> jax.Array:
-        """See `Grid`."""
-        fields = packed.fields
-        if self.bits == 8:
-            codes = fields["codes"].astype(jnp.float32) + 128
-        else:
-            codes, below = None, 0
-            for width, name in zip([w for w in (4, 2, 1) if self.bits & w], ("codes", "high", "top"), strict=False):
-                part = unfold(fields[name], width).astype(jnp.float32) * 2.0**below
-                codes, below = part if codes is None else codes + part, below + width
-            assert codes is not None
-        scale = fields["scale"]
-        middle = jnp.full_like(scale, 2.0 ** (self.bits - 1))
-        zero = fields["zero"] + (128 if self.bits == 8 else 0) if "zero" in fields else middle
-        size = codes.shape[-2] // scale.shape[-2]
-        w = (codes - jnp.repeat(zero, size, axis=-2)) * jnp.repeat(scale, size, axis=-2)
-        if "order" not in fields:
-            return w
-        return jnp.take_along_axis(w, jnp.argsort(fields["order"], axis=-1)[..., None], axis=-2)
-
 
 @dataclasses.dataclass(frozen=True)
 class BlockGrid(Grid):
@@ -196,10 +171,6 @@ class BlockGrid(Grid):
         packed = jax.vmap(pack)((codes - offset).reshape(-1, spec.block, n))
         fields = {f.name: packed.get(f.name, params[f"field {f.name}"]) for f in spec.fields}
         return QuantizedArray(self.format, fields)
-
-    def decode(self, packed: QuantizedArray) -> jax.Array:
-        """See `Grid`."""
-        return packed.dequantize()
 
 
 def _planes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:

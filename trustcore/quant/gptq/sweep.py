@@ -140,7 +140,7 @@ def gptq(
                     w, stage.states[matrix].mean, grid, damping=damping, act_order=act_order, static_groups=static
                 )
                 saved.write(matrix.path, matrix.index, packed, error, nearest)
-            stage.values[matrix] = _floats(packed, grid, turned).astype(stage.values[matrix].dtype)
+            stage.values[matrix] = _as_leaf(packed, turned).astype(stage.values[matrix].dtype)
             parts.setdefault(matrix.path, {})[matrix.index] = packed
             done += 1
             total = max(total, _count(leaves, grids))
@@ -171,9 +171,9 @@ def _matrix(w: jax.Array, hessian: jax.Array, grid: Grid, **options: Any) -> tup
     return grid.pack(best.codes, best.params, best.order), min(error, nearest), nearest
 
 
-def _floats(packed: QuantizedArray, grid: Grid, turned: bool) -> jax.Array:
+def _as_leaf(packed: QuantizedArray, turned: bool) -> jax.Array:
     """What the weight is from now on, in the orientation of its leaf."""
-    w = grid.decode(packed)
+    w = packed.dequantize()
     return jnp.swapaxes(w, -1, -2) if turned else w
 
 
