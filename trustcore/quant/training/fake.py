@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from trustcore import _jax
 from trustcore.errors import QuantizationError
 from trustcore.quant.training.scheme import Grid, Scheme, expand, shared
 
@@ -84,22 +85,25 @@ def start_of(x: jax.Array, scheme: Scheme, method: str) -> Start:
     Args:
         x: what is to be quantized.
         scheme: the format and its granularity.
-        method: "lsq": 2 mean|x| / sqrt(Q_P) (arXiv 1902.08153, section 2.1); else from the range of x, so that nothing
-            is clipped. Binary codes stand for the mean magnitude either way, ternary ones for it where the range is
+        method: "lsq": 2 mean|x| / sqrt(Q_P) (arXiv 1902.08153, section 2.1), which suits few bits; else from the range
+            of x, so that nothing is clipped. Binary codes stand for the mean magnitude either way, ternary ones for it where the range is
             asked for (Ma et al., arXiv 2402.17764); a zero point always comes from the range.
     """
+    # Reciprocals, which compilers make of such divisions, and no product of two constants: scales are the same in and
+    # out of jit.
     x, grid = x.astype(jnp.float32), scheme.grid
     offset = None
     if scheme.asymmetric:
         low = jnp.minimum(shared(x, scheme, "min"), 0.0)
-        scale = (jnp.maximum(shared(x, scheme, "max"), 0.0) - low) / (grid.high - grid.low)
+        scale = (jnp.maximum(shared(x, scheme, "max"), 0.0) - low) * (1.0 / (grid.high - grid.low))
+        scale = _jax.computed_once(scale)
         offset = low - scale * grid.low
     elif grid.binary or (scheme.format == "ternary" and method != "lsq"):
         scale = shared(jnp.abs(x), scheme, "mean")
     elif method == "lsq":
         scale = 2.0 * shared(jnp.abs(x), scheme, "mean") / grid.high**0.5
     else:
-        scale = shared(jnp.abs(x), scheme, "max") / grid.high
+        scale = shared(jnp.abs(x), scheme, "max") * (1.0 / grid.high)
     return Start(jnp.where(scale > 0, jnp.maximum(scale, SMALLEST), 1.0), offset)
 
 

@@ -97,7 +97,9 @@ def calibrate(tree: Any, function: Callable[..., Any], *args: Any) -> Any:
         args: a batch.
 
     Raises:
-        QuantizationError: no input has a scale to set, or some weights' inputs were not seen.
+        QuantizationError: no input has a scale to set, or nothing was multiplied by some weight.
+
+    A table `[N, K]` that was looked up and not multiplied has no inputs: it is left without a scale.
     """
     watched = map_weights(lambda _, leaf: _watch(leaf), tree)
 
@@ -106,17 +108,17 @@ def calibrate(tree: Any, function: Callable[..., Any], *args: Any) -> Any:
         return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves if _is_float(leaf)), jnp.zeros(()))
 
     seen = weights_of(jax.grad(total, allow_int=True)(watched), FakeQuantized)
-    starts = {
-        path: w.inputs.start(seen[path].leaves["seen"])
-        for path, w in weights_of(tree, FakeQuantized).items()
-        if w.inputs is not None and w.inputs.trained
-    }
+    starts: dict[str, jax.Array | None] = {}
+    for path, w in weights_of(tree, FakeQuantized).items():
+        if w.inputs is not None and w.inputs.trained:
+            found = seen[path].leaves["seen"]
+            starts[path] = None if w.transposed and found[-1] == 0 else w.inputs.start(found)
     if not starts:
         raise QuantizationError('calibrate: no weight has an input scale; call prepare(..., activations="int8").')
-    missed = [path for path, start in starts.items() if not jnp.isfinite(start)]
+    missed = [path for path, start in starts.items() if start is not None and not jnp.isfinite(start)]
     if missed:
         raise QuantizationError(f"calibrate: no finite input reached {', '.join(missed[:20])}.")
-    return map_weights(lambda path, leaf: leaf.replace(input_scale=starts[path]) if path in starts else leaf, tree)
+    return map_weights(lambda path, leaf: leaf.with_input_scale(starts[path]) if path in starts else leaf, tree)
 
 
 def convert(tree: Any) -> Any:

@@ -91,6 +91,12 @@ class FakeQuantized(Weight):
             (tuple(leaves), self.scheme, self.method, self.clipped, self.inputs, self.transposed), list(leaves.values())
         )
 
+    def with_input_scale(self, scale: jax.Array | None) -> FakeQuantized:
+        """Returns a weight whose inputs have that scale; None: a weight that leaves its inputs alone."""
+        made = self.replace(input_scale=scale)
+        made.inputs = None if scale is None else self.inputs
+        return made
+
     @property
     def values(self) -> jax.Array:
         """The full-precision matrix `[..., K, N]` that is trained."""
