@@ -115,7 +115,7 @@ def _float8(weight: QuantizedArray) -> Plan:
     k, n = weight.stored_shape
     run, span = weight.spec.granularity(weight.fields)
     scale = np.asarray(weight.fields["scale"]).T  # [C, G]
-    if span == BLOCK and run in (BLOCK, k):
+    if (span == BLOCK and run in (BLOCK, k)) or (span == 0 and n <= BLOCK and run == BLOCK):
         grain: dict[str, Any] = {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
     elif span == BLOCK or k % run:
         raise ModelError(
