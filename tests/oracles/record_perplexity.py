@@ -3,13 +3,14 @@
 The oracle is not a test dependency. In a virtual environment of its own, `pip install llama-cpp-python==0.3.36`, then
 
     trustcore quantize smollm2 -o F16.gguf --format f16
-    for f in q4_0 q4_1 ...; do trustcore quantize F16.gguf -o written/$f.gguf --format $f; done
+    for f in q4_0 q4_k_m; do trustcore quantize F16.gguf -o written/$f.gguf --format $f; done
     python tests/oracles/record_perplexity.py --source F16.gguf --written written --out tests/data/perplexity.json
 
 Perplexity is that of llama.cpp's `perplexity` tool: the text without its last line feed, encoded with what the model
 puts before a text; chunks of 512 tokens, each on its own, its first token replaced by BOS where the model wants one;
-the tokens after the first half of a chunk count, `exp(mean negative log-likelihood)`. For files that trustcore wrote,
-the greedy continuation of a prompt is recorded too.
+the tokens after the first half of a chunk count, `exp(mean negative log-likelihood)`. Beside it stand the mean KL
+divergence from the source's predictions, and for files that trustcore wrote how far the logarithm of the perplexity is
+from that of llama.cpp's own file, token by token, with its standard error, and the greedy continuation of a prompt.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ def quantize(source: Path, out: Path, file_type: int, threads: int) -> None:
         raise SystemExit(f"llama.cpp could not write {out} (status {status})")
 
 
-def evaluate(path: Path, text: str, threads: int) -> dict[str, object]:
+def evaluate(path: Path, text: str, threads: int, reference: Path) -> dict[str, np.ndarray]:
+    """Returns for each token that counts its negative log-likelihood, and the KL divergence from the reference.
+
+    The log-probabilities of the first file that is evaluated become the reference.
+    """
     model = llama_cpp.Llama(
         str(path), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, n_threads=threads, n_threads_batch=threads,
         verbose=False,
@@ -54,16 +59,32 @@ def evaluate(path: Path, text: str, threads: int) -> dict[str, object]:
     tokens = model.tokenize(text.encode(), add_bos=True, special=False)
     vocab = llama_cpp.llama_model_get_vocab(model.model)
     bos = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
-    chunks, first = [], CONTEXT // 2
-    for start in range(0, len(tokens) // CONTEXT * CONTEXT, CONTEXT):
-        chunk = tokens[start : start + CONTEXT]
+    chunks, first = len(tokens) // CONTEXT, CONTEXT // 2
+    shape = (chunks, CONTEXT - 1 - first, model.n_vocab())
+    fresh = not reference.exists()
+    kept = np.lib.format.open_memmap(reference, "w+" if fresh else "r", np.float32, shape if fresh else None)
+    losses, divergences = [], []
+    for i in range(chunks):
+        chunk = tokens[i * CONTEXT : (i + 1) * CONTEXT]
         model.reset()
         model.eval([bos, *chunk[1:]] if bos is not None else chunk)
-        logits = np.asarray(model.scores[first : CONTEXT - 1], np.float64)
+        logits = np.array(model.scores[first : CONTEXT - 1], np.float32)
         logits -= logits.max(-1, keepdims=True)
-        picked = np.take_along_axis(logits, np.array(chunk[first + 1 :])[:, None], -1)[:, 0]
-        chunks.append(float(np.mean(np.log(np.exp(logits).sum(-1)) - picked)))
-    return {"perplexity": float(np.exp(np.mean(chunks))), "chunks": chunks, "tokens": len(tokens)}
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+        losses.append(-np.take_along_axis(logits, np.array(chunk[first + 1 :])[:, None], -1)[:, 0])
+        if fresh:
+            kept[i] = logits
+        before = kept[i]
+        divergences.append((np.exp(before) * (before - logits)).sum(-1, dtype=np.float64))
+    return {"losses": np.concatenate(losses).astype(np.float64), "divergences": np.concatenate(divergences)}
+
+
+def figures(found: dict[str, np.ndarray], path: Path) -> dict[str, float]:
+    return {
+        "perplexity": float(np.exp(found["losses"].mean())),
+        "kl_divergence": float(found["divergences"].mean()),
+        "bytes": path.stat().st_size,
+    }
 
 
 def continuation(path: Path, threads: int) -> list[int]:
@@ -80,15 +101,17 @@ def continuation(path: Path, threads: int) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="an F16 file of the model")
-    parser.add_argument("--written", type=Path, help="a folder of files that trustcore wrote, called FORMAT.gguf")
+    parser.add_argument(
+        "--written", type=Path, required=True, help="a folder of files that trustcore wrote, called FORMAT.gguf"
+    )
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "data" / "moby_dick.txt")
-    parser.add_argument("--out", type=Path, required=True, help="a record; what is there already is kept")
+    parser.add_argument("--out", type=Path, required=True, help="the record")
     parser.add_argument("--formats", nargs="*", default=list(FILE_TYPES))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 
     text = options.text.read_text(encoding="utf-8").removesuffix("\n")
-    record = json.loads(options.out.read_text()) if options.out.exists() else {"llama_cpp": {}, "trustcore": {}}
+    record: dict = {"llama_cpp": {}, "trustcore": {}}
     record["about"] = {
         "llama-cpp-python": llama_cpp.__version__,
         "processor": platform.processor() or platform.machine(),
@@ -97,23 +120,33 @@ def main() -> None:
         "context": CONTEXT,
         "prompt": PROMPT,
     }
-    for name in options.formats:
-        begin = time.perf_counter()
-        if name not in record["llama_cpp"]:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{name}.gguf"
-                quantize(options.source, path, FILE_TYPES[name], options.threads)
-                found = evaluate(path, text, options.threads)
-                record["llama_cpp"][name] = {**found, "bytes": path.stat().st_size}
-        path = options.written / f"{name}.gguf" if options.written else None
-        if path is not None and path.exists():
-            found = evaluate(path, text, options.threads)
-            continued = continuation(path, options.threads)
-            record["trustcore"][name] = {**found, "bytes": path.stat().st_size, "continuation": continued}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-        ours = record["trustcore"].get(name, {}).get("perplexity", float("nan"))
-        seconds = time.perf_counter() - begin
-        print(f"{name:8} llama.cpp {record['llama_cpp'][name]['perplexity']:.4f}  ours {ours:.4f}  {seconds:.0f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        reference, own = Path(folder) / "reference.npy", Path(folder) / "own.gguf"
+        found = evaluate(options.source, text, options.threads, reference)
+        record["source"] = figures(found, options.source)
+        for name in options.formats:
+            begin = time.perf_counter()
+            quantize(options.source, own, FILE_TYPES[name], options.threads)
+            theirs = evaluate(own, text, options.threads, reference)
+            record["llama_cpp"][name] = figures(theirs, own)
+            path = options.written / f"{name}.gguf"
+            ours = evaluate(path, text, options.threads, reference)
+            apart = ours["losses"] - theirs["losses"]
+            record["trustcore"][name] = {
+                **figures(ours, path),
+                "continuation": continuation(path, options.threads),
+                # mean and standard error, over the same tokens, of log(our perplexity / theirs)
+                "log_ratio": float(apart.mean()),
+                "log_ratio_error": float(apart.std() / np.sqrt(apart.size - 1)),
+            }
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+            one, other = record["llama_cpp"][name], record["trustcore"][name]
+            print(
+                f"{name:8} perplexity {one['perplexity']:.4f} {other['perplexity']:.4f} "
+                f"KL {one['kl_divergence']:.5f} {other['kl_divergence']:.5f} "
+                f"ratio {other['log_ratio']:+.4f} +/- {other['log_ratio_error']:.4f} "
+                f"{time.perf_counter() - begin:.0f} s"
+            )
 
 
 if __name__ == "__main__":

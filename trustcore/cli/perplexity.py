@@ -56,9 +56,9 @@ def compare(
     from trustcore.evaluation import compare as measure
 
     content = read_text(text)
-    models = [load_model(name, dtype) for name in (first, second)]
+    reference, other = load_model(first, dtype), load_model(second, dtype)
     with _bar() as progress:
-        found = measure(*models, content, progress=progress, **options.given(context=context))
+        found = measure(reference, other, content, progress=progress, **options.given(context=context))
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return

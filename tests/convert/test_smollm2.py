@@ -1,0 +1,62 @@
+"""Files of SmolLM2 that trustcore writes, against llama.cpp's own files of the same weights.
+
+`perplexity.json` holds what llama.cpp computes from both (`tests/oracles/record_perplexity.py`). Over the 2295 tokens
+that count, two files of equal quality differ in perplexity by a percent; the KL divergence from the source, which the
+record has too, tells them apart.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trustcore.convert import quantize_checkpoint
+from trustcore.evaluation import perplexity
+from trustcore.loading import load
+
+DATA = Path(__file__).parents[1] / "data"
+RECORD = json.loads((DATA / "perplexity.json").read_text())
+FORMATS = list(RECORD["trustcore"])
+TEXT = (DATA / "moby_dick.txt").read_text(encoding="utf-8").removesuffix("\n")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_llama_cpp_finds_our_files_no_worse_than_its_own(format):
+    ours, theirs = RECORD["trustcore"][format], RECORD["llama_cpp"][format]
+    assert ours["bytes"] == theirs["bytes"]
+    assert ours["kl_divergence"] <= 1.005 * theirs["kl_divergence"]
+    # Half a percent, and what the choice of the tokens accounts for.
+    assert ours["log_ratio"] <= 0.005 + 2 * ours["log_ratio_error"]
+
+
+def test_the_record_covers_the_common_formats():
+    assert {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"} <= set(FORMATS)
+
+
+@pytest.fixture(scope="module")
+def source(smollm2_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("smollm2") / "F16.gguf"
+    quantize_checkpoint(smollm2_path, path, "f16")
+    return path
+
+
+@pytest.mark.slow
+def test_our_perplexity_is_llama_cpps(source):
+    assert source.stat().st_size == RECORD["source"]["bytes"]
+    found = perplexity(load(source), TEXT)
+    assert found.perplexity == pytest.approx(RECORD["source"]["perplexity"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_whole_model_in_every_format(source, tmp_path, format):
+    quantize_checkpoint(source, tmp_path / "m.gguf", format)
+    recorded = RECORD["trustcore"][format]
+    assert (tmp_path / "m.gguf").stat().st_size == recorded["bytes"]
+    model = load(tmp_path / "m.gguf")
+    assert perplexity(model, TEXT).perplexity == pytest.approx(recorded["perplexity"], rel=0.01)
+    # Our choice after every token that llama.cpp chose; its products round activations to 8 bits.
+    prompt, chosen = model.tokenizer.encode(RECORD["about"]["prompt"]), recorded["continuation"]
+    logits = np.asarray(model(np.array([[*prompt, *chosen]])))[0, len(prompt) - 1 : -1]
+    assert np.sum(logits.argmax(-1) == chosen) >= len(chosen) - 2
