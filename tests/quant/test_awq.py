@@ -96,13 +96,15 @@ def test_clips_are_those_that_every_group_would_choose():
     assert len(set(chosen)) > 2
 
 
-@pytest.mark.parametrize("options", ({"search": False, "importance": False}, {}), ids=("paper", "all"))
-def test_output_errors_are_below_plain_packing_on_skewed_data(options):
+@pytest.mark.parametrize(
+    ("format", "options"), [("q4_0", {"search": False, "importance": False}), ("q4_0", {}), ("int3:g32:asym", {})]
+)
+def test_output_errors_are_below_plain_packing_on_skewed_data(format, options):
     """Of the products that read the skewed inputs, on data that was not calibrated with."""
     tree = plain_model(outliers=1.5)
     samples = samples_of(tree)
-    plain = quantize(tree, "q4_0", where=in_layer, search=options.get("search", True))
-    aware = awq(tree, "q4_0", [NORM, UP], samples, where=in_layer, **options)
+    plain = quantize(tree, format, where=in_layer, search=options.get("search", True))
+    aware = awq(tree, format, [NORM, UP], samples, where=in_layer, **options)
     assert {type(leaf) for leaf in aware["layer"].values() if leaf.ndim == 2} == {QuantizedArray}
     errors = []
     for packed in (plain, aware):

@@ -11,6 +11,8 @@ from tests.models.small import random_decoder, some_tokens
 from tests.quant.plain_model import NORM, UP, apply, plain_model, tokens
 from trustcore.errors import QuantizationError
 from trustcore.models import decoder_links
+from trustcore.quant import quantize
+from trustcore.quant.activations import quantize_activations
 from trustcore.quant.calibration import MinMax, capture
 from trustcore.quant.folding import Link, migration, smoothquant
 
@@ -78,6 +80,25 @@ def test_w8a8_products_gain_where_channels_are_outliers():
 
     errors = {alpha: error(smoothquant(tree, [NORM], ranges, alpha=alpha)) for alpha in (0.5, 0.8)}
     assert min(errors.values()) < 0.3 * error(tree)
+
+
+def test_a_decoder_in_w8a8_gains_where_channels_are_outliers():
+    model, t = random_decoder(), some_tokens(4, 24)
+    for block in model.blocks:
+        for norm in (block.attention_norm, block.mlp_norm):
+            norm.weight.set_value(jnp.ones(64).at[jnp.array([5, 17])].set(30.0))
+    collect = capture(None, model, MinMax(per_channel=True))
+    smooth = smoothquant(model, decoder_links(model), collect.finish(collect(t)), alpha=0.5)
+    run = jax.jit(lambda m, t: m(t))
+    exact = run(model, t)
+
+    def error(tree):
+        packed = quantize(
+            tree, "int8:channel", where=lambda path, array: path.startswith("blocks.") and array.ndim == 2
+        )
+        return float(jnp.mean((run(quantize_activations(packed), t) - exact) ** 2))
+
+    assert error(smooth) < 0.5 * error(model)
 
 
 def test_dead_channels_are_left_alone():
