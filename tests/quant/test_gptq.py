@@ -9,7 +9,8 @@ from tests.models.small import CONFIG, random_decoder, some_tokens
 from trustcore.errors import QuantizationError
 from trustcore.quant import QuantizedArray, quantize
 from trustcore.quant.calibration import Hessian, capture
-from trustcore.quant.gptq import GRIDS, gptq, grid_of, output_error, round_rows
+from trustcore.quant.calibration.stages import _Plan
+from trustcore.quant.gptq import GRIDS, gptq, grid_of, output_error, round_rows, round_to_nearest
 
 
 def problem(k=64, n=24, rows=200, seed=0, skew=1.0):
@@ -66,7 +67,7 @@ def test_products_change_less_than_by_rounding_to_nearest(format):
     found = round_rows(w, hessian, grid)
     packed = grid.pack(found.codes, found.params, found.order)
     np.testing.assert_allclose(packed.dequantize(), found.values, rtol=1e-3, atol=1e-6)
-    nearest = round_rows(w, np.diag(np.diag(hessian)), grid)
+    nearest = round_to_nearest(w, np.diag(hessian), grid)
     error = error_of(w, hessian, found.values)
     assert error < 0.8 * error_of(w, hessian, nearest.values)
     np.testing.assert_allclose(output_error(w, found.values, hessian), error, rtol=1e-3)
@@ -78,13 +79,14 @@ def test_products_change_less_than_by_rounding_to_nearest(format):
 def test_an_order_helps_where_inputs_differ_in_size():
     ratios = []
     for seed in range(4):
-        w, hessian = problem(128, 32, seed=seed, skew=1.5)
-        grid = grid_of("int3")
-        errors = [
-            error_of(w, hessian, round_rows(w, hessian, grid, act_order=order).values) for order in (True, False)
-        ]
-        ratios.append(errors[0] / errors[1])
-    assert np.mean(ratios) < 0.9
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((400, 16)) @ rng.standard_normal((16, 128)) + 0.5 * rng.standard_normal((400, 128))
+        x *= np.exp(rng.standard_normal(128))
+        w, hessian = rng.standard_normal((128, 32)).astype(np.float32), (x.T @ x / 400).astype(np.float32)
+        options = ({}, {"act_order": True}, {"act_order": True, "static_groups": True})
+        errors = [error_of(w, hessian, round_rows(w, hessian, grid_of("int3"), **each).values) for each in options]
+        ratios.append([errors[1] / errors[0], errors[2] / errors[0]])
+    assert np.all(np.mean(ratios, axis=0) < 0.6)  # 0.27 to 0.41 on average over other seeds
 
 
 def test_an_order_is_kept_with_the_weight():
@@ -245,17 +247,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, after):
         gptq(scanned, p, batches[:2], format="int3:g16", where=every, folder=tmp_path)
 
 
-def test_layers_of_one_form_share_a_program(monkeypatch):
-    compiled = []
-    original = jax.jit
-    monkeypatch.setattr(jax, "jit", lambda f, **options: compiled.append(f) or original(f, **options))
+def test_layers_of_one_form_share_a_program():
     counts = {}
     for n in (3, 6):
-        compiled.clear()
-        p = layers(n=n)
-        gptq(scanned, p, inputs(1), format="int4", where=every)
-        counts[n] = len([f for f in compiled if "part" in (f.__kwdefaults__ or {}) or f.__name__ == "<lambda>"])
-    assert counts[3] and counts[3] <= counts[6]
+        plan = _Plan(scanned, layers(n=n), (inputs(1)[0],), ["up", "down", "out"], True)
+        counts[n] = len({plan.part(number).key for number in range(plan.count)})
+        assert plan.count == 2 * n + 1
+    assert counts[3] == counts[6] == 5  # first up, down, other up, out after the last; down of the others
 
 
 @pytest.mark.parametrize(

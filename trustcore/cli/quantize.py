@@ -50,7 +50,7 @@ def quantize(
     keep_programs()
     with console.progress_bar() as progress:
         path = resolve(source, progress=progress)
-        weights = None if importance is None else read_imatrix(importance)
+        weights = None if importance is None else read_imatrix(importance).importance
         try:
             report = quantize_checkpoint(
                 path,

@@ -3,6 +3,16 @@
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.models.from_checkpoint import decoder_from_checkpoint
+from trustcore.models.importance import importance_by_path, importance_by_tensor
 from trustcore.models.links import decoder_links, decoder_stream, untie
 
-__all__ = ["Decoder", "DecoderConfig", "decoder_from_checkpoint", "decoder_links", "decoder_stream", "untie"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "decoder_from_checkpoint",
+    "decoder_links",
+    "decoder_stream",
+    "importance_by_path",
+    "importance_by_tensor",
+    "untie",
+]

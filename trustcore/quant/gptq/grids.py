@@ -87,7 +87,7 @@ class IntegerGrid(Grid):
         """Returns `scale` and, when asymmetric, `zero`, `[N]`; w = scale * (code - zero), codes from 0."""
         unit = power_of_two(rows)
         x = rows / unit[None]
-        weight = (cost / jnp.max(cost))[:, None] if self.search else None
+        weight = _weights(cost) if self.search else None
         if self.asymmetric:
             levels = 2**self.bits - 1
             scale, shift = search_affine(x, weight, levels, affine_grids(levels).choose(weight, self.search))
@@ -142,7 +142,7 @@ class BlockGrid(Grid):
 
     def start(self, rows: jax.Array, cost: jax.Array) -> dict[str, jax.Array]:
         """Returns the fields of the block as the encoder packs it, and its `scale` and `shift` `[subs, N]`."""
-        weight = jnp.broadcast_to(jnp.maximum(cost / jnp.max(cost), 1e-6)[:, None], rows.shape)
+        weight = jnp.broadcast_to(_weights(cost), rows.shape)
         fields = ENCODERS[self.format].blocks(rows, weight if self.search else None, self.search)
         affine = get_format(self.format).affine
         assert affine is not None
@@ -171,6 +171,12 @@ class BlockGrid(Grid):
         packed = jax.vmap(pack)((codes - offset).reshape(-1, spec.block, n))
         fields = {f.name: packed.get(f.name, params[f"field {f.name}"]) for f in spec.fields}
         return QuantizedArray(self.format, fields)
+
+
+def _weights(cost: jax.Array) -> jax.Array:
+    """Returns `[group, 1]`, at most 1 and above 0, as encoders take it."""
+    largest = jnp.max(cost)
+    return jnp.where(largest > 0, jnp.maximum(cost / jnp.where(largest > 0, largest, 1), 1e-6), 1)[:, None]
 
 
 def _planes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:

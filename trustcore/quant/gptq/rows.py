@@ -94,6 +94,13 @@ def round_rows(
     return Rounded(codes, params, values[jnp.argsort(place)], order)
 
 
+def round_to_nearest(w: jax.Array, cost: jax.Array, grid: Grid) -> Rounded:
+    """Returns each weight of `w` `[K, N]` rounded by itself, scales being searched for errors that cost `cost` `[K]`."""
+    params = _all_groups(grid, w, cost)
+    codes, values = _nearest(grid, w, params)
+    return Rounded(codes, params, values, None)
+
+
 def output_error(w: jax.Array, q: jax.Array, hessian: jax.Array) -> jax.Array:
     """Returns `tr((W - Q)^T H (W - Q)) / tr(W^T H W)`: the squared error of `X Q` relative to the square of `X W`."""
 
@@ -139,6 +146,19 @@ def _all_groups(grid: Grid, w: jax.Array, cost: jax.Array) -> Any:
     k, n = w.shape
     group = grid.group(k)
     return jax.lax.map(lambda one: grid.start(*one), (w.reshape(-1, group, n), cost.reshape(-1, group)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nearest(grid: Grid, w: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
+    k, n = w.shape
+    group = grid.group(k)
+
+    def one(group_of: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+        rows, own = group_of
+        return jax.vmap(grid.round, in_axes=(0, None, 0))(rows, own, jnp.arange(group))
+
+    codes, values = jax.lax.map(one, (w.reshape(-1, group, n), params))
+    return codes.reshape(k, n), values.reshape(k, n)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))

@@ -24,7 +24,7 @@ from trustcore.quant.calibration.capture import call, named_leaves, replaced, se
 from trustcore.quant.calibration.observers import Hessian
 from trustcore.quant.calibration.stages import Matrix, stages
 from trustcore.quant.gptq.grids import Grid, grid_of
-from trustcore.quant.gptq.rows import output_error, round_rows
+from trustcore.quant.gptq.rows import output_error, round_rows, round_to_nearest
 from trustcore.quant.gptq.saved import Saved
 from trustcore.quant.quantize import Formats, Predicate, is_matrix, is_table
 
@@ -165,7 +165,7 @@ def _matrices(w: jax.Array, hessian: jax.Array, grid: Grid, **options: Any) -> t
 
 def _matrix(w: jax.Array, hessian: jax.Array, grid: Grid, **options: Any) -> tuple[QuantizedArray, float, float]:
     rounded = round_rows(w, hessian, grid, **options)
-    plain = round_rows(w, jnp.diag(jnp.diagonal(hessian)), grid)  # no inputs go together: nearest
+    plain = round_to_nearest(w, jnp.diagonal(hessian), grid)
     error, nearest = (float(output_error(w, r.values, hessian)) for r in (rounded, plain))
     best = rounded if error <= nearest else plain
     return grid.pack(best.codes, best.params, best.order), min(error, nearest), nearest
