@@ -1,7 +1,9 @@
 """What training in few bits is for: losses after training, side by side, on one small task.
 
-A student network of two hidden layers learns what a random teacher computes. Figures are of this machine-independent
-setup (fixed seeds, float32); thresholds leave room for other orders of summation.
+A network of two hidden layers learns what a smaller random one computes, in float32 and then in few bits. Losses
+measured (jax 0.10.2, CPU), quantized afterwards, trained with fixed scales, trained with LSQ:
+
+    int4  0.099 0.0264 0.0228        int3  0.478 0.055 0.027        int2  2.2 0.37 0.048
 """
 
 import jax
@@ -22,11 +24,11 @@ from trustcore.quant.training import (
     prepare,
 )
 
-STEPS, WIDTH = 400, 64
+STEPS, WIDTH, TEACHER = 800, 64, 16
 
 
 def network(seed, width=WIDTH):
-    sizes = (32, width, width, 16)
+    sizes = (8, width, width, 4)
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = zip(keys, sizes, sizes[1:], strict=False)
     return {f"layer{i}": jax.random.normal(key, (k, n)) * (2 / k) ** 0.5 for i, (key, k, n) in enumerate(shapes)}
@@ -40,8 +42,8 @@ def apply(tree, x):
 
 @pytest.fixture(scope="module")
 def batches():
-    x = jax.random.normal(jax.random.key(7), (STEPS, 128, 32))
-    return x, jax.jit(apply)(network(1), x)
+    x = jax.random.normal(jax.random.key(7), (STEPS, 128, 8))
+    return x, jax.jit(apply)(network(1, TEACHER), x)
 
 
 def loss_of(tree, x, y):
@@ -72,12 +74,12 @@ def full(batches):
     return trained(network(0), *batches)
 
 
-@pytest.mark.parametrize("bits", (4, 3, pytest.param(2, marks=pytest.mark.slow)))
-def test_qat_beats_quantizing_afterwards_and_lsq_beats_fixed_scales(bits, full, batches):
+@pytest.mark.parametrize(("bits", "gain"), ((4, 1.0), (3, 0.7), pytest.param(2, 0.4, marks=pytest.mark.slow)))
+def test_qat_beats_quantizing_afterwards_and_lsq_beats_fixed_scales(bits, gain, full, batches):
     """Loss on the last batches, from the float32 student on."""
     tree, _ = full
     x, y = (part[-20:].reshape(-1, part.shape[-1]) for part in batches)
-    format = f"int{bits}:channel"
+    format = f"int{bits}:tensor"
     loss = jax.jit(loss_of)
     losses = {"float32": loss(tree, x, y)}
     for method in ("ste", "lsq"):
@@ -87,10 +89,9 @@ def test_qat_beats_quantizing_afterwards_and_lsq_beats_fixed_scales(bits, full, 
         tuned, _ = trained(made, *batches)
         losses[method] = loss(tuned, x, y)
         packed = convert(tuned)
-        np.testing.assert_allclose(loss(packed, x, y), losses[method], rtol=1e-4)
-    print(bits, {name: float(value) for name, value in losses.items()})
+        np.testing.assert_allclose(loss(packed, x, y), losses[method], rtol=1e-2)
     assert losses["ste"] < 0.5 * losses["afterwards"]
-    assert losses["lsq"] < 0.9 * losses["ste"]
+    assert losses["lsq"] < gain * losses["ste"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,10 @@ def test_qat_beats_quantizing_afterwards_and_lsq_beats_fixed_scales(bits, full, 
     ids=repr,
 )
 def test_training_in_fp8_follows_float32(recipe, full, batches):
-    """Mean loss over windows of 50 steps: within 10% of float32's, plus what E4M3 products cannot express (measured)."""
+    """Mean loss over windows of 50 steps: within 10% of float32's and 1% of the first window's.
+
+    Measured at the end: delayed 8.6%, current 9.1%, blocks 8.3% above float32, which has 0.0375.
+    """
     parameters, states = fp8_prepare(network(0), recipe)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
     value_and_grad = fp8_value_and_grad(loss_of)
@@ -118,8 +122,7 @@ def test_training_in_fp8_follows_float32(recipe, full, batches):
 
     (_, states, _), losses = run(parameters, states, *batches)
     ours, exact = (np.asarray(part).reshape(-1, 50).mean(1) for part in (losses, full[1]))
-    print(recipe, ours.tolist(), exact.tolist(), [s.overflow.tolist() + s.underflow.tolist() for s in states.values()])
-    assert exact[-1] < 0.05 * exact[0]
-    assert (np.abs(ours - exact) <= 0.1 * exact + 0.02 * exact[0]).all()
+    assert exact[-1] < 0.1 * exact[0]
+    assert (np.abs(ours - exact) <= 0.1 * exact + 0.01 * exact[0]).all()
     for state in states.values():
         assert state.step == STEPS and (state.history[:, 1:] > 0).all()
