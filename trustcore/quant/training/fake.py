@@ -86,8 +86,8 @@ def start_of(x: jax.Array, scheme: Scheme, method: str) -> Start:
         x: what is to be quantized.
         scheme: the format and its granularity.
         method: "lsq": 2 mean|x| / sqrt(Q_P) (arXiv 1902.08153, section 2.1), which suits few bits; else from the range
-            of x, so that nothing is clipped. Binary codes stand for the mean magnitude either way, ternary ones for it where the range is
-            asked for (Ma et al., arXiv 2402.17764); a zero point always comes from the range.
+            of x, so that nothing is clipped. Binary codes stand for the mean magnitude either way, ternary ones for it
+            where the range is asked for (Ma et al., arXiv 2402.17764); a zero point always comes from the range.
     """
     # Reciprocals, which compilers make of such divisions, and no product of two constants: scales are the same in and
     # out of jit.

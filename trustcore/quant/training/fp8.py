@@ -8,7 +8,7 @@ A float8 has few exponents (E4M3 up to 448, E5M2 up to 57344), so a tensor is mu
 *Delayed* scaling takes it from the steps before. Each tensor has a history of H amaxes; slot 0 takes this step's, and
 after a step, as in Transformer Engine's `DelayedScaling`:
 
-    amax    = max(history) or history[0]
+    amax    = max(history), NaN left out, or history[0]
     scale   = largest / amax / 2**margin           kept where amax is 0 or not finite, at most float32's largest
     history = roll(history, -1); history[0] = 0
 
@@ -126,7 +126,7 @@ def updated(state: Fp8State, measured: jax.Array, recipe: DelayedScaling) -> Fp8
         recipe: of the product.
     """
     history = state.history.at[:, 0].set(measured[:, 0])
-    amax = jnp.max(history, axis=1) if recipe.algorithm == "max" else history[:, 0]
+    amax = jnp.max(jnp.where(jnp.isnan(history), 0.0, history), axis=1) if recipe.algorithm == "max" else history[:, 0]
     largest = jnp.asarray([float(jnp.finfo(dtype).max) for dtype in recipe.dtypes], jnp.float32)
     usable = (amax > 0) & jnp.isfinite(amax)
     scale = largest / jnp.where(usable, amax, 1.0) / 2.0**recipe.margin
