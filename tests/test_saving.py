@@ -310,7 +310,7 @@ def test_what_stands_there_stays(tmp_path):
 def test_a_lost_tokenizer_is_told(tmp_path):
     model = random_decoder(halves(CONFIG))
     model.tokenizer, model.origin = object(), str(tmp_path / "gone" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="pass tokenizer=, a folder with tokenizer.json or a GGUF file"):
+    with pytest.raises(CheckpointError, match=r"pass tokenizer=, a folder with tokenizer\.json or a GGUF file"):
         trustcore.save(model, tmp_path / "m")
     write_tokenizer(tmp_path)
     trustcore.save(model, tmp_path / "m", tokenizer=tmp_path)
