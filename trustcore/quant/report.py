@@ -23,7 +23,7 @@ class LeafReport:
     Attributes:
         path: names from the root, joined by dots.
         shape: of the matrix.
-        format: of a packed leaf; otherwise its dtype.
+        format: of a packed leaf, with its granularity; otherwise its dtype.
         bits_per_weight: as stored, scales included.
         sqnr_db: `10 log10(sum before^2 / sum (before - after)^2)`; inf where nothing changed.
         max_error: the largest `|before - after|`.
@@ -52,11 +52,12 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(leaf.path) for leaf in self.leaves] + [4])
-        lines = [f"{'path':{width}}  {'shape':>14}  {'format':>8}  {'bits':>6}  {'SQNR dB':>7}  {'max error':>9}"]
+        wide = max([len(leaf.format) for leaf in self.leaves] + [8])
+        lines = [f"{'path':{width}}  {'shape':>14}  {'format':>{wide}}  {'bits':>6}  {'SQNR dB':>7}  {'max error':>9}"]
         for leaf in self.leaves:
             shape = "x".join(map(str, leaf.shape))
             lines.append(
-                f"{leaf.path:{width}}  {shape:>14}  {leaf.format:>8}  {leaf.bits_per_weight:6.3f}  "
+                f"{leaf.path:{width}}  {shape:>14}  {leaf.format:>{wide}}  {leaf.bits_per_weight:6.3f}  "
                 f"{leaf.sqnr_db:7.2f}  {leaf.max_error:9.3g}"
             )
         return "\n".join([*lines, f"{self.bits_per_weight:.3f} bits a weight in all"])
@@ -103,7 +104,7 @@ def _compare(path: str, before: Any, after: Any) -> LeafReport:
     if math.prod(before.shape):
         signal, noise, error = map(float, _distance(_decoded(before), _decoded(after)))
     sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
-    format = after.format if isinstance(after, QuantizedArray) else str(after.dtype)
+    format = after.description if isinstance(after, QuantizedArray) else str(after.dtype)
     bits = 8 * after.nbytes / max(math.prod(after.shape), 1)
     return LeafReport(path, tuple(before.shape), format, bits, sqnr, error)
 

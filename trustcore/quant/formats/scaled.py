@@ -18,8 +18,9 @@ Double quantization (QLoRA, arXiv 2305.14314, section 3) keeps the scales of `nf
 
     scale = levels[code] * nested + offset       code uint8 [..., G, N], levels [..., 256, 1], offset [..., 1, 1]
 
-`nested` has an entry for every 256 scales, counted along the flattened [N, G]: [..., 1, ceil(N * G / 256)] where G
-divides 256, [..., G / 256, N] where 256 divides G.
+`nested` has an entry for 256 scales, counted along the flattened [N, G]: [..., 1, ceil(N / span)] with span = 256 / G
+where G divides 256, [..., G / 256, N] where 256 divides G. For any other G, `span` is the largest power of two with
+span * G <= 256, or 1; bitsandbytes' own blocks then run across the columns and cannot be kept packed.
 """
 
 from __future__ import annotations
@@ -240,15 +241,12 @@ class ScaledFormat(Format):
         return jnp.repeat(_widened(nested, span, n), m // nested.shape[-2], axis=-2)
 
     def _nested_span(self, m: int, n: int, shape: tuple[int, ...]) -> int:
-        *_, a, b = shape
-        if m % NESTED == 0 and (a, b) == (m // NESTED, n):
-            return 1
-        if NESTED % m == 0 and (a, b) == (1, -(-n * m // NESTED)):
-            span = NESTED // m
-            return 0 if b == 1 else span
+        rows, span = nested_grain(m)
+        if shape[-2:] == (rows, -(-n // span)):
+            return 0 if shape[-1] == 1 else span
         raise QuantizationError(
-            f"{self.name}: nested scales {[a, b]} do not fit scales {[m, n]}: one for every {NESTED}, counted along "
-            f"the flattened [N, G], needs a G that divides {NESTED} or is a multiple of it. Keep the scales as float32."
+            f"{self.name}: nested scales {list(shape[-2:])} do not fit scales {[m, n]}; they must be "
+            f"{[rows, -(-n // span)]}. Keep scales of any other grouping as float32, in `scale`."
         )
 
     def _misfit(self, fields: Fields, why: str) -> NoReturn:
@@ -263,6 +261,16 @@ def span_of(n: int, c: int) -> int | None:
     if c == n:
         return 1
     return 0 if c == 1 else BLOCK if c == -(-n // BLOCK) else None
+
+
+def nested_grain(m: int) -> tuple[int, int]:
+    """Returns the rows of `nested` over m rows of scales, and how many columns share one of its columns."""
+    if m and m % NESTED == 0:
+        return m // NESTED, 1
+    span = 1
+    while 2 * span * m <= NESTED and 2 * span <= NESTED:
+        span *= 2
+    return 1, span
 
 
 def _widened(values: jax.Array, span: int, n: int) -> jax.Array:
