@@ -1,6 +1,7 @@
 """A saved model is the model: in our own layout exactly, in other packages' as far as they hold its formats."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -39,10 +40,15 @@ def model_of(kind, config=WIDE, *, interleaved=False):
     """A model all of whose kernels are random and packed as `kind`."""
     rope = dataclasses.replace(config.rope, size=config.head_dim)
     config = dataclasses.replace(config, rope=rope) if interleaved else halves(config)
-    model = random_decoder(config)
+    model = jax.tree.map(lambda leaf: leaf, _floats(config))  # a copy
     for i, (_, kernel) in enumerate(kernels(model)):
         kernel.set_value(jax.device_put(random_weight(kind, *kernel.get_value().shape, seed=i)))
     return model
+
+
+@functools.cache
+def _floats(config):
+    return random_decoder(config)
 
 
 def kernels(model):
@@ -258,7 +264,7 @@ def test_a_gguf_model_keeps_its_tokenizer(tmp_path):
     write_as_gguf(tmp_path / "a.gguf", model, "q8_0")
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
         parts = {name: (t.raw(), t.encoding) if t.dtype is None else t.numpy() for name, t in checkpoint.items()}
-    write_gguf(tmp_path / "b.gguf", metadata() | extra, parts)
+    write_gguf(tmp_path / "b.gguf", metadata() | extra | {"general.name": "Small"}, parts)
     loaded = trustcore.load(tmp_path / "b.gguf")
     trustcore.save(loaded, tmp_path / "m")
     again = trustcore.load(tmp_path / "m")
@@ -310,7 +316,7 @@ def test_what_stands_there_stays(tmp_path):
 def test_a_lost_tokenizer_is_told(tmp_path):
     model = random_decoder(halves(CONFIG))
     model.tokenizer, model.origin = object(), str(tmp_path / "gone" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="pass tokenizer=, a folder with tokenizer.json or a GGUF file"):
+    with pytest.raises(CheckpointError, match=r"pass tokenizer=, a folder with tokenizer\.json or a GGUF file"):
         trustcore.save(model, tmp_path / "m")
     write_tokenizer(tmp_path)
     trustcore.save(model, tmp_path / "m", tokenizer=tmp_path)

@@ -217,8 +217,12 @@ def _tokenizer_files(model: Decoder, given: str | os.PathLike[str] | None) -> Ca
         )
     if source.is_file() and source.suffix == ".gguf":
         with open_checkpoint(source) as checkpoint:
-            kept = {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
-        if not kept:
+            kept = {
+                key: value
+                for key, value in checkpoint.metadata.items()
+                if key.startswith("tokenizer.") or key == "general.name"
+            }
+        if "tokenizer.ggml.model" not in kept:
             raise CheckpointError(f"the file has no tokenizer; {wanted}", path=source)
         return lambda folder: write_gguf(folder / TOKENIZER_GGUF, {"general.architecture": "tokenizer", **kept}, {})
     beside = source if source.is_dir() else source.parent

@@ -88,7 +88,7 @@ CASES = {
 
 
 # A compiled model each: the others run with the slow tests.
-QUICK = ("gptq", "gptq-order", "awq", "nf4-nested", "pack-3-asym", "fp8-tensor", "nvfp4")
+QUICK = ("gptq-order", "awq", "nf4-nested", "fp8-tensor")
 
 
 @pytest.mark.parametrize(

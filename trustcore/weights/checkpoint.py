@@ -26,7 +26,6 @@ from trustcore.errors import CheckpointError
 from trustcore.weights.encoding import Encoding
 from trustcore.weights.mapped import MappedFile, read_bytes
 
-
 # The tokenizer of a model from GGUF, beside its weights in another format: metadata without tensors.
 TOKENIZER_GGUF = "tokenizer.gguf"
 

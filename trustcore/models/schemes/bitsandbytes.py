@@ -2,14 +2,16 @@
 
 4 bits (QLoRA, Dettmers et al., arXiv 2305.14314):
 
-    weight                  bytes of `[N, K]` read row by row, two codes a byte, the high nibble first; u8 [N * K / 2, 1]
-                            or other numbers of as many bytes
+    weight                  bytes of `[N, K]` read row by row, two codes a byte, the high nibble first; u8
+                            [N * K / 2, 1] or other numbers of as many bytes
     weight.absmax           f32 [blocks]: the largest magnitude of each block of the flattened matrix; or u8, the
                             indices of nested_quant_map
     weight.quant_map        f32 [16]: the value of each code
-    weight.nested_absmax    f32 [blocks / nested_blocksize], weight.nested_quant_map f32 [256]
-    weight.quant_state.bitsandbytes__nf4 (or __fp4)    u8: JSON with quant_type, blocksize, dtype, shape, and of nested
-                            scales nested_blocksize, nested_dtype, nested_offset
+    weight.nested_absmax    f32 [blocks / nested_blocksize]
+    weight.nested_quant_map f32 [256]
+    weight.quant_state.bitsandbytes__nf4 (or __fp4)
+                            u8: JSON with quant_type, blocksize, dtype, shape, and where scales are nested
+                            nested_blocksize, nested_dtype, nested_offset
 
     absmax = nested_quant_map[absmax] * nested_absmax[block // nested_blocksize] + nested_offset
     w = quant_map[code] * absmax[block]

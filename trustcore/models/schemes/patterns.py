@@ -7,6 +7,7 @@ with few repetitions and none of a group. What people write (".*self_attn.*", ".
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from trustcore.errors import ModelError
@@ -41,6 +42,8 @@ def _match(module: str, kind: str, target: str) -> bool:
             f"characters, {_REPETITIONS} repetitions and none of a group"
         )
     try:
-        return re.match(pattern, module) is not None
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what a later Python reads in another way
+            return re.match(pattern, module) is not None
+    except (re.error, RecursionError, OverflowError, Warning) as error:
         raise ModelError(f"the pattern {pattern[:64]!r} is no regular expression: {error}") from None
