@@ -7,8 +7,8 @@
 from trustcore.quant.allocate import Allocation, Option, allocate, frontier
 from trustcore.quant.array import QuantizedArray
 from trustcore.quant.formats import FORMATS, Format, get_format
-from trustcore.quant.quantize import quantize
 from trustcore.quant.gptq import gptq
+from trustcore.quant.quantize import quantize
 from trustcore.quant.report import LeafReport, Recommendation, Report, compare_formats, report
 from trustcore.quant.sensitivity import Divergence, Reference, sensitivity
 
