@@ -18,10 +18,20 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn, Literal
 
+from trustcore.graph.walk import aval
+
 Factors = tuple[tuple[int, int], ...]
 
 _SAME = frozenset(
-    {"convert_element_type", "copy", "copy_p", "reduce_precision", "optimization_barrier", "sharding_constraint", "name"}
+    {
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "reduce_precision",
+        "optimization_barrier",
+        "sharding_constraint",
+        "name",
+    }
 )
 
 
@@ -74,10 +84,11 @@ class Product(NamedTuple):
 
 
 def through(eqn: JaxprEqn, view: View) -> View | None:
-    """Returns the view that the output of `eqn` is of its first input's leaf; None where elements are not just moved."""
+    """Returns the view of its first input's leaf that the output of `eqn` is; None where more than a move happens."""
     name, params = eqn.primitive.name, eqn.params
     axes: list[Factors] | None = None
     start = view.start
+    at = [atom.val for atom in eqn.invars[1:] if isinstance(atom, Literal)]
     if name in _SAME and len(eqn.invars) == 1:
         axes = list(view.axes)
     elif name == "transpose":
@@ -91,9 +102,9 @@ def through(eqn: JaxprEqn, view: View) -> View | None:
     elif name == "slice":
         steps = params["strides"] or (1,) * len(view.axes)
         start, axes = _sliced(view, params["start_indices"], params["limit_indices"], steps)
-    elif name == "dynamic_slice" and all(isinstance(atom, Literal) for atom in eqn.invars[1:]):
-        sizes, whole = params["slice_sizes"], eqn.invars[0].aval.shape
-        starts = [min(max(int(a.val), 0), w - s) for a, w, s in zip(eqn.invars[1:], whole, sizes, strict=True)]
+    elif name == "dynamic_slice" and len(at) == len(eqn.invars) - 1:
+        sizes, whole = params["slice_sizes"], aval(eqn.invars[0]).shape
+        starts = [min(max(int(a), 0), w - s) for a, w, s in zip(at, whole, sizes, strict=True)]
         ends = [a + s for a, s in zip(starts, sizes, strict=True)]
         start, axes = _sliced(view, starts, ends, (1,) * len(sizes))
     return None if axes is None else dataclasses.replace(view, start=start, axes=tuple(axes))
@@ -123,7 +134,7 @@ def product_of(eqn: JaxprEqn, operand: int, view: View) -> Product | None:
         if axis not in (*inner, *by_axis["stacked"]) and axis < min(inner, default=0):
             index.append((axis, position))
     pairs = sorted(zip(mine[0], other[0], strict=True), key=lambda pair: _major(view.axes[pair[0]]))
-    ndim = len(eqn.invars[1 - operand].aval.shape)
+    ndim = len(aval(eqn.invars[1 - operand]).shape)
     rows = [i for i in range(ndim) if i not in (*other[0], *other[1])]
     return Product(
         tuple(sorted(by_axis["contracted"])),
@@ -141,7 +152,8 @@ def _major(factors: Factors) -> int:
 def _axes_of(shape: tuple[int, ...], factors: Sequence[tuple[int, int]]) -> dict[int, int]:
     """The axes of the leaf that the factors walk along, major first, and how many positions of each they take."""
     found: dict[int, int] = {}
-    for size, stride in factors:
+    for factor in factors:
+        size, stride = factor
         within: dict[int, int] = {}
         step = 1
         for axis in range(len(shape) - 1, -1, -1):
@@ -167,8 +179,8 @@ def _regrouped(axes: tuple[Factors, ...], sizes: tuple[int, ...]) -> list[Factor
     """The same factors under other axes; a factor is split where an axis ends within it."""
     left = [factor for factors in axes for factor in factors]
     grouped: list[Factors] = []
-    for size in sizes:
-        group: list[tuple[int, int]] = []
+    for whole in sizes:
+        size, group = whole, list[tuple[int, int]]()
         while size > 1:
             if not left:
                 return None
@@ -199,7 +211,7 @@ def _joined(group: list[tuple[int, int]]) -> Factors:
 
 def _broadcast(view: View, eqn: JaxprEqn) -> list[Factors] | None:
     shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    before = eqn.invars[0].aval.shape
+    before = aval(eqn.invars[0]).shape
     if any(shape[p] != n for p, n in zip(places, before, strict=True)):
         return None
     if any(n != 1 for i, n in enumerate(shape) if i not in places):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from trustcore import _jax
@@ -34,7 +35,9 @@ _CALLS = {
 }
 
 
-def run(jaxpr: ClosedJaxpr, inputs: Sequence[Any], step: Step, lift: Callable[[Any], Any] = lambda value: value) -> list:
+def run(
+    jaxpr: ClosedJaxpr, inputs: Sequence[Any], step: Step, lift: Callable[[Any], Any] = lambda value: value
+) -> list:
     """Returns the outputs of `jaxpr`, computed equation by equation.
 
     Args:
@@ -52,6 +55,11 @@ def run(jaxpr: ClosedJaxpr, inputs: Sequence[Any], step: Step, lift: Callable[[A
     for eqn in jaxpr.jaxpr.eqns:
         env.update(zip(eqn.outvars, step(eqn, [read(atom) for atom in eqn.invars]), strict=True))
     return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+
+def aval(atom: Any) -> Any:
+    """Returns shape and dtype of a variable or literal."""
+    return atom.aval
 
 
 def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -101,12 +109,12 @@ def inline(jaxpr: ClosedJaxpr, marked: Sequence[bool]) -> ClosedJaxpr:
     def straight(*values: Any) -> list[Any]:
         return [value for value, _ in run(jaxpr, list(zip(values, marked, strict=True)), step, lift)]
 
-    avals = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in jaxpr.jaxpr.invars]
+    avals = [jax.ShapeDtypeStruct(aval(var).shape, aval(var).dtype) for var in jaxpr.jaxpr.invars]
     return jax.make_jaxpr(straight)(*avals)
 
 
 def _is_constant(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def _unrolled(eqn: JaxprEqn, inputs: list[tuple[Any, bool]], step: Step, lift: Callable[[Any], Any]) -> list[Any]:
@@ -120,7 +128,8 @@ def _unrolled(eqn: JaxprEqn, inputs: list[tuple[Any, bool]], step: Step, lift: C
         outputs = run(body, [*fixed, *carry, *here], step, lift)
         carry, stacked[i] = outputs[:carries], [value for value, _ in outputs[carries:]]
     columns = [[stacked[i][j] for i in range(length)] for j in range(len(eqn.outvars) - carries)]
-    ys = [jnp.stack(column) if length else jnp.zeros(var.aval.shape, var.aval.dtype) for column, var in zip(
-        columns, eqn.outvars[carries:], strict=True
-    )]
+    ys = [
+        jnp.stack(column) if length else jnp.zeros(aval(var).shape, aval(var).dtype)
+        for column, var in zip(columns, eqn.outvars[carries:], strict=True)
+    ]
     return [*carry, *((y, False) for y in ys)]

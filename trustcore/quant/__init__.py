@@ -2,8 +2,8 @@
 
 `quantize` rounds to nearest. A method that chooses scales or codes with more than the weights at hand, or otherwise
 than to nearest, is a function from tree to tree as well: `gptq` corrects rounding errors on data, `awq`, `smoothquant`
-and `rotate` fold into neighbours, `hqq` needs no data. `calibration` gathers what they use; `sensitivity` and `allocate`
-choose formats under a budget; `report` and `compare_formats` say what it has cost.
+and `rotate` fold into neighbours, `hqq` needs no data. `calibration` gathers what they use; `sensitivity` and
+`allocate` choose formats under a budget; `report` and `compare_formats` say what it has cost.
 """
 
 from trustcore.quant.allocate import Allocation, Option, allocate, frontier

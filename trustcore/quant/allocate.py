@@ -4,8 +4,8 @@
 
 a knapsack with one choice for each matrix (multiple-choice knapsack), the costs being those of `sensitivity`, which are
 taken to add up. Solved exactly by dynamic programming over the choices that are worth keeping: of the partial solutions
-those that another beats in both bytes and cost are dropped, and those that the Lagrangian bound shows to lead to nothing
-better than what is known,
+those that another beats in both bytes and cost are dropped, and those that the Lagrangian bound shows to lead to
+nothing better than what is known,
 
     cost so far + max over l of sum over the rest of min_f (cost + l * bytes) - l * (bytes left)  >=  best known.
 
@@ -93,7 +93,9 @@ class Allocation:
         from rich.table import Table
 
         bits, within = self.bits_per_weight, "" if self.gap == 0 else f" (the best may cost {self.gap:.2g} less)"
-        table = Table(title=f"{self.nbytes} of {self.budget} bytes, {bits:.3f} bits a weight, cost {self.cost:.3g}{within}")
+        table = Table(
+            title=f"{self.nbytes} of {self.budget} bytes, {bits:.3f} bits a weight, cost {self.cost:.3g}{within}"
+        )
         for name in ("matrix", "format", "bytes", "cost"):
             table.add_column(name, justify="left" if name in ("matrix", "format") else "right")
         for path, o in self.chosen.items():
@@ -232,7 +234,9 @@ def _solve(items: list[list[Option]], budget: int) -> tuple[list[int], float]:
     bound = _Bound(items, multiplier * np.array([0.0, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0]))
     known = _greedy(items, budget, multiplier)
     best = math.fsum(items[i][p].cost for i, p in enumerate(known))
-    spare = np.append(np.cumsum([min(o.nbytes for o in c) for c in reversed(items)])[::-1], 0)  # least bytes of the rest
+    spare = np.append(
+        np.cumsum([min(o.nbytes for o in c) for c in reversed(items)])[::-1], 0
+    )  # least bytes of the rest
     nbytes, cost = np.zeros(1, np.int64), np.zeros(1)
     history: list[tuple[np.ndarray, np.ndarray]] = []  # parent and choice of every state, item by item
     thinned = False

@@ -1,7 +1,7 @@
 """What packing has cost: bits, signal to noise, cosine and the largest error of each leaf, and what the logits lose.
 
-With data, the KL divergence of the logits is measured with one leaf packed at a time, and `compare_formats` weighs whole
-formats against each other, quality against size.
+With data, the KL divergence of the logits is measured with one leaf packed at a time, and `compare_formats` weighs
+whole formats against each other, quality against size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LeafReport:
         sqnr_db: `10 log10(sum before^2 / sum (before - after)^2)`; inf where nothing changed.
         max_error: the largest `|before - after|`.
         cosine: of the angle between before and after as vectors; 1 where both are zero.
-        kl: mean KL divergence of the logits in nats with this leaf alone as it is after; None where it was not measured.
+        kl: mean KL divergence of the logits in nats with this leaf alone as it is after; None where not measured.
     """
 
     path: str
@@ -65,8 +65,8 @@ class Report:
         width = max([len(leaf.path) for leaf in self.leaves] + [4])
         wide = max([len(leaf.format) for leaf in self.leaves] + [8])
         measured = any(leaf.kl is not None for leaf in self.leaves)
-        head = f"{'path':{width}}  {'shape':>14}  {'format':>{wide}}  {'bits':>6}  {'SQNR dB':>7}  {'max error':>9}  {'cosine':>8}"
-        lines = [head + (f"  {'KL':>9}" if measured else "")]
+        head = f"{'path':{width}}  {'shape':>14}  {'format':>{wide}}  {'bits':>6}  {'SQNR dB':>7}  {'max error':>9}"
+        lines = [head + f"  {'cosine':>8}" + (f"  {'KL':>9}" if measured else "")]
         for leaf in self.leaves:
             shape = "x".join(map(str, leaf.shape))
             line = (

@@ -4,9 +4,9 @@ Two layouts, both read and written (llama.cpp, tools/imatrix):
 
     GGUF    general.type "imatrix", imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size; for each tensor
             `NAME.in_sum2` f32 [experts, K], sums of squares, and `NAME.counts` f32 [experts, 1], how many rows each
-    .dat    little-endian: i32 entries; for each: i32 bytes and the name, i32 calls, i32 values, f32 mean square * calls;
-            then, in newer files, i32 chunks, i32 bytes and the name of the data. The experts of a tensor follow each
-            other in its values.
+    .dat    little-endian: i32 entries; for each: i32 bytes and the name, i32 calls, i32 values, f32 mean square *
+            calls; then, in newer files, i32 chunks, i32 bytes and the name of the data. The experts of a tensor follow
+            each other in its values.
 
     importance = in_sum2 / counts   or   values / calls
 """
@@ -71,8 +71,8 @@ class Imatrix:
     def of(importance: Mapping[str, np.ndarray], *, rows: int = 1, datasets: Sequence[str] = ()) -> Imatrix:
         """Returns the file for mean squares `[K]` or `[E, K]` by tensor name, each taken over `rows` rows."""
         entries = {}
-        for name, mean in importance.items():
-            mean = np.asarray(mean, np.float32)
+        for name, given in importance.items():
+            mean = np.asarray(given, np.float32)
             entries[name] = Entry(mean, np.full(1 if mean.ndim == 1 else len(mean), rows, np.float32))
         return Imatrix(entries, tuple(datasets), 1, rows)
 
@@ -109,8 +109,8 @@ def write_imatrix(
     for name, entry in imatrix.entries.items():
         if entry.mean.ndim not in (1, 2) or entry.counts.shape != (1 if entry.mean.ndim == 1 else len(entry.mean),):
             raise CheckpointError(
-                f"the mean is {list(entry.mean.shape)} and the counts {list(entry.counts.shape)}; expected [K] and [1], "
-                "or [E, K] and [E]",
+                f"the mean is {list(entry.mean.shape)} and the counts {list(entry.counts.shape)}; expected [K] and "
+                "[1], or [E, K] and [E]",
                 path=path,
                 field=f"entry {name!r}",
             )

@@ -103,12 +103,13 @@ def test_layers_of_a_scan_have_their_own_statistics(remat, reverse):
     collect = capture(fn, layers, {"square": MeanSquare(), "range": MinMax(per_channel=True)})
     found = collect.finish(collect(X, state=collect(2 * X)))
     up, down = [None] * 3, [None] * 3
-    for x in (X, 2 * X):
+    for start in (X, 2 * X):
+        x = start
         for i in range(2, -1, -1) if reverse else range(3):
             hidden = jnp.tanh(x @ layers["up"][i])
             for into, value in ((up, x), (down, hidden)):
-                value = np.asarray(value).reshape(-1, value.shape[-1])
-                into[i] = value if into[i] is None else np.concatenate([into[i], value])
+                rows = np.asarray(value).reshape(-1, value.shape[-1])
+                into[i] = rows if into[i] is None else np.concatenate([into[i], rows])
             x = x + hidden @ layers["down"][i] + x @ layers["shared"]
     assert found["up"]["square"].shape == (3, 8) and found["down"]["square"].shape == (3, 12)
     for i in range(3):

@@ -8,8 +8,8 @@ elements or casts them (transpose, reshape, slice, jit, checkpoint, functions wi
 `dot_general` with it is a product, and its other operand goes to the observer. The program that runs returns the
 statistics alone, so nothing else of the model is kept, and what no statistic needs is not computed.
 
-A leaf that a scan walks over, or whose products have a batch axis (experts), gets statistics `[L, ...]`, one for each of
-its matrices. Packed leaves that are selected are decoded inside the program; others go their usual way.
+A leaf that a scan walks over, or whose products have a batch axis (experts), gets statistics `[L, ...]`, one for each
+of its matrices. Packed leaves that are selected are decoded inside the program; others go their usual way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from trustcore import _jax
 from trustcore.errors import QuantizationError
-from trustcore.graph import View, bind, called, product_of, run, through
+from trustcore.graph import View, aval, bind, called, product_of, run, through
 from trustcore.ops.weight import Weight
 from trustcore.quant.calibration.observers import Observer, State
 from trustcore.quant.quantize import KEPT, Predicate, path_name
@@ -253,9 +253,10 @@ def _collect(
     unused = [path for path in paths if path not in {path for path, _ in states}]
     if unused and (strict or not states):
         raise QuantizationError(
-            f"capture: {_listed(unused)} takes part in no product of the function that can be seen. Seen are dot_general "
-            "with the leaf itself, moved or cast, also inside jit, checkpoint, custom derivatives and scan, but not "
-            "inside while_loop, cond or shard_map, nor with a part or a combination of leaves. Leave it out by `where`."
+            f"capture: {_listed(unused)} takes part in no product of the function that can be seen. Seen are "
+            "dot_general with the leaf itself, moved or cast, also inside jit, checkpoint, custom derivatives and "
+            "scan, but not inside while_loop, cond or shard_map, nor with a part or a combination of leaves. Leave it "
+            "out by `where`."
         )
     return states
 
@@ -346,7 +347,7 @@ def _scan(into: _Collector, eqn: JaxprEqn, inputs: list[_Value]) -> list[_Value]
         outputs = _walk(body, [_Value(v, view) for v, view in zip(values, views, strict=True)], here)
         return [item.value for item in outputs], found
 
-    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in body.jaxpr.invars]
+    shapes = [jax.ShapeDtypeStruct(aval(var).shape, aval(var).dtype) for var in body.jaxpr.invars]
     found = jax.eval_shape(lambda *values: turn(values)[1], *shapes)
     carried = {
         key: jax.tree.map(
@@ -359,9 +360,7 @@ def _scan(into: _Collector, eqn: JaxprEqn, inputs: list[_Value]) -> list[_Value]
     def step(carry: tuple[list[Any], States], xs: list[Any]) -> tuple[Any, Any]:
         values, totals = carry
         outputs, found = turn([*(item.value for item in fixed), *values, *xs])
-        totals = {
-            key: _merge(into.observer, into.sites[key].k, total, found[key]) for key, total in totals.items()
-        }
+        totals = {key: _merge(into.observer, into.sites[key].k, total, found[key]) for key, total in totals.items()}
         return (outputs[:carries], totals), (outputs[carries:], {k: s for k, s in found.items() if k[0] in walked})
 
     start = [item.value for item in inputs[consts : consts + carries]]

@@ -132,8 +132,8 @@ def cross_validate(
     collect = capture(fn, params, Histogram(bins=bins), where=where)
     states: list[Any] = [None] * folds
     for i, batch in enumerate(batches):
-        batch = batch if isinstance(batch, tuple | list) else (batch,)
-        states[i % folds] = collect(*batch, state=states[i % folds])
+        arguments = batch if isinstance(batch, tuple | list) else (batch,)
+        states[i % folds] = collect(*arguments, state=states[i % folds])
     parts = [collect.finish(state) for state in states]
     trials = []
     for path in parts[0]:

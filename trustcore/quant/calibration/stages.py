@@ -1,4 +1,4 @@
-"""Layer by layer through any function: the inputs of some weights, then the weights replaced, then on with the new ones.
+"""Layer by layer through any function: the inputs of some weights, the weights replaced, then on with the new ones.
 
 The program of `fn(params, *batch)` is written out in one straight line and cut into stages. The weights of a stage are
 those whose inputs depend on the same earlier weights: queries, keys and values; then the output of attention; then gate
@@ -17,7 +17,7 @@ at that point: the float weight before its stage, the new one after.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from trustcore.errors import QuantizationError
-from trustcore.graph import Product, View, bind, inline, product_of, through
+from trustcore.graph import Product, View, aval, bind, inline, product_of, through
 from trustcore.quant.calibration.capture import Site, decoded, named_leaves, operand_rows, site_of, trace
 from trustcore.quant.calibration.observers import Observer, State
 
@@ -89,7 +89,8 @@ def stages(
     odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
         raise QuantizationError(
-            f"batch {odd} has the shapes {shapes[odd]}, batch 0 has {shapes[0]}; cut the data into batches of one shape."
+            f"batch {odd} has the shapes {shapes[odd]}, batch 0 has {shapes[0]}; cut the data into batches of one "
+            "shape."
         )
     plan = _Plan(fn, params, batches[0], paths, strict)
     found = {matrix.path for matrix in plan.matrices}
@@ -118,9 +119,7 @@ def stages(
         here = [matrix for matrix in plan.matrices if plan.stage_of[matrix] == number]
         if not here:
             continue
-        stage = Stage(
-            number, plan.count, {m: pending[plan.group_of[m]] for m in here}, {m: value_of(m) for m in here}
-        )
+        stage = Stage(number, plan.count, {m: pending[plan.group_of[m]] for m in here}, {m: value_of(m) for m in here})
         yield stage
         replaced.update({m: jnp.asarray(value) for m, value in stage.values.items()})
         for group in {plan.group_of[m] for m in here}:
@@ -185,7 +184,7 @@ class _Plan:
         self.constants: dict[Var, Any] = dict(zip(others, leaves, strict=True))
         self.constants.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
         self.views = {
-            var: View.of(name, var.aval.shape) for var, name in zip(own, names, strict=False) if name is not None
+            var: View.of(name, aval(var).shape) for var, name in zip(own, names, strict=False) if name is not None
         }
         self.maker: dict[Var, int] = {}
         depth: dict[Var, int] = {}
@@ -205,7 +204,9 @@ class _Plan:
                 if view is not None and product is not None:
                     (path, index), site = site_of(view, product)
                     uses.append((Matrix(path, index, site), eqn.invars[1 - operand], product, level))
-            depth.update(dict.fromkeys(eqn.outvars, level + any(use[3] == level and self._is(use, eqn) for use in uses)))
+            depth.update(
+                dict.fromkeys(eqn.outvars, level + any(use[3] == level and self._is(use, eqn) for use in uses))
+            )
         self.depth = depth
         self._number(uses, paths, strict)
 
@@ -220,8 +221,8 @@ class _Plan:
         missing = [path for path in paths if path not in found]
         if (missing and strict) or not found:
             raise QuantizationError(
-                f"{', '.join(missing[:5])} takes part in no product of the function that can be seen: a dot_general with "
-                "the leaf itself, not inside while_loop, cond or shard_map. Leave it out by `where`."
+                f"{', '.join(missing[:5])} takes part in no product of the function that can be seen: a dot_general "
+                "with the leaf itself, not inside while_loop, cond or shard_map. Leave it out by `where`."
             )
         inputs: dict[Matrix, list] = {matrix: [] for matrix in self.matrices}
         for matrix, x, product, level in uses:
@@ -245,9 +246,9 @@ class _Plan:
         todo = [x for _, x, *_ in self.inputs]
         while todo:
             atom = todo.pop()
-            number = None if isinstance(atom, Literal) else self.maker.get(atom)
-            if number is None or number in self.level:
+            if isinstance(atom, Literal) or atom not in self.maker or self.maker[atom] in self.level:
                 continue
+            number = self.maker[atom]
             eqn = self.eqns[number]
             self.level[number] = -1 if atom in self.views else self.depth[atom]
             todo += eqn.invars
@@ -271,7 +272,7 @@ class _Plan:
             eqn = self.eqns[number]
             if eqn.primitive.name != "slice" or eqn.invars[0] in self.maker:
                 return None
-        size = math.prod(var.aval.shape)
+        size = math.prod(aval(var).shape)
         for matrix in self.matrices:
             lead = matrix.site.indexed
             inner = math.prod(n for axis, n in enumerate(matrix.site.shape) if axis not in lead)
@@ -295,7 +296,7 @@ class _Plan:
                 matrix = self._cut(atom)
                 if matrix is not None:
                     part.float_vars.append(atom)
-                    part.floats.append((matrix, atom.aval.shape))
+                    part.floats.append((matrix, aval(atom).shape))
                 elif atom in self.maker:
                     eqn = self.eqns[self.maker[atom]]
                     for other in eqn.invars:
@@ -306,7 +307,7 @@ class _Plan:
                 else:
                     path = self.views[atom].leaf
                     raise QuantizationError(
-                        f"{path} {list(atom.aval.shape)} is taken apart in a way that cannot be followed matrix by "
+                        f"{path} {list(aval(atom).shape)} is taken apart in a way that cannot be followed matrix by "
                         "matrix; leave it out by `where`."
                     )
             else:

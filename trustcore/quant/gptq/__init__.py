@@ -4,4 +4,15 @@ from trustcore.quant.gptq.grids import GRIDS, Grid, IntegerGrid, grid_of
 from trustcore.quant.gptq.rows import Rounded, output_error, round_rows, round_to_nearest
 from trustcore.quant.gptq.sweep import Layer, gptq
 
-__all__ = ["GRIDS", "Grid", "IntegerGrid", "Layer", "Rounded", "gptq", "grid_of", "output_error", "round_rows", "round_to_nearest"]
+__all__ = [
+    "GRIDS",
+    "Grid",
+    "IntegerGrid",
+    "Layer",
+    "Rounded",
+    "gptq",
+    "grid_of",
+    "output_error",
+    "round_rows",
+    "round_to_nearest",
+]

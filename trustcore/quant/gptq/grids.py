@@ -30,7 +30,7 @@ from trustcore.quant.encode.search import (
     search_symmetric,
     symmetric_grids,
 )
-from trustcore.quant.formats import get_format
+from trustcore.quant.formats import BLOCK_FORMATS
 
 
 class Grid(abc.ABC):
@@ -135,7 +135,7 @@ class BlockGrid(Grid):
 
     def group(self, k: int) -> int:
         """See `Grid`."""
-        block = get_format(self.format).block
+        block = BLOCK_FORMATS[self.format].block
         if k % block:
             raise QuantizationError(f"{self.format}: K={k} is not a multiple of the block size {block}.")
         return block
@@ -144,7 +144,7 @@ class BlockGrid(Grid):
         """Returns the fields of the block as the encoder packs it, and its `scale` and `shift` `[subs, N]`."""
         weight = jnp.broadcast_to(_weights(cost), rows.shape)
         fields = ENCODERS[self.format].blocks(rows, weight if self.search else None, self.search)
-        affine = get_format(self.format).affine
+        affine = BLOCK_FORMATS[self.format].affine
         assert affine is not None
         params = {f"field {name}": field for name, field in fields.items()} | {"scale": affine.scale(fields)}
         return params if affine.shift is None else {**params, "shift": affine.shift(fields)}
@@ -153,7 +153,7 @@ class BlockGrid(Grid):
         """See `Grid`."""
         low, high = _CODES[self.format][:2]
         scale = params["scale"]
-        sub = j // (get_format(self.format).block // scale.shape[0])
+        sub = j // (BLOCK_FORMATS[self.format].block // scale.shape[0])
         scale = jax.lax.dynamic_index_in_dim(scale, sub, 0, keepdims=False)
         shift = jnp.float32(0)
         if "shift" in params:
@@ -164,11 +164,10 @@ class BlockGrid(Grid):
     def pack(self, codes: jax.Array, params: Any, order: jax.Array | None) -> QuantizedArray:
         """See `Grid`."""
         assert order is None
-        k, n = codes.shape
-        spec = get_format(self.format)
+        spec = BLOCK_FORMATS[self.format]
         low, _, pack = _CODES[self.format]
         offset = 0 if self.format == "q8_0" else low
-        packed = jax.vmap(pack)((codes - offset).reshape(-1, spec.block, n))
+        packed = jax.vmap(pack)((codes - offset).reshape(-1, spec.block, codes.shape[-1]))
         fields = {f.name: packed.get(f.name, params[f"field {f.name}"]) for f in spec.fields}
         return QuantizedArray(self.format, fields)
 

@@ -95,7 +95,7 @@ def round_rows(
 
 
 def round_to_nearest(w: jax.Array, cost: jax.Array, grid: Grid) -> Rounded:
-    """Returns each weight of `w` `[K, N]` rounded by itself, scales being searched for errors that cost `cost` `[K]`."""
+    """Returns each weight of `w` `[K, N]` rounded by itself; an error in row k costs `cost[k]` in the search for scales."""
     params = _all_groups(grid, w, cost)
     codes, values = _nearest(grid, w, params)
     return Rounded(codes, params, values, None)
@@ -210,12 +210,8 @@ def _sweep(
     def _started(w: jax.Array, params: Any, first: jax.Array) -> Any:
         rows = jax.lax.dynamic_slice_in_dim(w, first, group, 0)
         started = grid.start(rows, jax.lax.dynamic_slice_in_dim(cost, first, group, 0))
-        return jax.tree.map(
-            lambda p, s: jax.lax.dynamic_update_index_in_dim(p, s, first // group, 0), params, started
-        )
+        return jax.tree.map(lambda p, s: jax.lax.dynamic_update_index_in_dim(p, s, first // group, 0), params, started)
 
     zeros = jnp.zeros((k, n), jnp.float32)
     _, codes, values, params = jax.lax.fori_loop(0, k // block, one_block, (w, zeros, zeros, params))
     return codes, values, params
-
-

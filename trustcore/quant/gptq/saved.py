@@ -96,7 +96,8 @@ class Saved:
         partial = file.with_suffix(".partial")
         with open(partial, "wb") as out:
             raw = {name: np.frombuffer(a.tobytes(), np.uint8) for name, a in arrays.items()}
-            np.savez(out, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **raw)
+            raw["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+            np.savez(out, allow_pickle=False, **raw)
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, file)

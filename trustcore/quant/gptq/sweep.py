@@ -77,8 +77,8 @@ def gptq(
         params: a pytree of weights; packed matrices among those selected are decoded and packed anew.
         batches: calibration data: arrays, or tuples of the arguments after params; all of one shape.
         format: as for `quantize`: a name, patterns, or a function. See `grid_of` for the names.
-        where: which leaves, by (path, array), or their paths. None: `is_matrix`, if K is a multiple of the group, and if
-            the leaf takes part in a product.
+        where: which leaves, by (path, array), or their paths. None: `is_matrix`, if K is a multiple of the group
+            and the leaf takes part in a product.
         transposed: which arrays are `[N, K]`; None: those called "table" or "embedding".
         damping: share of the mean diagonal added to the Hessian.
         act_order: rows whose inputs fire most first. Integer formats then keep an `order`, unless groups are static.
