@@ -94,11 +94,14 @@ def dynamic_map() -> np.ndarray:
     """Returns float32 `[256]`, ascending: a sign, an exponent of base 10 in unary, and as many fraction bits as remain.
 
     Dynamic quantization (arXiv 1511.04561; arXiv 2110.02861, section 2.2): 2**i means of equal parts of [0.1, 1] under
-    10**(i - 6) for i from 0 to 6, of both signs, and 0 and 1.
+    10**(i - 6) for i from 0 to 6, of both signs, and 0 and 1. The parts' edges are rounded as bitsandbytes' are:
+    counted from the nearer end, in steps of a float32.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1).astype(np.float32)
+        places, first = np.arange(2**i + 1), np.float32(0.1)
+        step = np.float64((np.float32(1) - first) / np.float32(2**i))
+        edges = np.where(places <= 2**i // 2, first + step * places, 1 - step * (2**i - places)).astype(np.float32)
         means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
         values += [*means, *-means]
     return np.sort(np.array(values, np.float32))
