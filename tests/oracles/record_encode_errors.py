@@ -2,14 +2,14 @@
 
 The oracle is not a test dependency. In a virtual environment of its own, from the root of the checkout:
 
-    pip install llama-cpp-python==0.3.36 gguf==0.19.0
+    pip install llama-cpp-python==0.3.36 gguf==0.19.0 -e .
     PYTHONPATH=. python tests/oracles/record_encode_errors.py --out tests/data
 
-`ggml_quantize_chunk` encodes (q8_k: `quantize_row_q8_K_ref`), the `gguf` package decodes. For each format, distribution and with or without an
-importance: the mean squared error, weighted by the importance where there is one. Without an importance that is
-llama.cpp's plain encoder (iq2_xxs, iq2_xs and iq1_s have none: there every input has importance 1); with one it is its
-encoder with an importance matrix. The weights come from
-`tests/quant/samples.py`; the same versions write the same figures.
+`ggml_quantize_chunk` encodes (q8_k: `quantize_row_q8_K_ref`), the `gguf` package decodes. For each format, distribution
+and with or without an importance: the mean squared error, weighted by the importance where there is one. Without an
+importance that is llama.cpp's plain encoder (iq2_xxs, iq2_xs and iq1_s have none: there every input has importance 1);
+with one it is its encoder with an importance matrix. The weights come from `tests/quant/samples.py`; the same versions
+write the same figures.
 """
 
 from __future__ import annotations

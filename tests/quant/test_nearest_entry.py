@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trustcore.ops import cpu
 from trustcore.quant.encode.nearest_entry import nearest_entry
@@ -30,7 +28,7 @@ def test_no_entry_is_cheaper(name, implementation):
     costs = costs_of(name, 300)
     index, cost = nearest_entry(jnp.asarray(costs), GRIDS[name], bits, implementation=implementation)
     levels = GRIDS[name][:, None] >> (bits * np.arange(d)) & ((1 << bits) - 1)
-    sums = sum(costs[levels[:, i], i].astype(np.float64) for i in range(d))  # [entries, G]
+    sums = np.sum([costs[levels[:, i], i] for i in range(d)], axis=0, dtype=np.float64)  # [entries, G]
     found = np.take_along_axis(sums, np.asarray(index)[None], 0)[0]
     rounding = len(GRIDS[name]) / 2**22  # the index stands in the lowest bits
     assert np.all(found <= sums.min(axis=0) * (1 + rounding))
@@ -38,19 +36,17 @@ def test_no_entry_is_cheaper(name, implementation):
 
 
 @pytest.mark.skipif(bool(cpu.why_not()), reason=cpu.why_not())
-@settings(max_examples=20, deadline=None)
-@given(
-    name=st.sampled_from(sorted(GRIDS)), groups=st.sampled_from((1, 7, 31, 32, 33, 64, 100)), seed=st.integers(0, 99)
-)
-def test_both_implementations_give_the_same_bits(name, groups, seed):
-    costs = jnp.asarray(costs_of(name, groups, seed))
+@pytest.mark.parametrize("groups", (1, 33, 300))
+@pytest.mark.parametrize("name", GRIDS)
+def test_both_implementations_give_the_same_bits(name, groups):
+    costs = jnp.asarray(costs_of(name, groups, seed=1))
     native, xla = (nearest_entry(costs, GRIDS[name], shape_of(name)[2], implementation=i) for i in ("native", "xla"))
     for a, b in zip(native, xla, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_of_equal_costs_the_first_entry_is_taken():
-    for name, grid in GRIDS.items():
+    for name in ("iq3_s", "iq1"):
         levels, d, bits = shape_of(name)
-        index, cost = nearest_entry(jnp.zeros((levels, d, 40)), grid, bits)
+        index, cost = nearest_entry(jnp.zeros((levels, d, 300)), GRIDS[name], bits)
         assert not np.any(index) and not np.any(cost)

@@ -1,8 +1,8 @@
 """Hand-written CPU implementations, called from inside XLA programs through its foreign-function interface.
 
 They exist where XLA's CPU code falls short (short products with packed weights, attention of one query against a long
-cache, the searches of encoders), and are never needed for correctness: `why_not()` says why they are absent, and every caller has a plain XLA
-form. The C++ sources stand beside this file; `build.py` compiles them once a machine.
+cache, the searches of encoders), and are never needed for correctness: `why_not()` says why they are absent, and every
+caller has a plain XLA form. The C++ sources stand beside this file; `build.py` compiles them once a machine.
 """
 
 from __future__ import annotations

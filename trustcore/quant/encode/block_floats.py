@@ -10,7 +10,8 @@ magnitude, less that of the largest code), and for nvfp4 the E4M3 number nearest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from trustcore.quant.encode.encoder import Encoded, Encoder, fold
 from trustcore.quant.encode.search import better, inverse, total
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_MIDDLES = tuple((a + b) / 2 for a, b in zip(_E2M1[:-1], _E2M1[1:], strict=True))
+_MIDDLES = tuple((a + b) / 2 for a, b in pairwise(_E2M1))
 
 
 def _magnitude(x: jax.Array) -> jax.Array:
@@ -35,7 +36,13 @@ def _codes(x: jax.Array) -> jax.Array:
     return jnp.where((x < 0) & (code > 0), code | jnp.uint8(8), code)
 
 
-def _least(x: jax.Array, weight: jax.Array | None, starts: jax.Array, offsets: Sequence[int], value_of) -> jax.Array:
+def _least(
+    x: jax.Array,
+    weight: jax.Array | None,
+    starts: jax.Array,
+    offsets: Sequence[int],
+    value_of: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """Returns the scale code `starts + offset` of least error; x `[R, ...]`, starts float32 `[...]`."""
     tried = jnp.asarray(offsets, jnp.float32)
 

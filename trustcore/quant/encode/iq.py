@@ -19,6 +19,7 @@ Without an importance the formats of one and two bits weigh errors as llama.cpp 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -107,20 +108,19 @@ def _encode(x: jax.Array, weight: jax.Array | None, search: bool, kind: _Kind) -
     def entries(scale: jax.Array) -> tuple[jax.Array, ...]:
         """Returns error, x g, g g (weighted sums `[subs, M]`), index and shift under the scales `[subs, M]`."""
         by_row = jnp.repeat(scale, rows // subs, axis=0, total_repeat_length=rows)
-        best = None
+        tried = []
         for number, shift in enumerate(kind.shifts):
             at = by_row[None, None] * (values + shift)[:, None, None, None]  # [levels, 1, rows, M]
             costs = weight[None] * (v[None] - at) ** 2  # [levels, d, rows, M]
             index, cost = nearest_entry(costs.reshape(len(values), d, rows * m), GRIDS[kind.grid], kind.bits)
             cost = jnp.sum(cost.reshape(BLOCK // kind.run, -1, m), axis=1)  # [runs, M]
-            other = (cost, index.reshape(BLOCK // kind.run, -1, m), jnp.full(cost.shape, number, jnp.int32))
-            best = other if best is None else _better_runs(best, other)
-        _, index, number = best
+            tried.append((cost, index.reshape(BLOCK // kind.run, -1, m), jnp.full(cost.shape, number, jnp.int32)))
+        _, index, number = functools.reduce(_better_runs, tried)
         index = index.reshape(rows, m)
         words = jnp.asarray(GRIDS[kind.grid]).at[index].get(mode="promise_in_bounds")
         shift = jnp.asarray(kind.shifts, jnp.float32)[number]
         shift = jnp.repeat(shift, kind.run // d, axis=0, total_repeat_length=rows)
-        product, square, error = 0.0, 0.0, 0.0
+        product = square = error = jnp.zeros((rows, m))
         for i in range(d):
             level = words >> jnp.uint16(i * kind.bits) & jnp.uint16((1 << kind.bits) - 1)
             g = _value(kind, level) + shift
@@ -348,7 +348,8 @@ def _encoder(kind: _Kind, pack: Callable[[_Found], Encoded]) -> Encoder:
             weight = _default_weight(x)
         return pack(_encode(x, weight, search, kind))
 
-    reach = (2 * kind.top + 1) * kind.step * max(kind.values)
+    # Well below what the scales reach: weights of about one size are best as the smallest value under a large scale.
+    reach = (2 * kind.top + 1) * kind.step * max(kind.values) / 8
     return Encoder(blocks, reach * HALF_MAX)
 
 

@@ -9,6 +9,8 @@ other. A scale of either sign turns them to the side that suits the block.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from trustcore.quant.encode.k_quants import halves, joined, symmetric_under_scal
 from trustcore.quant.encode.search import HALF_MAX, Grid, Grids, half, inverse, power_of_two, search_symmetric
 from trustcore.quant.formats.iq import IQ4_VALUES
 
-_MIDDLES = tuple((a + b) / 2 for a, b in zip(IQ4_VALUES[:-1], IQ4_VALUES[1:], strict=True))
+_MIDDLES = tuple((a + b) / 2 for a, b in pairwise(IQ4_VALUES))
 
 
 def _nearest(x: jax.Array) -> jax.Array:
@@ -61,5 +63,5 @@ def _iq4_xs(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
 
 IQ4: dict[str, Encoder] = {
     "iq4_nl": Encoder(_iq4_nl, 113 * HALF_MAX),
-    "iq4_xs": Encoder(_iq4_xs, 31 * 113 * HALF_MAX),
+    "iq4_xs": Encoder(_iq4_xs, 28 * 113 * HALF_MAX),
 }

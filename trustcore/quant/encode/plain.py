@@ -110,6 +110,6 @@ PLAIN: dict[str, Encoder] = {
     "q5_0": Encoder(_symmetric(5, _nibbles_and_high_bits(16), symmetric_grids(16)), 15 * HALF_MAX),
     "q5_1": Encoder(_affine(5, _nibbles_and_high_bits(0), affine_grids(31)), HALF_MAX),
     "q8_0": Encoder(_symmetric(8, lambda codes: {"codes": codes.astype(jnp.int8)}, _Q8_0), 127 * HALF_MAX),
-    "q8_k": Encoder(_q8_k, 3.4e38),
+    "q8_k": Encoder(_q8_k, 3.3e38),
     "q1_0": Encoder(_q1_0, HALF_MAX),
 }
