@@ -113,7 +113,7 @@ def test_an_importance_moves_the_error_to_where_it_costs_less(source, tmp_path):
     weight = np.where(np.arange(256) % 4 == 0, 1.0, 1e-3)
     errors = []
     for importance in ({}, {name: weight}):
-        quantize_checkpoint(source, tmp_path / "m.gguf", {name: "q4_0"}, importance=importance, search=False)
+        quantize_checkpoint(source, tmp_path / "m.gguf", {name: "q4_0"}, importance=importance)
         with open_checkpoint(tmp_path / "m.gguf") as written:
             after = QuantizedArray.from_blocks("q4_0", written[name].raw(), transposed=True).dequantize()
         errors.append(float(np.sum(weight * (matrices(source)[name] - np.asarray(after)) ** 2)))
