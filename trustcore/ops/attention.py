@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def cached_attention(
     if implementation == "native" and refusal:
         raise ImplementationError(f"cached_attention: 'native' cannot compute this call: {refusal}")
     options = (window, kernels.size_scale(query, scale), soft_cap)
-    run: Callable[..., Any] = _xla if refusal else _native
+    run = cast("Callable[..., tuple[jax.Array, LayerCache]]", _xla if refusal else _native)
     if cache.packed:
         query, key, value = (_hadamard(x) for x in (query, key, value))
     out, extended = run(options, query, key, value, cache, start)

@@ -57,7 +57,7 @@ def fake_quantize(
     for name, given in (("scale", scale), ("offset", offset)):
         if given is not None and given.shape != expected:
             raise QuantizationError(
-                f"fake_quantize: {name} {list(given.shape)} does not fit x {list(x.shape)} in {scheme}; "
+                f"fake_quantize: {name} {list(given.shape)} does not fit x {list(x.shape)} in {scheme.storage.name}; "
                 f"it must be {list(expected)}."
             )
     parts = [None if p is None else expand(p.astype(jnp.float32), x.shape, scheme) for p in (scale, offset)]

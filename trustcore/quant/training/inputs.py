@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from trustcore.errors import QuantizationError
 from trustcore.quant.training.fake import SMALLEST, elementwise, scaled_gradient
-from trustcore.quant.training.scheme import Grid, Scheme
+from trustcore.quant.training.scheme import FORMATS, Grid, Scheme
 
 METHODS = ("lsq", "pact")
 SEEN = 3  # sum of mean magnitudes, sum of largest magnitudes, uses
@@ -49,37 +49,39 @@ class Inputs:
     """How a weight's inputs are quantized; static.
 
     Args:
-        scheme: per token or per tensor.
+        format: of the codes: int2 to int8, fp8_e4m3 or fp8_e5m2.
+        token: whether each row of x has its own scale, found on the way, or all one that is trained.
         method: one of `METHODS`; of no meaning per token.
     """
 
-    scheme: Scheme
+    format: str
+    token: bool = False
     method: str = "lsq"
 
     @staticmethod
     def parse(text: str, method: str) -> Inputs:
-        """Returns the activations' scheme, per tensor if no granularity is named.
+        """Returns what `text` names: a format, and after a colon "tensor" (the default) or "token".
 
         Raises:
-            QuantizationError: the method or the format is not known, or scales would not be per tensor or token.
+            QuantizationError: the method, the format or the granularity is not known.
         """
         if method not in METHODS:
             raise QuantizationError(f"activation_method is {method!r}; choose from {', '.join(METHODS)}.")
-        scheme = Scheme.parse(text if ":" in text else f"{text}:tensor")
-        if scheme.asymmetric or scheme.columns is not None or scheme.rows is not None:
+        name, _, grain = text.partition(":")
+        if name not in FORMATS or name in ("int1", "ternary") or grain not in ("", "tensor", "token"):
             raise QuantizationError(f"activations {text!r} are not known; write int8, int8:tensor or int8:token.")
-        return Inputs(scheme, method)
+        return Inputs(name, grain == "token", method)
 
     @property
     def trained(self) -> bool:
         """Whether there is a scale to train, a scalar."""
-        return not self.scheme.token
+        return not self.token
 
     @property
     def grid(self) -> Grid:
-        """The codes. A clipping level is one for both signs: PACT's least code is the negative of the largest."""
-        grid = self.scheme.grid
-        return dataclasses.replace(grid, low=-grid.high) if self.method == "pact" else grid
+        """The codes: as many below zero as above, so that one scale reaches equally far both ways."""
+        grid = Scheme.parse(self.format).grid
+        return dataclasses.replace(grid, low=-grid.high)
 
     def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
         """Returns x `[..., K]` through its codes, in its dtype; straight through for gradients."""

@@ -72,7 +72,7 @@ def prepare(
             faults.append(f"{path}: it is abstract; load or initialize the weights first")
         elif len(shape) < 2 or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             faults.append(f"{path}: it is no float matrix; leave it out by `where`")
-        elif fault := scheme.fault((*shape[:-2], shape[-1], shape[-2]) if is_transposed else shape):
+        elif fault := scheme.storage.refusal(shape[-1] if is_transposed else shape[-2]):
             faults.append(f"{path}: {fault}")
         else:
             return FakeQuantized.of(
@@ -124,8 +124,8 @@ def calibrate(tree: Any, function: Callable[..., Any], *args: Any) -> Any:
 def convert(tree: Any) -> Any:
     """Returns `tree` with its trained weights packed: `QuantizedArray`s that decode to what was trained, bit for bit.
 
-    Weights with quantized inputs become `QuantizedInputs`, a packed weight together with its inputs' scale. Those of
-    `fp8_join` become E4M3 codes under the scale that their products use.
+    Weights with quantized inputs become `ActivationQuantized` or `QuantizedInputs`, a packed weight together with its
+    inputs' scale. Those of `fp8_join` become E4M3 codes under the scale that their products use.
 
     Raises:
         QuantizationError: there is nothing to pack, or a scale was never set.

@@ -1,6 +1,6 @@
 """What a trained weight will be packed as: which codes there are, and which weights share a scale.
 
-    "int4"  "int8:tensor"  "int4:g64:asym"  "fp8_e4m3:128x128"  "int8:token" (activations)
+    "int4"  "int8:tensor"  "int4:g64:asym"  "fp8_e4m3:128x128"
 
 A *grid* is the set of codes q, a *scheme* a grid with its granularity. A matrix `[..., K, N]` has scales `[..., G, C]`:
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +18,10 @@ import numpy as np
 
 from trustcore.errors import QuantizationError
 from trustcore.quant.formats import SCALED_FORMATS, ScaledFormat
-from trustcore.quant.formats.scaled import span_of
+from trustcore.quant.formats.names import Storage, parse
 
 _FLOATS = {"fp8_e4m3": np.dtype(jnp.float8_e4m3fn), "fp8_e5m2": np.dtype(jnp.float8_e5m2)}
 FORMATS = ("int1", "ternary", *(f"int{bits}" for bits in range(2, 9)), *_FLOATS)
-_BLOCKS = re.compile(r"(\d+)x(\d+)")
-_GROUP = re.compile(r"g(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,51 +53,42 @@ class Scheme:
     """A format with its granularity; hashable, so that it may be static.
 
     Args:
-        format: one of `FORMATS`.
-        rows: of K that share a scale; None: all.
-        columns: of N that share a scale; None: all.
-        token: activations only: each row of K numbers has a scale of its own, made from it.
-        asymmetric: whether codes are shifted by a zero point.
+        storage: the format, and which weights share a scale.
     """
 
-    format: str
-    rows: int | None = None
-    columns: int | None = 1
-    token: bool = False
-    asymmetric: bool = False
+    storage: Storage
 
     @staticmethod
     def parse(text: str) -> Scheme:
-        """Returns the scheme that `text` names.
-
-        Without a granularity: channel for int8 and float8, groups of 32 for the others.
+        """Returns the scheme that `text` names, such as "int4:g64:asym"; see `formats.names`.
 
         Raises:
             QuantizationError: the format cannot be trained, or the granularity is not known.
         """
-        name, *options = text.split(":")
-        if name not in FORMATS:
-            raise QuantizationError(f"format {name!r} cannot be trained; choose from {', '.join(FORMATS)}.")
-        wide = name == "int8" or name in _FLOATS
-        found = Scheme(name, rows=None if wide else 32)
-        for option in options:
-            group, blocks = _GROUP.fullmatch(option), _BLOCKS.fullmatch(option)
-            if option == "asym":
-                if name in ("int1", "ternary", *_FLOATS):
-                    raise QuantizationError(f"{text!r}: {name} has no zero point; leave out ':asym'.")
-                found = dataclasses.replace(found, asymmetric=True)
-            elif option in ("tensor", "channel", "token"):
-                columns = 1 if option == "channel" else None
-                found = dataclasses.replace(found, rows=None, columns=columns, token=option == "token")
-            elif group and int(group[1]):
-                found = dataclasses.replace(found, rows=int(group[1]), columns=1)
-            elif blocks and int(blocks[1]) and int(blocks[2]):
-                found = dataclasses.replace(found, rows=int(blocks[1]), columns=int(blocks[2]))
-            else:
-                raise QuantizationError(
-                    f"{text!r}: {option!r} is no granularity; write tensor, channel, token, g64, 128x128 or asym."
-                )
-        return found
+        storage = parse(text)
+        if storage.format.name not in FORMATS:
+            raise QuantizationError(f"format {text!r} cannot be trained; choose from {', '.join(FORMATS)}.")
+        return Scheme(storage)
+
+    @property
+    def format(self) -> str:
+        """Its name, without granularity."""
+        return self.storage.format.name
+
+    @property
+    def rows(self) -> int | None:
+        """Of K that share a scale; None: all."""
+        return self.storage.rows or None
+
+    @property
+    def columns(self) -> int | None:
+        """Of N that share a scale; None: all."""
+        return self.storage.columns or None
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether codes are shifted by a zero point."""
+        return self.storage.asymmetric
 
     @property
     def stored(self) -> ScaledFormat:
@@ -122,18 +110,6 @@ class Scheme:
         if self.asymmetric and bits < 8:
             return Grid(0, 2**bits - 1)
         return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-    def fault(self, shape: tuple[int, ...]) -> str | None:
-        """Returns why a matrix `[..., K, N]` cannot have this scheme."""
-        if self.token:
-            return "scales of tokens are for activations; give weights channel, tensor, g64 or 128x128"
-        *_, k, n = shape
-        *_, groups, columns = self.scale_shape(shape)
-        if k % self.stored.multiple:
-            return f"K={k} is not a multiple of {self.stored.multiple}, the rows that {self.format} folds into bytes"
-        if self.stored.run(k, groups) != min(self.rows or k, k) or span_of(n, columns) is None:
-            return f"[{k}, {n}] is not cut evenly by {self.rows or k} x {self.columns or n} (blocks may end in a rest)"
-        return None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns `[..., G, C]` for a matrix `[..., K, N]`."""

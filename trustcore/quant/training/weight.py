@@ -2,6 +2,7 @@
 
     FakeQuantized       trained; every use goes through the codes     x @ fake_quantize(values)
     QuantizedInputs     afterwards, where activations are quantized   fake_quantize(x) @ QuantizedArray
+                        and `ActivationQuantized` does not serve
 
 Both stand wherever a weight array stands: `ops.linear`, nnx parameters, dicts. As pytrees their leaves are float arrays
 that an optimizer updates; what may not move is held still by its gradient, which is zero.
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from trustcore.dtypes import accumulation_dtype
 from trustcore.errors import ImplementationError
 from trustcore.ops.weight import Weight
+from trustcore.quant.activations import INPUTS, ActivationQuantized
 from trustcore.quant.array import QuantizedArray
 from trustcore.quant.encode.encoder import fold
 from trustcore.quant.training.fake import codes_of, fake_quantize, scaled_gradient, start_of
@@ -152,15 +154,25 @@ class FakeQuantized(Weight):
             )
         return tuple(w._product(x) for w in weights if isinstance(w, FakeQuantized))
 
-    def packed(self) -> QuantizedArray | QuantizedInputs:
-        """Returns the weight packed: it decodes to `dequantize()`, bit for bit."""
+    def packed(self) -> QuantizedArray | ActivationQuantized | QuantizedInputs:
+        """Returns the weight packed: it decodes to `dequantize()`, bit for bit.
+
+        With quantized inputs it becomes an `ActivationQuantized`, which multiplies codes by codes, if the weight is of
+        the same kind and has no groups along K; else `QuantizedInputs`.
+        """
         scale, offset = self._scales()
         codes = codes_of(self.values, scale, offset, self.scheme)
         fields = {**_planes(codes, self.scheme), "scale": scale}
         if offset is not None:
             fields["zero"] = -(offset / scale)
         array = QuantizedArray(self.scheme.format, fields, transposed=self.transposed)
-        return array if self.inputs is None else QuantizedInputs(array, self.leaves.get("input_scale"), self.inputs)
+        if self.inputs is None:
+            return array
+        input_scale, format = self.leaves.get("input_scale"), self.inputs.format
+        whole = [name == "int8" for name in (self.scheme.format, format)]
+        if {self.scheme.format, format} <= set(INPUTS) and whole[0] == whole[1] and self.scheme.rows is None:
+            return ActivationQuantized(array, format, input_scale=input_scale)
+        return QuantizedInputs(array, input_scale, self.inputs)
 
     def _scales(self) -> tuple[jax.Array, jax.Array | None]:
         if self.method == "minmax":
@@ -193,7 +205,9 @@ class FakeQuantized(Weight):
 
 @jax.tree_util.register_pytree_with_keys_class
 class QuantizedInputs(Weight):
-    """A packed weight whose inputs go through codes as well: what training with quantized activations leaves behind.
+    """A packed weight of any granularity whose inputs go through codes as well, multiplied as decoded numbers.
+
+    What training with quantized activations leaves behind where `ActivationQuantized` cannot multiply codes by codes.
 
     Args:
         weight: the packed matrix.
@@ -249,7 +263,7 @@ class QuantizedInputs(Weight):
         return self.products(jnp.asarray(x), [self])[0]
 
     def __repr__(self) -> str:
-        return f"QuantizedInputs({self.inputs.scheme.format}, {self.weight!r})"
+        return f"QuantizedInputs({self.inputs.format}, {self.weight!r})"
 
 
 def _planes(codes: jax.Array, scheme: Scheme) -> dict[str, jax.Array]:
