@@ -31,8 +31,8 @@ from trustcore.quant.encode.search import (
     search,
     search_nearest,
     shared_reduce,
-    symmetric_codes,
     weighted,
+    whole,
 )
 from trustcore.quant.formats.names import Storage
 from trustcore.quant.formats.scaled import Plane, ScaledFormat
@@ -92,7 +92,7 @@ def _symmetric(
     else:
         scale = reduce(jnp.max, jnp.abs(x)) / high
     scale = stored(scale * unit)  # type: ignore[operator]
-    codes = symmetric_codes(x, scale / unit, low, high)
+    codes = whole(low, high)(x * inverse(scale / unit)[None])
     if spec.bits == 8:
         return {"codes": codes.astype(jnp.int8), "scale": scale}
     return {**planes(spec, codes - low), "scale": scale}
@@ -149,12 +149,12 @@ def _ternary(
             return jnp.where(jnp.abs(x) > (threshold[0] * mean)[None], jnp.sign(x), 0)
 
         def again(scale: jax.Array) -> jax.Array:
-            return symmetric_codes(x, scale, -1, 1)
+            return whole(-1, 1)(x * inverse(scale)[None])
 
         thresholds = Grid(tuple(np.linspace(0, 2.2, 12)), 2)
         mean = search(thresholds, place, fit, again, (jnp.zeros_like(mean), jnp.zeros_like(mean)))[1]
     scale = stored(mean * unit)  # type: ignore[operator]
-    return {**planes(spec, symmetric_codes(x, scale / unit, -1, 1) + 1), "scale": scale}
+    return {**planes(spec, whole(-1, 1)(x * inverse(scale / unit)[None]) + 1), "scale": scale}
 
 
 def _with_zero(

@@ -165,13 +165,13 @@ def search_symmetric(x: jax.Array, weight: jax.Array | None, nearest: Nearest, g
         nearest: the codes there are.
         grid: what to try.
     """
-    return search_nearest(x, weight, lambda y: jnp.clip(jnp.round(y), low, high), grid, signed=True)
+    return search_nearest(x, weight, nearest, grid, signed=True)
 
 
 def search_nearest(
     x: jax.Array,
     weight: jax.Array | None,
-    nearest: Callable[[jax.Array], jax.Array],
+    nearest: Nearest,
     grid: Grid,
     *,
     signed: bool = False,

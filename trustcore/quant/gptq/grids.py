@@ -28,6 +28,7 @@ from trustcore.quant.encode.search import (
     power_of_two,
     search_affine,
     search_symmetric,
+    whole,
     symmetric_grids,
 )
 from trustcore.quant.formats import BLOCK_FORMATS
@@ -98,7 +99,7 @@ class IntegerGrid(Grid):
             return {"scale": scale * unit, "zero": zero}
         reach = 2 ** (self.bits - 1)
         grid = symmetric_grids(reach).choose(weight, self.search)
-        return {"scale": search_symmetric(x, weight, -reach, reach - 1, grid) * unit}
+        return {"scale": search_symmetric(x, weight, whole(-reach, reach - 1), grid) * unit}
 
     def round(self, row: jax.Array, params: Any, j: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Grid`."""
