@@ -256,7 +256,7 @@ def test_layers_of_one_form_share_a_program():
         plan = _Plan(scanned, layers(n=n), (inputs(1)[0],), ["up", "down", "out"], True)
         counts[n] = len({plan.part(number).key for number in range(plan.count)})
         assert plan.count == 2 * n + 1
-    assert counts[3] == counts[6] == 5  # first up, down, other up, out after the last; down of the others
+    assert counts[3] == counts[6] == 4  # what comes before the first, after an up, after a down, after the last down
 
 
 @pytest.mark.parametrize(

@@ -362,5 +362,5 @@ def _text(part: _Part) -> str:
         settings = {key: setting(value) for key, value in sorted(eqn.params.items())}
         ins, outs = [name(a) for a in eqn.invars], [name(v) for v in eqn.outvars]
         lines.append(f"{outs} = {eqn.primitive.name} {settings} {ins}")
-    lines += [f"{group} {name(x)} {product} {site.k}" for group, x, product, site in part.inputs]
+    lines += [f"{g} {name(x)} {product.order} {product.batch} {site.k}" for g, x, product, site in part.inputs]
     return "\n".join([*lines, *(name(var) for var in part.made)])

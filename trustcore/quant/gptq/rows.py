@@ -95,7 +95,7 @@ def round_rows(
 
 
 def round_to_nearest(w: jax.Array, cost: jax.Array, grid: Grid) -> Rounded:
-    """Returns each weight of `w` `[K, N]` rounded by itself; an error in row k costs `cost[k]` in the search for scales."""
+    """Returns each weight of `w` `[K, N]` rounded by itself, scales searched for errors in row k costing `cost[k]`."""
     params = _all_groups(grid, w, cost)
     codes, values = _nearest(grid, w, params)
     return Rounded(codes, params, values, None)
