@@ -62,9 +62,17 @@ def filled(case, key, value, start, dtype):
     return cache._replace(keys=keys), part
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("implementation", ("native", "xla"))
-@pytest.mark.parametrize("name", CASES)
+def cached_cases():
+    """Codes share their code paths: a few shapes show them, `-m slow` takes the rest."""
+    few = ("one token", "rows of several tokens", "window and soft cap", "head size 80", "one token, long cache")
+    for name in CASES:
+        for implementation in ("native", "xla"):
+            for dtype in TOLERANCE:
+                quick = dtype not in ("float8_e4m3fn", "int4") or name in few
+                yield pytest.param(name, implementation, dtype, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "implementation", "dtype"), list(cached_cases()))
 def test_cached_attention(name, implementation, dtype):
     case = CASES[name]
     _, t, _, _, h, s, window, soft_cap = case
