@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.convert.folders import hugging_face_folder
 from trustcore.weights import open_checkpoint
 from trustcore.weights.gguf_writer import StreamedTensor, write_gguf
 
@@ -126,3 +127,33 @@ def test_ctrl_c_leaves_nothing(program, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "give a format such as q4_k_m, or a --budget"),
+        (["--budget", "4bpw"], "it needs a text to measure by"),
+        (["--format", "q4_0", "--method", "gptq"], "it needs a text to measure by"),
+        (["--budget", "many", "--calib", "t.txt"], "is no number of bits"),
+        (["--format", "q4_0", "--importance", "i.gguf", "--calib", "t.txt"], "give one of them"),
+    ],
+)
+def test_options_that_do_not_go_together(cli, model: Path, options, words) -> None:
+    done = cli("quantize", str(model), "-o", str(model.with_name("m.gguf")), *options)
+    told = " ".join(done.err.replace("\u2502", " ").split())
+    assert done.status == 2 and words in told, told
+
+
+def test_a_calibration_text_leads_to_gptqs_codes(cli, tmp_path: Path) -> None:
+    hugging_face_folder(tmp_path)
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over 12 lazy dogs. " * 60)
+    words = ("-f", "q4_0", "--calib", str(tmp_path / "t.txt"), "--json")
+    reports = []
+    for name, method in (("a.gguf", "imatrix"), ("b.gguf", "gptq")):
+        done = cli("quantize", str(tmp_path), "-o", str(tmp_path / name), *words, "--method", method)
+        assert done.status == 0, done.err
+        reports.append(json.loads(done.out))
+    with open_checkpoint(tmp_path / "a.gguf") as a, open_checkpoint(tmp_path / "b.gguf") as b:
+        assert not np.array_equal(a["blk.0.attn_q.weight"].raw(), b["blk.0.attn_q.weight"].raw())
+    assert reports[0]["nbytes"] == reports[1]["nbytes"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from trustcore.cli import console, options
+from trustcore.cli.perplexity import read_text
 from trustcore.errors import CheckpointError
+
+
+class Method(enum.StrEnum):
+    """Names of `trustcore.convert.METHODS`."""
+
+    imatrix = "imatrix"
+    gptq = "gptq"
+    awq = "awq"
 
 
 def quantize(
@@ -21,8 +32,17 @@ def quantize(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .gguf file to write.")],
     format: Annotated[
-        str, typer.Option("--format", "-f", help="A format (q4_0, q6_k, f16) or a recipe of several (q4_k_m).")
-    ],
+        str | None, typer.Option("--format", "-f", help="A format (q4_0, q6_k, f16) or a recipe of several (q4_k_m).")
+    ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="What --calib is used for: to weigh inputs (imatrix), choose codes (gptq), scale (awq)."),
+    ] = None,
+    calib: Annotated[Path | None, typer.Option(help="A text like those that the model will read.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="3.5bpw", help="Bits a weight of the whole file: formats are chosen matrix by matrix."),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(help="Tensors that stay as they are: output, embed, or patterns of names; commas between them."),
@@ -42,22 +62,34 @@ def quantize(
 ) -> None:
     """Write a model as a packed GGUF file. Ctrl-C leaves nothing behind."""
     _check(out, force)
+    bits = _check_calibration(format, method, calib, budget, importance)
+    import trustcore
     from trustcore.catalogue import resolve
-    from trustcore.convert import quantize_checkpoint
+    from trustcore.convert import Prepared, prepare, quantize_checkpoint
     from trustcore.generation.programs import keep_programs
     from trustcore.weights.imatrix import read_imatrix
 
     keep_programs()
     with console.progress_bar() as progress:
         path = resolve(source, progress=progress)
-        weights = None if importance is None else read_imatrix(importance).importance
+        name = None if format is None else format.lower()
+        if calib is None:
+            prepared = Prepared(name, {} if importance is None else read_imatrix(importance).importance)
+        else:
+            text = read_text(calib)
+            model = trustcore.load(path, dtype="float32")
+            prepared = prepare(
+                path, model, name, text, method=method or "imatrix", bits_per_weight=bits, pure=pure, progress=progress
+            )
+            del model
         try:
             report = quantize_checkpoint(
                 path,
                 out,
-                format.lower(),
+                prepared.format,
                 keep=[word.strip() for words in keep or () for word in words.split(",") if word.strip()],
-                importance=weights,
+                importance=prepared.importance,
+                tensors=prepared.tensors,
                 search=search,
                 pure=pure,
                 requantize=requantize,
@@ -82,6 +114,28 @@ def _check(out: Path, force: bool) -> None:
         raise typer.BadParameter(
             f"{out} exists; write over it with --force, or choose another name", param_hint="'--out'"
         )
+
+
+def _check_calibration(
+    format: str | None, method: Method | None, calib: Path | None, budget: str | None, importance: Path | None
+) -> float | None:
+    """Returns the budget in bits a weight; refuses options that do not go together."""
+    if format is None and budget is None:
+        raise typer.BadParameter("give a format such as q4_k_m, or a --budget", param_hint="'--format'")
+    if calib is None and (method is not None or budget is not None):
+        name = "--budget" if method is None else "--method"
+        raise typer.BadParameter("it needs a text to measure by: add --calib FILE", param_hint=f"'{name}'")
+    if calib is not None and importance is not None:
+        raise typer.BadParameter(
+            "it takes the place of --calib, which makes an importance matrix of its own; give one of them",
+            param_hint="'--importance'",
+        )
+    if budget is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:bpw)?", budget.strip().lower())
+    if found is None or not 1 <= float(found[1]) <= 32:
+        raise typer.BadParameter(f"{budget!r} is no number of bits; write 3.5bpw, for example", param_hint="'--budget'")
+    return float(found[1])
 
 
 def _print(report: Any) -> None:
