@@ -80,7 +80,7 @@ def test_clips_are_those_that_every_group_would_choose():
     rng = np.random.default_rng(0)
     tree = {"w": jnp.asarray(rng.standard_t(3, (64, 12)), jnp.float32)}
     x = (rng.standard_normal((100, 64)) @ rng.standard_normal((64, 64)) * 0.3).astype(np.float32)
-    packed = awq(tree, "q4_0", (), {"w": x}, importance=False, search=False)["w"].dequantize()
+    packed = awq(tree, "q4_0", (), {"w": x})["w"].dequantize()
     weights = np.asarray(tree["w"], np.float64)
     chosen = []
     for g in range(2):
@@ -97,13 +97,13 @@ def test_clips_are_those_that_every_group_would_choose():
 
 
 @pytest.mark.parametrize(
-    ("format", "options"), [("q4_0", {"search": False, "importance": False}), ("q4_0", {}), ("int3:g32:asym", {})]
+    ("format", "options"), [("q4_0", {}), ("q4_0", {"search": True, "importance": True}), ("int3:g32:asym", {})]
 )
 def test_output_errors_are_below_plain_packing_on_skewed_data(format, options):
     """Of the products that read the skewed inputs, on data that was not calibrated with."""
     tree = plain_model(outliers=1.5)
     samples = samples_of(tree)
-    plain = quantize(tree, format, where=in_layer, search=options.get("search", True))
+    plain = quantize(tree, format, where=in_layer, search=options.get("search", False))
     aware = awq(tree, format, [NORM, UP], samples, where=in_layer, **options)
     assert {type(leaf) for leaf in aware["layer"].values() if leaf.ndim == 2} == {QuantizedArray}
     errors = []
@@ -134,7 +134,7 @@ def test_a_decoder_from_captured_samples():
     def in_blocks(path, array):
         return path.startswith("blocks.") and array.ndim == 2
 
-    options = {"alphas": (0, 0.3, 0.6), "clips": (1, 0.85)}
+    options = {"alphas": (0, 0.3, 0.6), "clips": (1, 0.9, 0.8, 0.7)}
     links = decoder_links(model)
     kernels = {path: rows for path, rows in samples.items() if in_blocks(path, np.zeros((1, 1)))}
     aware = awq(model, "q4_0", links, kernels, where=in_blocks, **options)
@@ -142,7 +142,7 @@ def test_a_decoder_from_captured_samples():
     run = jax.jit(lambda m, t: m(t))
     exact = run(model, t)
     errors = [float(jnp.mean((run(m, t) - exact) ** 2)) for m in (plain, aware)]
-    assert errors[1] < 0.75 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
     scaled = awq(model, "q4_0", links, kernels, where=in_blocks, pack=False, **options)
     np.testing.assert_allclose(run(scaled, t), exact, atol=2e-5 * jnp.abs(exact).max())
     assert jnp.any(

@@ -8,7 +8,7 @@ the fraction of its largest magnitude that serves its output best. Lin et al., a
 ("weight clipping"); equations 4 and 5.
 
 We measure the error behind each link's matrices, where the paper's code measures behind the whole block; and rounding
-is whatever the format's encoder does, its search and importance included, so that AWQ adds to them.
+is whatever the format's encoder does, in any format.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def awq(
     alphas: Sequence[float] = ALPHAS,
     clips: Sequence[float] = CLIPS,
     clip: Predicate | None = None,
-    importance: bool = True,
-    search: bool = True,
+    importance: bool = False,
+    search: bool = False,
     pack: bool = True,
     where: Predicate | None = None,
     transposed: Predicate | None = None,
@@ -59,7 +59,9 @@ def awq(
         clip: which matrices may be clipped, by (path, array); None: all that have samples. The paper's code leaves out
             queries and keys.
         importance: whether the inputs' mean squares weigh the encoder's error, as an importance matrix does.
-        search: see `trustcore.quant.encode.encode`.
+        search: whether the encoder searches scales by itself; see `trustcore.quant.encode.encode`. Clipping is a search
+            already, and sees how inputs hang together, so that both are better left out: KL on SmolLM2, rotated, in
+            q4_0 is 0.23 without and 0.26 with them (2026-11).
         pack: False returns the scaled tree in float, unclipped: the same function as `tree`, for another method.
         where: which matrices are packed; as in `trustcore.quantize`.
         transposed: which are stored `[N, K]`; as there.
