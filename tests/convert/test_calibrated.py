@@ -1,4 +1,4 @@
-"""Methods that read a text: files they lead to are closer to the float model, on weights where inputs differ in size."""
+"""Methods that read a text: the files they lead to are closer to the float model where inputs differ in size."""
 
 from __future__ import annotations
 

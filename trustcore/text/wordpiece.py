@@ -49,7 +49,7 @@ class WordPiece:
         word = ""
         for char in text:
             if self._strip_accents:
-                char = unicodedata.normalize("NFD", char)[0]  # noqa: PLW2901 (the equations read better so)
+                char = unicodedata.normalize("NFD", char)[0]
             kind = unicodedata.category(char)
             if char in _WHITE_SPACE:
                 yield from filter(None, [word])

@@ -28,8 +28,8 @@ from trustcore.quant.encode.search import (
     power_of_two,
     search_affine,
     search_symmetric,
-    whole,
     symmetric_grids,
+    whole,
 )
 from trustcore.quant.formats import BLOCK_FORMATS
 
