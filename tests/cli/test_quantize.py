@@ -78,9 +78,9 @@ def test_an_importance_matrix(cli, model: Path) -> None:
         ("in.gguf", "nowhere/out.gguf", ["-f", "q4_0"], "lies in a folder that does not exist"),
         ("in.gguf", "in.gguf", ["-f", "q4_0"], "exists; write over it with --force"),
         ("in.gguf", "out.gguf", ["-f", "q9_9"], "format 'q9_9' is not known; choose one of f32"),
-        ("in.gguf", "out.gguf", [], "Missing option '--format'"),
+        ("in.gguf", "out.gguf", [], "give a format such as q4_k_m, or a --budget"),
         ("in.gguf", "out.gguf", ["-f", "q4_0", "--keep", "head"], "keep: 'head' matches no tensor"),
-        ("in.gguf", "out.gguf", ["-f", "q4_0", "--importance", "in.gguf"], "it is no importance matrix"),
+        ("in.gguf", "out.gguf", ["-f", "q4_0", "--importance", "in.gguf"], "this is no importance matrix"),
         ("in.gguf", "out.gguf", ["-f", "q4_0", "--importance", "none.dat"], "none.dat: no such file"),
         ("notes.txt", "out.gguf", ["-f", "q4_0"], "the file starts with b'nothing '"),
         ("missing.gguf", "out.gguf", ["-f", "q4_0"], "missing.gguf: no such file or folder"),
@@ -147,11 +147,12 @@ def test_options_that_do_not_go_together(cli, model: Path, options, words) -> No
 
 def test_a_calibration_text_leads_to_gptqs_codes(cli, tmp_path: Path) -> None:
     hugging_face_folder(tmp_path)
+    source = str(tmp_path / "model.safetensors")
     (tmp_path / "t.txt").write_text("The quick brown fox jumps over 12 lazy dogs. " * 60)
     words = ("-f", "q4_0", "--calib", str(tmp_path / "t.txt"), "--json")
     reports = []
     for name, method in (("a.gguf", "imatrix"), ("b.gguf", "gptq")):
-        done = cli("quantize", str(tmp_path), "-o", str(tmp_path / name), *words, "--method", method)
+        done = cli("quantize", source, "-o", str(tmp_path / name), *words, "--method", method)
         assert done.status == 0, done.err
         reports.append(json.loads(done.out))
     with open_checkpoint(tmp_path / "a.gguf") as a, open_checkpoint(tmp_path / "b.gguf") as b:

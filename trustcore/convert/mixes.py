@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trustcore.errors import QuantizationError
-from trustcore.quant.formats import FORMATS
+from trustcore.quant.formats import BLOCK_FORMATS
 
 PLAIN = ("f32", "f16", "bf16")  # formats without blocks
 
@@ -133,10 +133,10 @@ def formats_of(recipe: str, shapes: Mapping[str, Sequence[int]], facts: Facts, *
     Raises:
         QuantizationError: there is no such recipe.
     """
-    if recipe not in RECIPES and recipe not in FORMATS:
-        names = ", ".join(dict.fromkeys((*RECIPES, *FORMATS)))
+    if recipe not in RECIPES and recipe not in BLOCK_FORMATS:
+        names = ", ".join(dict.fromkeys((*RECIPES, *BLOCK_FORMATS)))
         raise QuantizationError(f"format {recipe!r} is not known; choose one of {names}.")
-    base = recipe if pure and recipe in FORMATS else RECIPES[recipe].base if recipe in RECIPES else recipe
+    base = recipe if pure and recipe in BLOCK_FORMATS else RECIPES[recipe].base if recipe in RECIPES else recipe
     packable = [name for name, shape in shapes.items() if is_packable(name, shape)]
     if pure or base in PLAIN:
         return dict.fromkeys(packable, base)
@@ -159,10 +159,10 @@ def formats_of(recipe: str, shapes: Mapping[str, Sequence[int]], facts: Facts, *
 
 def fallback(format: str, row: int) -> str:
     """Returns the format for rows of that many weights: `format`, or what llama.cpp takes where blocks do not fit."""
-    if format == "f32" or row % FORMATS[format].block == 0:
+    if format == "f32" or row % BLOCK_FORMATS[format].block == 0:
         return format
     other = FALLBACKS.get(format, "f16")
-    return other if row % FORMATS[other].block == 0 else "f16"
+    return other if row % BLOCK_FORMATS[other].block == 0 else "f16"
 
 
 def _part(name: str) -> str:
@@ -175,7 +175,7 @@ def _layer(name: str) -> int:
 
 
 def _output_format(recipe: str, base: str, row: int) -> str:
-    if recipe == "mxfp4" or row % FORMATS[base].block:
+    if recipe == "mxfp4" or row % BLOCK_FORMATS[base].block:
         return "q8_0"
     if recipe in ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs"):
         return "q5_k"

@@ -26,8 +26,9 @@ import numpy as np
 from trustcore.convert.mixes import RECIPES, UNNAMED_FILE_TYPE, Facts, fallback, formats_of, is_packable
 from trustcore.convert.source import Source, SourceTensor, read_source
 from trustcore.errors import QuantizationError
-from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.quant import QuantizedArray
 from trustcore.quant.encode import ENCODERS
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, open_checkpoint
 from trustcore.weights.gguf_types import GGML_IDS, GGML_TYPES
 from trustcore.weights.gguf_writer import StreamedTensor, write_gguf
@@ -229,7 +230,7 @@ def _plan(
         else:
             asked, target = target, fallback(target, tensor.shape[-1])
             if asked != target:
-                note = f"{asked} takes rows of {FORMATS[asked].block}"
+                note = f"{asked} takes rows of {BLOCK_FORMATS[asked].block}"
             faults += _refusals(tensor, target, value, requantize, importance.get(name))
         plans.append(_Plan(tensor, target, note))
     if faults:
@@ -253,8 +254,8 @@ def _wanted(
     else:
         chosen = {name: format(name, shapes[name]) for name in packable}
     known = {name: value for name, value in chosen.items() if value is not None}
-    strange = sorted({value for value in known.values() if value != "f32" and value not in FORMATS})
-    faults += [f"format {value!r} is not known; choose from f32, {', '.join(FORMATS)}" for value in strange]
+    strange = sorted({value for value in known.values() if value != "f32" and value not in BLOCK_FORMATS})
+    faults += [f"format {value!r} is not known; choose from f32, {', '.join(BLOCK_FORMATS)}" for value in strange]
     return {name: value for name, value in known.items() if value not in strange}
 
 
@@ -290,7 +291,7 @@ def _pieces(plan: _Plan, weight: Any, search: bool, value: Any, noise: _Noise) -
     """The bytes or numbers of a tensor, in order, each with the share of the tensor that is then done."""
     tensor, encoding = plan.tensor, GGML_TYPES[GGML_IDS[plan.format]]
     if isinstance(value, QuantizedArray):
-        if tensor.encoding in (*_FLOATS, "f64", *FORMATS):
+        if tensor.encoding in (*_FLOATS, "f64", *BLOCK_FORMATS):
             noise.add(tensor.floats(0, tensor.rows).T, value.dequantize().reshape(tensor.rows, -1).T)
         yield value.to_blocks(), 1.0
         return

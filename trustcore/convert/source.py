@@ -16,7 +16,8 @@ import numpy as np
 from trustcore.errors import ModelError, QuantizationError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.to_gguf import gguf_divisors, gguf_metadata, gguf_tensors
-from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.quant import QuantizedArray
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.text.to_gguf import gguf_tokenizer
 from trustcore.weights import Checkpoint, LazyArray
 
@@ -98,12 +99,11 @@ def read_source(checkpoint: Checkpoint) -> Source:
     unknown = [
         f"{tensor.name} is stored as {tensor.encoding}"
         for tensor in source.tensors.values()
-        if tensor.encoding not in (*PLAIN, *FORMATS) and len(tensor.shape) > 1
+        if tensor.encoding not in (*PLAIN, *BLOCK_FORMATS) and len(tensor.shape) > 1
     ]
     if unknown:
-        raise QuantizationError(
-            f"{checkpoint.path}: {'; '.join(unknown[:20])}. Readable: {', '.join(dict.fromkeys((*PLAIN, *FORMATS)))}."
-        )
+        readable = ", ".join(dict.fromkeys((*PLAIN, *BLOCK_FORMATS)))
+        raise QuantizationError(f"{checkpoint.path}: {'; '.join(unknown[:20])}. Readable: {readable}.")
     return source
 
 
