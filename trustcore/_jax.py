@@ -13,6 +13,11 @@ JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split
 # (K=2048, N=8192, two cores of an AVX2 machine, 2026-11).
 STREAM_UNROLL: int = 4 if JAX_VERSION >= (0, 12) else 1
 
+# Rows of x up to which streaming integers beats decoding tiles into a dot on the CPU, in the same setting (int4 and
+# int8 under scales of any granularity): on 0.12, four rows stream at 5.4 to 5.9 G weights/s and tile at 4.5 to 5.0; on
+# 0.10.2, two at 5.8 to 7.5 against 4.3 to 4.4, and three no faster.
+STREAM_ROWS: int = 4 if JAX_VERSION >= (0, 12) else 2
+
 
 def computed_once(x: jax.Array) -> jax.Array:
     """Returns x `[..., rows, N]`, stored before it is used, so that XLA does not compute it anew in each of its users.

@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from trustcore.errors import QuantizationError
 from trustcore.ops.weight import Weight
-from trustcore.quant.encode import encode
+from trustcore.quant.encode import encode, no_encoder
 from trustcore.quant.formats import Format, decode_matrix, get_format
+from trustcore.quant.formats.names import storages
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -69,7 +71,8 @@ class QuantizedArray(Weight):
 
         Args:
             weights: float `[..., K, N]`, or `[..., N, K]` when `transposed`; K is a multiple of the format's block.
-            format: a name in `trustcore.quant.encode.ENCODERS`.
+            format: a name that `encode` takes, such as "q4_k", "int4:g64" or "fp8_e4m3:128x128"; "fp8" takes whichever
+                of E4M3 and E5M2 has the smaller error.
             importance: what an error in each of the K inputs costs, `[K]`; None: all the same.
             search: see `trustcore.quant.encode.encode`.
             transposed: whether blocks run along the last axis: a table whose rows are looked up.
@@ -78,7 +81,18 @@ class QuantizedArray(Weight):
             QuantizationError: the weights cannot be packed in that format; see `encode`.
         """
         matrix = jnp.swapaxes(jnp.asarray(weights), -1, -2) if transposed else weights
-        return cls(format, encode(format, matrix, importance=importance, search=search), transposed=transposed)
+        if why := no_encoder(format):
+            raise QuantizationError(f"{format}: {why}.")
+        choices = [
+            cls(s.format.name, encode(s.name, matrix, importance=importance, search=search)) for s in storages(format)
+        ]
+        if len(choices) > 1 and isinstance(matrix, Tracer):
+            raise QuantizationError(
+                f"{format}: the weights decide between {' and '.join(c.description for c in choices)}, and they cannot "
+                "be looked at under a trace. Name one of the two."
+            )
+        best = choices[0] if len(choices) == 1 else min(choices, key=lambda c: _error(c, matrix, importance))
+        return best.T if transposed else best
 
     def to_blocks(self) -> np.ndarray:
         """Returns the bytes on disk, uint8 `[..., N, bytes]`: the exact inverse of `from_blocks`."""
@@ -186,6 +200,14 @@ class QuantizedArray(Weight):
 
     def __repr__(self) -> str:
         return f"QuantizedArray({self.description}{list(self.shape)}, {self.bits_per_weight:g} bits/weight)"
+
+
+def _error(packed: QuantizedArray, weights: Any, importance: Any) -> float:
+    """Returns the sum of squares of what packing changed, relative to the largest weight, by importance."""
+    weights = jnp.asarray(weights).astype(jnp.float32)
+    unit = jnp.maximum(jnp.max(jnp.abs(weights), initial=0), 1e-30)
+    squares = ((weights - packed.dequantize()) / unit) ** 2
+    return float(jnp.sum(squares if importance is None else squares * jnp.asarray(importance, jnp.float32)[..., None]))
 
 
 def _to_device(field: np.ndarray) -> jax.Array:

@@ -32,8 +32,6 @@ from trustcore.quant.array import QuantizedArray
 from trustcore.quant.formats import BlockFormat
 from trustcore.quant.formats.format import TILE, add_part, logical_rows, stored_rows
 
-FEW_ROWS = 16  # rows up to which streaming the codes beats decoding tiles into a dot
-
 Products = Callable[[jax.Array, tuple[QuantizedArray, ...]], tuple[jax.Array, ...]]
 
 
@@ -56,6 +54,8 @@ def packed_products(
     for w in weights:
         if w.ndim != 2 or w.shape[0] != x.shape[-1]:
             raise ImplementationError(f"linear: x {x.dtype}{list(x.shape)} does not fit {w!r}: K must agree.")
+    if x.size == 0 or any(w.size == 0 for w in weights):  # nothing to sum, or nowhere to put it
+        return tuple(jnp.zeros((*x.shape[:-1], w.shape[1]), x.dtype) for w in weights)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     results: tuple[jax.Array, ...] = _products(rows, tuple(weights), implementation)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in results)
@@ -92,7 +92,7 @@ def choose(rows: int, w: QuantizedArray, implementation: str | None = None) -> s
     if jax.default_backend() == "cpu":
         if not reasons["native"]:
             return "native"
-        if rows <= FEW_ROWS and not reasons["stream"]:
+        if rows <= w.spec.few_rows and not reasons["stream"]:
             return "stream"
     return "tiles"
 
@@ -178,7 +178,7 @@ def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 def _tiles(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
     results = []
-    for w in weights:
+    for w in map(_readied, weights):
         order = w.fields.get("order")
         if w.transposed:
             results.append(logical_rows(_transposed_tiles(x, w), order, -1))
@@ -217,6 +217,10 @@ def _transposed_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
     return y + one(n - rest, rest) if rest else y
 
 
+def _readied(w: QuantizedArray) -> QuantizedArray:
+    return QuantizedArray(w.format, w.spec.readied(w.fields), transposed=w.transposed)
+
+
 def _decode_tile(w: QuantizedArray, start: Any, width: int) -> jax.Array:
     return w.spec.matrix(w.spec.cut(w.fields, start, width))
 
@@ -251,10 +255,11 @@ def _field_gradients(x: jax.Array, w: QuantizedArray, g: jax.Array) -> Quantized
     n = w.stored_shape[-1]
     spans, order = w.spec.spans(w.fields), w.fields.get("order")
     trained = {name: w.fields[name] for name in w.spec.trained(w.fields)}
+    ready = w.spec.readied(w.fields)
     here, other = (x, stored_rows(g, order, -1)) if w.transposed else (g, stored_rows(x, order, -1))
 
     def add(grads: dict[str, jax.Array], start: Any, width: int) -> dict[str, jax.Array]:
-        cut = w.spec.cut(w.fields, start, width)
+        cut = w.spec.cut(ready, start, width)
         tile = jax.lax.dynamic_slice_in_dim(here, start, width, 1)
         _, pull = jax.vjp(lambda floats: w.spec.matrix({**cut, **floats}), {name: cut[name] for name in trained})
         parts = pull(other.T @ tile)[0]

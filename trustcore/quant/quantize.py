@@ -22,8 +22,9 @@ import numpy as np
 from trustcore.errors import QuantizationError
 from trustcore.ops.weight import Weight
 from trustcore.quant.array import QuantizedArray
-from trustcore.quant.encode import ENCODERS
-from trustcore.quant.formats import get_format
+from trustcore.quant.encode import no_encoder
+from trustcore.quant.formats import BlockFormat
+from trustcore.quant.formats.names import Storage, storages
 
 Predicate = Callable[[str, Any], bool]
 Formats = str | Mapping[str, str | None] | Callable[[str, Any], str | None]
@@ -47,9 +48,10 @@ def quantize(
 
     Args:
         tree: a pytree of weights.
-        format: the name of a format; or patterns of paths to names, of which the first that matches counts
-            (`{"*.down.kernel": "q6_k", "output.*": None, "*": "q4_k"}`, None leaving a leaf alone); or a function of
-            (path, array) that gives a name or None.
+        format: the name of a format, with the granularity of its scales where it has a choice ("q4_k", "int8:channel",
+            "int4:g64:asym", "fp8_e4m3:128x128"; see `trustcore.quant.formats.names`); or patterns of paths to names, of
+            which the first that matches counts (`{"*.down.kernel": "q6_k", "output.*": None, "*": "q4_k"}`, None
+            leaving a leaf alone); or a function of (path, array) that gives a name or None.
         where: which leaves, by (path, array). None: `is_matrix`, if K is a multiple of the format's block.
         transposed: which arrays are `[N, K]`, such as tables whose rows are looked up. None: those called "table" or
             "embedding".
@@ -159,7 +161,7 @@ def _plan(
         fault = _fault(path, leaf, name, transposed)
         if fault is None:
             plan = _Plan(name, leaf.transposed if isinstance(leaf, QuantizedArray) else transposed(path, leaf))
-            same = isinstance(leaf, QuantizedArray) and leaf.format == name
+            same = isinstance(leaf, QuantizedArray) and any(_is_stored_as(leaf, s) for s in storages(name))
             packed_already = packed_already or same
             plans[-1] = None if same else plan
         elif where is None and fault.startswith("K="):
@@ -168,7 +170,7 @@ def _plan(
             faults.append(f"{path}: {fault}")
     if not faults:  # a name that no leaf was to take
         names = {format} if isinstance(format, str) else set(format.values()) if isinstance(format, Mapping) else set()
-        faults += [_no_encoder(name) for name in sorted(names - {None} - set(ENCODERS), key=str)]
+        faults += [why for name in sorted(names - {None}, key=str) if (why := no_encoder(name))]
     if not faults and not packed_already and not any(plans):
         why = passed_over or [f"of {len(leaves)} leaves, `where` and `format` select none"]
         faults.append("nothing to pack: " + "; ".join(why[:20]))
@@ -186,8 +188,8 @@ def _format_of(format: Formats, path: str, leaf: Any) -> str | None:
 
 def _fault(path: str, leaf: Any, name: str, transposed: Predicate) -> str | None:
     """Returns why the leaf cannot be packed as `name`."""
-    if name not in ENCODERS:
-        return _no_encoder(name)
+    if why := no_encoder(name):
+        return why
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return "it is abstract; load or initialize the weights first"
     if not isinstance(leaf, QuantizedArray):
@@ -198,14 +200,16 @@ def _fault(path: str, leaf: Any, name: str, transposed: Predicate) -> str | None
         k = shape[-1] if transposed(path, leaf) else shape[-2]
     else:
         k = leaf.stored_shape[-2]
-    block = get_format(name).block
-    if k % block:
-        return f"K={k} is not a multiple of {name}'s block of {block}"
-    return None
+    return storages(name)[0].refusal(k) or None
 
 
-def _no_encoder(name: Any) -> str:
-    return f"format {name!r} has no encoder; those with one: {', '.join(sorted(ENCODERS))}"
+def _is_stored_as(leaf: QuantizedArray, storage: Storage) -> bool:
+    """Returns whether the leaf is of that format and granularity, with or without rows in another order."""
+    if leaf.spec is not storage.format:
+        return False
+    shapes = storage.field_shapes(*leaf.stored_shape[-2:])
+    found = {name: field.shape[-2:] for name, field in leaf.fields.items() if name != "order"}
+    return isinstance(storage.format, BlockFormat) or found == {name: shape.shape for name, shape in shapes.items()}
 
 
 def _some(paths: list[str]) -> str:

@@ -30,7 +30,7 @@ class LeafReport:
     Attributes:
         path: names from the root, joined by dots.
         shape: of the matrix.
-        format: of a packed leaf; otherwise its dtype.
+        format: of a packed leaf, with its granularity; otherwise its dtype.
         bits_per_weight: as stored, scales included.
         sqnr_db: `10 log10(sum before^2 / sum (before - after)^2)`; inf where nothing changed.
         max_error: the largest `|before - after|`.
@@ -63,13 +63,14 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(leaf.path) for leaf in self.leaves] + [4])
+        wide = max([len(leaf.format) for leaf in self.leaves] + [8])
         measured = any(leaf.kl is not None for leaf in self.leaves)
-        head = f"{'path':{width}}  {'shape':>14}  {'format':>8}  {'bits':>6}  {'SQNR dB':>7}  {'max error':>9}"
+        head = f"{'path':{width}}  {'shape':>14}  {'format':>{wide}}  {'bits':>6}  {'SQNR dB':>7}  {'max error':>9}"
         lines = [head + f"  {'cosine':>8}" + (f"  {'KL':>9}" if measured else "")]
         for leaf in self.leaves:
             shape = "x".join(map(str, leaf.shape))
             line = (
-                f"{leaf.path:{width}}  {shape:>14}  {leaf.format:>8}  {leaf.bits_per_weight:6.3f}  "
+                f"{leaf.path:{width}}  {shape:>14}  {leaf.format:>{wide}}  {leaf.bits_per_weight:6.3f}  "
                 f"{leaf.sqnr_db:7.2f}  {leaf.max_error:9.3g}  {leaf.cosine:8.6f}"
             )
             lines.append(line + ("" if leaf.kl is None else f"  {leaf.kl:9.3g}"))
@@ -223,7 +224,7 @@ def _compare(path: str, before: Any, after: Any, kl: float | None) -> LeafReport
     if math.prod(before.shape):
         signal, noise, error, cosine = map(float, _distance(_decoded(before), _decoded(after)))
     sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
-    format = after.format if isinstance(after, QuantizedArray) else str(after.dtype)
+    format = after.description if isinstance(after, QuantizedArray) else str(after.dtype)
     bits = 8 * after.nbytes / max(math.prod(after.shape), 1)
     return LeafReport(path, tuple(before.shape), format, bits, sqnr, error, cosine, kl)
 

@@ -85,9 +85,30 @@ def affine_grids(levels: int) -> Grids:
     return Grids(Grid(((float(levels), 0.0),)), Grid(tuple(even), 1), Grid(tuple(uneven), 2))
 
 
+Reduce = Callable[[Callable[..., jax.Array], jax.Array], jax.Array]
+
+
+def plain_reduce(function: Callable[..., jax.Array], values: jax.Array) -> jax.Array:
+    """Returns the reduction of each block: `[R, ...]` to `[...]`."""
+    return function(values, axis=0)
+
+
+def shared_reduce(function: Callable[..., jax.Array], values: jax.Array) -> jax.Array:
+    """Returns the reduction of blocks that span axis 1 as well: `[R, S, ...]` to `[1, ...]`.
+
+    Row by row first, so that a sum over a whole matrix does not lose the digits of its terms.
+    """
+    return function(function(values, axis=0), axis=0, keepdims=True)
+
+
+def weighted(weight: jax.Array | None, values: jax.Array) -> jax.Array:
+    """Returns `weight * values`."""
+    return values if weight is None else values * weight
+
+
 def total(weight: jax.Array | None, values: jax.Array) -> jax.Array:
     """Returns `sum_k weight[k] * values[k]` over the rows of each block: `[R, ...]` to `[...]`."""
-    return jnp.sum(values if weight is None else values * weight, axis=0)
+    return jnp.sum(weighted(weight, values), axis=0)
 
 
 def count_of(weight: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -101,12 +122,12 @@ def inverse(values: jax.Array) -> jax.Array:
     return jnp.where(nonzero, 1 / jnp.where(nonzero, values, 1), 0)
 
 
-def power_of_two(x: jax.Array) -> jax.Array:
+def power_of_two(x: jax.Array, reduce: Reduce = plain_reduce) -> jax.Array:
     """Returns the power of two at or below the largest magnitude of each block: `[R, ...]` to `[...]`.
 
     Dividing by it is exact. It is kept within 2**-100 and 2**100; a block of zeros gets 2**-100.
     """
-    largest = jnp.clip(jnp.max(jnp.abs(x), axis=0), 2.0**-100, 2.0**100)
+    largest = jnp.clip(reduce(jnp.max, jnp.abs(x)), 2.0**-100, 2.0**100)
     bits = jax.lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -142,22 +163,46 @@ def search_symmetric(x: jax.Array, weight: jax.Array | None, low: int, high: int
         high: the largest.
         grid: what to try.
     """
-    largest, smallest = jnp.max(x, axis=0), jnp.min(x, axis=0)
-    unit = inverse(jnp.where(largest >= -smallest, largest, smallest))
+    return search_nearest(x, weight, lambda y: jnp.clip(jnp.round(y), low, high), grid, signed=True)
+
+
+def search_nearest(
+    x: jax.Array,
+    weight: jax.Array | None,
+    nearest: Callable[[jax.Array], jax.Array],
+    grid: Grid,
+    *,
+    signed: bool = False,
+    reduce: Reduce = plain_reduce,
+) -> jax.Array:
+    """Returns the scale of each block for codes that stand for any set of numbers, float32 `[...]`; 0 for zeros.
+
+    Args:
+        x: blocks `[R, ...]` of size about one.
+        weight: of each row in the error.
+        nearest: brings every element to the nearest of the codes' numbers; its order and signs as the argument's.
+        grid: the numbers at which the weight of largest magnitude lands.
+        signed: whether that weight lands there whatever its sign, which gives scales of either sign.
+        reduce: how blocks are reduced over.
+    """
+    largest, smallest = reduce(jnp.max, x), reduce(jnp.min, x)
+    unit = jnp.where(largest >= -smallest, largest, smallest)
+    unit = inverse(unit if signed else jnp.abs(unit))
 
     def fit(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        product, square = total(weight, x * codes), total(weight, codes * codes)
+        product = reduce(jnp.sum, weighted(weight, x * codes))
+        square = reduce(jnp.sum, weighted(weight, codes * codes))
         scale = product * inverse(square)
         return -product * scale, scale  # the error, less sum x^2, which all candidates share
 
     def place(candidate: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(x * (candidate[0] * unit)[None]), low, high)
+        return nearest(x * (candidate[0] * unit)[None])
 
     def again(scale: jax.Array) -> jax.Array:
-        return symmetric_codes(x, scale, low, high)
+        return nearest(x * inverse(scale)[None])
 
-    zero = jnp.zeros_like(largest)
-    return _search(grid, place, fit, again, (zero, zero))[1]
+    zero = jnp.zeros_like(unit)
+    return search(grid, place, fit, again, (zero, zero))[1]
 
 
 def search_affine(
@@ -208,14 +253,14 @@ def search_affine(
     if side is not None:
         shift = jnp.where((mean + smallest) * side < 0, -smallest, mean)
     start = (shift * (shift - 2 * mean) * count, jnp.zeros_like(mean), shift)
-    _, scale, shift = _search(grid, place, fit, again, start)
+    _, scale, shift = search(grid, place, fit, again, start)
     return scale, shift + smallest
 
 
 Fit = tuple[jax.Array, ...]  # error, then the parameters
 
 
-def _search(
+def search(
     grid: Grid,
     place: Callable[[jax.Array], jax.Array],
     fit: Callable[[jax.Array], Fit],

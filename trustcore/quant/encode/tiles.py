@@ -13,23 +13,44 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from trustcore.errors import QuantizationError
 from trustcore.quant.encode.encoder import Encoded, Encoder
+from trustcore.quant.encode.floats import float_encoder, nested_scales, table_codes
+from trustcore.quant.encode.integers import integer_encoder, planes
 from trustcore.quant.encode.k_quants import K_QUANTS
 from trustcore.quant.encode.plain import PLAIN
-from trustcore.quant.formats import BLOCK_FORMATS, BlockFormat, get_format
+from trustcore.quant.formats import SCALED_FORMATS, BlockFormat, ScaledFormat
+from trustcore.quant.formats.names import CHOICES, Storage, parse, storages
 
-ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS}
+ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS}  # of formats of blocks
 
 # Weights in a tile. CPU: its float32 copies stay in a 1 MB cache. Elsewhere: enough work for a whole device.
 _TILE_ON_CPU, _TILE_ELSEWHERE = 1 << 15, 1 << 24
+_LEAST_COLUMNS = 64  # of a tile, however long its blocks: sums run over rows, columns are a vector's lanes
 _PIECE = 1 << 20  # weights that are worth a program of their own
+
+
+class Job(NamedTuple):
+    """What encodes the blocks of one storage; hashable, and one object for each storage and K.
+
+    Args:
+        name: for messages.
+        block: weights of K in a block.
+        encoder: of a block.
+        fields: name, rows a block (None: one, without an axis), and dtype of what the encoder gives.
+    """
+
+    name: str
+    block: int
+    encoder: Encoder
+    fields: tuple[tuple[str, int | None, np.dtype], ...]
 
 
 def encode(format: str, weights: jax.Array, *, importance: Any = None, search: bool = True) -> Encoded:
@@ -39,25 +60,26 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
     codes are nearest to the weights under the scales as stored.
 
     Args:
-        format: a name in `ENCODERS`.
+        format: a name in `ENCODERS` or `SCALED_FORMATS`; the latter with a granularity where the default is not wanted
+            ("int4:g128:asym"; see `trustcore.quant.formats.names`).
         weights: float `[..., K, N]`; K is a multiple of the format's block.
         importance: what an error in input k costs, `[K]` or `[..., K]`, not negative: the mean square of that input's
             activations, for example. None: all cost the same. 16-bit floats have no use for it.
         search: False takes the scale that fits the codes of the full range and tries no other: one and a half to three
-            times as fast, with an error 8 to 17% larger (with an importance, up to half).
+            times as fast, with an error 8 to 17% larger (with an importance, up to half). Scaled formats then are the
+            textbook's round to nearest, and nf4 and fp4 bitsandbytes' own codes.
 
     Raises:
-        QuantizationError: the format has no encoder; K is no multiple of the block; a weight is NaN, infinite, or
-            larger than the format's scales can hold; the importance does not fit. Under a trace values cannot be
-            looked at: scales then saturate at 65504, and NaN gives undefined codes.
+        QuantizationError: the format has no encoder, or the name is none; K is no multiple of the block; a weight is
+            NaN, infinite, or larger than the format's scales can hold; the importance does not fit. Under a trace
+            values cannot be looked at: scales then saturate, and NaN gives undefined codes.
 
-    O(K * N) for each candidate of the search; temporaries of a few tiles. Not differentiable.
+    O(K * N) for each candidate of the search; temporaries of a few tiles, but a copy of the matrix in float32 where all
+    columns or 128 of them share a scale. Not differentiable.
     """
-    get_format(format)
-    encoder = ENCODERS.get(format)
-    if encoder is None:
-        raise QuantizationError(f"{format}: there is no encoder. Formats with one: {', '.join(sorted(ENCODERS))}.")
-    spec = BLOCK_FORMATS[format]
+    if why := no_encoder(format):
+        raise QuantizationError(f"{format}: {why}.")
+    storage = parse(format)
     weights = jnp.asarray(weights)
     if weights.ndim < 2 or not jnp.issubdtype(weights.dtype, jnp.floating):
         raise QuantizationError(
@@ -65,33 +87,76 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
         )
     weights = weights.astype(jnp.float32)
     *lead, k, n = weights.shape
-    if k % spec.block:
+    if why := storage.refusal(k):
+        run = storage.run(k)
         raise QuantizationError(
-            f"{format}: K={k} of weights {list(weights.shape)} is not a multiple of the block size {spec.block}. "
-            f"Pad K to {-(-k // spec.block) * spec.block}, or choose a format of smaller blocks."
+            f"{format}: {why}, weights {list(weights.shape)}. Pad K to {-(-k // run) * run}, or choose a format of "
+            "smaller blocks."
         )
-    weight = None if importance is None else _weight_of(spec, importance, (*lead, k))
+    job = _job(storage, k)
+    weight = None if importance is None else _weight_of(job, importance, (*lead, k))
+    shapes = storage.field_shapes(k, n)
     if weights.size == 0:
-        shapes = spec.field_shapes(k, n)
         return {name: jnp.zeros((*lead, *shape.shape), shape.dtype) for name, shape in shapes.items()}
-    _refuse(format, weights, encoder.limit)
-    if spec.block == 1:
-        return _elementwise(format, weights)
-    fields = _in_pieces(spec, weights.reshape(-1, spec.block, n), weight, search)
-    return {f.name: fields[f.name].reshape(*lead, k // spec.block, *fields[f.name].shape[1:]) for f in spec.fields}
+    _refuse(format, weights, job.encoder.limit)
+    if job.block == 1 and isinstance(storage.format, BlockFormat):
+        return _elementwise(job, weights)
+    if isinstance(storage.format, ScaledFormat) and not search:
+        weight = None  # the textbook's scales know of none
+    if storage.columns == 1:
+        fields = _in_pieces(job, weights.reshape(-1, job.block, n), weight, search)
+    else:
+        fields = _coarse(job, storage.columns or n, search, weights.reshape(-1, k, n), weight)
+    fields = {name: field.reshape(*lead, *shapes[name].shape[:-1], field.shape[-1]) for name, field in fields.items()}
+    if storage.double:
+        fields = _doubled(storage, search, weights, fields)
+    return {name: fields[name] for name in shapes}
 
 
-def _weight_of(spec: BlockFormat, importance: Any, shape: tuple[int, ...]) -> jax.Array:
+def no_encoder(name: Any) -> str:
+    """Returns why nothing is encoded under that name; "" where something is."""
+    base = name.split(":", maxsplit=1)[0] if isinstance(name, str) else name
+    if base in ENCODERS or base in SCALED_FORMATS or base in CHOICES:
+        try:
+            storages(name)
+        except QuantizationError as error:
+            return str(error).rstrip(".")
+        return ""
+    return (
+        f"format {name!r} has no encoder; those with one: {', '.join(sorted({*ENCODERS, *SCALED_FORMATS, *CHOICES}))}"
+    )
+
+
+@functools.cache
+def _job(storage: Storage, k: int) -> Job:
+    """Returns the job for matrices of K inputs."""
+    spec = storage.format
+    if isinstance(spec, BlockFormat):
+        fields = tuple((field.name, field.rows, field.dtype) for field in spec.fields)
+        return Job(storage.name, spec.block, ENCODERS[spec.name], fields)
+    assert isinstance(spec, ScaledFormat)
+    run = storage.run(k)
+    encoder = integer_encoder(storage, run) if spec.integer else float_encoder(storage)
+    parts: list[Any] = [(plane.name, run * plane.bits // 8, plane.dtype) for plane in spec.planes]
+    parts.append(("scale", None, np.dtype(np.float32) if storage.double else storage.scale_dtype))
+    if storage.asymmetric:
+        parts.append(("zero", None, np.dtype(np.int8 if spec.bits == 8 else np.uint8)))
+    return Job(storage.name, run, encoder, tuple(parts))
+
+
+def _weight_of(job: Job, importance: Any, shape: tuple[int, ...]) -> jax.Array:
     """Returns `[blocks, block, 1]`, at most 1 and above 0: in each block relative to its largest."""
     importance = jnp.asarray(importance, jnp.float32)
     if importance.shape not in (shape, shape[-1:]):
         raise QuantizationError(
-            f"{spec.name}: the importance is {list(importance.shape)}, expected one number for each of the K inputs: "
+            f"{job.name}: the importance is {list(importance.shape)}, expected one number for each of the K inputs: "
             f"{list(shape[-1:])}" + (f" or {list(shape)}." if len(shape) > 1 else ".")
         )
     if not _traced(importance) and not bool(jnp.all((importance >= 0) & jnp.isfinite(importance))):
-        raise QuantizationError(f"{spec.name}: the importance must be finite and not negative.")
-    blocks = jnp.broadcast_to(importance, shape).reshape(-1, spec.block, 1)
+        raise QuantizationError(f"{job.name}: the importance must be finite and not negative.")
+    rest = -shape[-1] % job.block  # of a last block that is shorter
+    whole = jnp.broadcast_to(importance, shape).reshape(-1, shape[-1])
+    blocks = jnp.pad(whole, ((0, 0), (0, rest)), mode="edge" if shape[-1] else "empty").reshape(-1, job.block, 1)
     largest = jnp.max(blocks, axis=1, keepdims=True)
     # What weighs less than a millionth of its neighbours does not sway a sum in float32.
     return jnp.where(largest > 0, jnp.maximum(blocks / jnp.where(largest > 0, largest, 1), 1e-6), 1)
@@ -124,20 +189,69 @@ def _largest(weights: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _elementwise(format: str, weights: jax.Array) -> Encoded:
-    return ENCODERS[format].blocks(weights[None], None, False)
+def _elementwise(job: Job, weights: jax.Array) -> Encoded:
+    return job.encoder.blocks(weights[None], None, False)
 
 
-def _in_pieces(spec: BlockFormat, blocks: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _coarse(job: Job, span: int, search: bool, weights: jax.Array, weight: jax.Array | None) -> Encoded:
+    """Returns the fields of matrices `[L, K, N]` in which `span` columns share a scale.
+
+    Blocks lie side by side as `[run, span, L * G * C]`; those that reach past the matrix repeat its last row or column
+    there, with a weight of zero.
+    """
+    count, k, n = weights.shape
+    run = job.block
+    g, c = -(-k // run), -(-n // span)
+    beyond = ((0, 0), (0, g * run - k), (0, c * span - n))
+
+    def side_by_side(matrix: jax.Array) -> jax.Array:
+        return matrix.reshape(count, g, run, c, span).transpose(2, 4, 0, 1, 3).reshape(run, span, -1)
+
+    x = side_by_side(jnp.pad(weights, beyond, mode="edge"))
+    if weight is not None:  # [count * g, run, 1]
+        weight = jnp.repeat(weight.transpose(1, 2, 0), c, axis=2)
+    if g * run > k or c * span > n:
+        inside = side_by_side(jnp.pad(jnp.ones_like(weights), beyond))
+        weight = inside if weight is None else inside * weight
+    fields = {}
+    encoded = job.encoder.blocks(x, weight, search)
+    for name, rows, dtype in job.fields:
+        if rows is None:
+            fields[name] = encoded[name].reshape(count, g, c).astype(dtype)
+        else:
+            whole = encoded[name].reshape(rows, span, count, g, c).transpose(2, 3, 0, 4, 1)
+            fields[name] = whole.reshape(count, g * rows, c * span)[:, : k * rows // run, :n]
+    return fields
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _doubled(storage: Storage, search: bool, weights: jax.Array, fields: Encoded) -> Encoded:
+    """Returns the fields with their scales as codes, and the codes chosen anew under those where there is a search."""
+    spec = storage.format
+    assert isinstance(spec, ScaledFormat)
+    *lead, g, n = fields["scale"].shape
+    nested = jax.vmap(nested_scales)(fields["scale"].reshape(-1, g, n))
+    fields = {**fields, **{name: field.reshape(*lead, *field.shape[1:]) for name, field in nested.items()}}
+    if search:
+        runs = jnp.moveaxis(weights.reshape(*lead, g, -1, n), -2, 0)
+        codes = jnp.moveaxis(table_codes(spec, runs, spec.scale(fields)), 0, -2)
+        flat = codes.reshape(-1, g * runs.shape[0], n)
+        folded = jax.vmap(functools.partial(planes, spec))(flat)
+        fields |= {name: plane.reshape(fields[name].shape) for name, plane in folded.items()}
+    return fields
+
+
+def _in_pieces(job: Job, blocks: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     n = blocks.shape[-1]
     on_cpu = jax.default_backend() == "cpu"
     pieces = min(os.cpu_count() or 1, n, -(-blocks.size // _PIECE))
     if not on_cpu or _traced(blocks) or pieces == 1:
-        return _piece(spec.name, n, on_cpu, search, blocks, weight, 0)
+        return _piece(job, n, on_cpu, search, blocks, weight, 0)
     width = -(-n // pieces)
     starts = [min(i * width, n - width) for i in range(pieces)]
     # Calls return before their programs have run.
-    parts = [_piece(spec.name, width, on_cpu, search, blocks, weight, start) for start in starts]
+    parts = [_piece(job, width, on_cpu, search, blocks, weight, start) for start in starts]
     joined = {}
     for name in parts[0]:
         columns = [part[name] for part in parts]
@@ -148,7 +262,7 @@ def _in_pieces(spec: BlockFormat, blocks: jax.Array, weight: jax.Array | None, s
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _piece(
-    format: str,
+    job: Job,
     width: int,
     on_cpu: bool,
     search: bool,
@@ -157,10 +271,9 @@ def _piece(
     start: jax.Array | int,
 ) -> Encoded:
     """Returns the fields of columns `start` to `start + width`."""
-    spec, encoder = BLOCK_FORMATS[format], ENCODERS[format]
     count, block, _ = blocks.shape
     tile = _TILE_ON_CPU if on_cpu else _TILE_ELSEWHERE
-    columns = min(width, max(tile // block, 1))
+    columns = min(width, max(tile // block, _LEAST_COLUMNS))
     rows = min(count, max(tile // (block * columns), 1))
     down, across = -(-count // rows), -(-width // columns)
 
@@ -176,12 +289,16 @@ def _piece(
         if here is not None and rows > 1:
             here = jnp.broadcast_to(here, x.shape)
         written = {}
-        encoded = encoder.blocks(side_by_side(x), None if here is None else side_by_side(here), search)
+        encoded = job.encoder.blocks(side_by_side(x), None if here is None else side_by_side(here), search)
         for name, field in encoded.items():
             part = jnp.moveaxis(field.reshape(*field.shape[:-1], rows, columns), -2, 0)
-            written[name] = jax.lax.dynamic_update_slice(fields[name], part, (row, *[0] * (part.ndim - 2), column))
+            written[name] = jax.lax.dynamic_update_slice(
+                fields[name], part.astype(fields[name].dtype), (row, *[0] * (part.ndim - 2), column)
+            )
         return written
 
-    shapes = spec.field_shapes(count * block, width)
-    empty = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    empty = {
+        name: jnp.zeros((count, *(() if rows_ is None else (rows_,)), width), dtype)
+        for name, rows_, dtype in job.fields
+    }
     return jax.lax.fori_loop(0, down * across, step, empty)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ class Format(abc.ABC):
     """One way to store weights. Subclasses are frozen dataclasses with a `name`."""
 
     name: str
+    few_rows: ClassVar[int] = 16  # of x, up to which streaming the codes beats decoding tiles into a dot on the CPU
 
     @property
     @abc.abstractmethod
@@ -127,6 +128,10 @@ class Format(abc.ABC):
                 f"It needs {', '.join(required)}{may}."
             )
         return {name: fields[name] for name in (*required, *optional) if name in fields}
+
+    def readied(self, fields: Fields) -> Fields:
+        """Returns the fields as a loop that cuts them should have them: the same weights, in dtypes that XLA slices."""
+        return fields
 
     def cut(self, fields: Fields, start: Any, width: int) -> dict[str, jax.Array]:
         """Returns the fields of columns `start` to `start + width`; `start` is a multiple of `TILE`."""
