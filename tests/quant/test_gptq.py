@@ -58,11 +58,11 @@ def error_of(w, hessian, values):
     return np.trace(d.T @ hessian.astype(np.float64) @ d) / np.trace(w.T @ hessian @ w)
 
 
-USUAL = ("ternary", "int3", "nf4", "int8", "q4_0", "q4_1", "q6_k", "int4:g64:asym", "int5:channel")
+USUAL = ("int3", "nf4", "q4_1", "q8_0", "int4:g64:asym")
 
 
 @pytest.mark.parametrize(
-    "format", [*USUAL, *(pytest.param(f, marks=pytest.mark.slow) for f in GRIDS if f not in USUAL)]
+    "format", [*USUAL, *(pytest.param(f, marks=pytest.mark.slow) for f in (*GRIDS, "int5:channel") if f not in USUAL)]
 )
 def test_products_change_less_than_by_rounding_to_nearest(format):
     w, hessian = problem(256 if format.endswith("_k") else 128, 16)
@@ -175,7 +175,7 @@ def every(path, leaf):
     return True
 
 
-@pytest.mark.parametrize("form", ["scan", "loop"])
+@pytest.mark.parametrize("form", ["scan", pytest.param("loop", marks=pytest.mark.slow)])
 def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     p, batches, seen = layers(), inputs(), []
     if form == "loop":
@@ -186,8 +186,8 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     for name in ("up", "down"):
         for i in range(3):
             w = packed[name].dequantize()[i] if form == "scan" else packed[name][i].dequantize()
-            # Hessians summed in another order may tip a weight that lies between two codes.
-            assert np.mean(np.abs(w - expected[name][i]) > 1e-4) < 0.01
+            # Hessians summed in another order may tip a weight between two codes, or a scale to the next float16.
+            assert np.mean(np.abs(w - expected[name][i]) > 2e-3) < 0.01
     assert [layer.done for layer in seen] == list(range(1, 8)) and seen[-1].total == 7
     assert all(layer.error <= layer.nearest for layer in seen)
     exact = [np.asarray(fn(p, x)) for x in batches]
@@ -202,7 +202,7 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     assert errors["gptq"] < 0.5 * errors["nearest"]
 
 
-@pytest.mark.parametrize("format", ["int4:g16", "q4_0"])
+@pytest.mark.parametrize("format", [pytest.param("int4:g16", marks=pytest.mark.slow), "q4_0"])
 def test_a_decoder(format):
     model, tokens = random_decoder(), [some_tokens(seed=s) for s in range(3)]
     packed = gptq(None, model, tokens, format=format, act_order=True)
@@ -226,7 +226,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_run_that_was_stopped_goes_on(tmp_path, after):
     p, batches, seen = layers(), inputs(), []
 

@@ -219,7 +219,7 @@ def test_a_stack_of_scales_that_are_codes():
 @pytest.mark.parametrize("rows", (1, 64))
 @pytest.mark.parametrize("name", ("int4:g32", "int8:channel", "fp8_e4m3:128x128", "int3:g64:asym", "nf4"))
 def test_the_whole_matrix_never_exists_in_float(name, rows):
-    """Temporary memory of the compiled default, against that of decoding everything; float8 codes are copied as bytes."""
+    """Temporary memory of the default, against that of decoding everything; float8 codes are copied, as bytes."""
     k, n = 512, 8192
     storage = parse(name)
     w = QuantizedArray(

@@ -78,7 +78,7 @@ class Storage:
         if self.columns == BLOCK:
             g = -(-k // BLOCK)
             if k and self.format.run(k, g) != self.run(k):
-                return f"K={k} in blocks of {BLOCK} would be taken for {g} equal groups; use g{k // g}"
+                return f"K={k} in blocks of {BLOCK} would be taken for {g} equal groups"
         elif k % self.run(k or 1):
             return f"K={k} is not a multiple of {self.name}'s group of {self.rows}"
         elif k and self.format.run(k, k // self.run(k)) != self.run(k):
