@@ -34,9 +34,7 @@ def oracle(w, hessian, bits, group, damping, act_order):
     for i in range(len(w)):
         if i % group == 0:
             block = w[i : i + group]
-            extreme = np.take_along_axis(block, np.abs(block).argmax(0)[None], 0)[0]
-            first = np.clip(np.round(block * (-reach / extreme)), -reach, reach - 1)
-            scale = (block * first).sum(0) / (first * first).sum(0)
+            scale = (np.abs(block).max(0) / (reach - 1)).astype(np.float16 if group <= 256 else np.float32)
         codes[i] = np.clip(np.round(w[i] / scale), -reach, reach - 1)
         values[i] = codes[i] * scale
         w[i:] -= np.outer(upper[i, i:], (w[i] - values[i]) / upper[i, i])
@@ -45,9 +43,9 @@ def oracle(w, hessian, bits, group, damping, act_order):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (3, 16), (4, 192)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (3, 16), (4, 320)])
 def test_codes_are_those_of_the_oracle(bits, group, act_order):
-    w, hessian = problem(192)
+    w, hessian = problem(192 if group < 192 else group)
     grid = grid_of(f"int{bits}:g{group}", search=False)
     found = round_rows(w, hessian, grid, act_order=act_order)
     codes, values = oracle(w, hessian, bits, group, 0.01, act_order)
@@ -60,11 +58,11 @@ def error_of(w, hessian, values):
     return np.trace(d.T @ hessian.astype(np.float64) @ d) / np.trace(w.T @ hessian @ w)
 
 
-USUAL = ("int2", "int3", "int8", "q4_0", "q4_1", "q6_k", "int4:g64:asym", "int5:channel")
+USUAL = ("int3", "nf4", "q4_1", "q8_0", "int4:g64:asym")
 
 
 @pytest.mark.parametrize(
-    "format", [*USUAL, *(pytest.param(f, marks=pytest.mark.slow) for f in GRIDS if f not in USUAL)]
+    "format", [*USUAL, *(pytest.param(f, marks=pytest.mark.slow) for f in (*GRIDS, "int5:channel") if f not in USUAL)]
 )
 def test_products_change_less_than_by_rounding_to_nearest(format):
     w, hessian = problem(256 if format.endswith("_k") else 128, 16)
@@ -177,7 +175,7 @@ def every(path, leaf):
     return True
 
 
-@pytest.mark.parametrize("form", ["scan", "loop"])
+@pytest.mark.parametrize("form", ["scan", pytest.param("loop", marks=pytest.mark.slow)])
 def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     p, batches, seen = layers(), inputs(), []
     if form == "loop":
@@ -188,8 +186,8 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     for name in ("up", "down"):
         for i in range(3):
             w = packed[name].dequantize()[i] if form == "scan" else packed[name][i].dequantize()
-            # Hessians summed in another order may tip a weight that lies between two codes.
-            assert np.mean(np.abs(w - expected[name][i]) > 1e-4) < 0.01
+            # Hessians summed in another order may tip a weight between two codes, or a scale to the next float16.
+            assert np.mean(np.abs(w - expected[name][i]) > 2e-3) < 0.01
     assert [layer.done for layer in seen] == list(range(1, 8)) and seen[-1].total == 7
     assert all(layer.error <= layer.nearest for layer in seen)
     exact = [np.asarray(fn(p, x)) for x in batches]
@@ -204,7 +202,7 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     assert errors["gptq"] < 0.5 * errors["nearest"]
 
 
-@pytest.mark.parametrize("format", ["int4:g16", "q4_0"])
+@pytest.mark.parametrize("format", [pytest.param("int4:g16", marks=pytest.mark.slow), "q4_0"])
 def test_a_decoder(format):
     model, tokens = random_decoder(), [some_tokens(seed=s) for s in range(3)]
     packed = gptq(None, model, tokens, format=format, act_order=True)
@@ -228,7 +226,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_run_that_was_stopped_goes_on(tmp_path, after):
     p, batches, seen = layers(), inputs(), []
 
@@ -262,8 +260,9 @@ def test_layers_of_one_form_share_a_program():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "q9"}, "format 'q9' is not known; choose from int2"),
-        ({"format": "int4:g48", "where": ["out"]}, "out: int4: K=64 is not a multiple of the group size 48"),
+        ({"format": "q9"}, "format 'q9' is not known; choose from int1"),
+        ({"format": "int8:tensor"}, "scales that columns share"),
+        ({"format": "int4:g48", "where": ["out"]}, "out: int4:g48: K=64 is not a multiple of int4:g48's group of 48"),
         ({"format": "q4_k"}, "no selected leaf fits the format"),
         ({"format": "int4", "where": ["nothing"]}, "nothing is no path"),
         ({"format": "int4", "batches": []}, "there are no batches"),

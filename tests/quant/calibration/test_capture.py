@@ -84,8 +84,7 @@ def test_a_weight_that_is_used_twice_sees_both_inputs():
     np.testing.assert_allclose(found["w"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("remat", "reverse"), [(True, False), (False, True)])
 def test_layers_of_a_scan_have_their_own_statistics(remat, reverse):
     layers = {"up": array(3, 8, 12), "down": array(3, 12, 8, seed=1), "shared": array(8, 8, seed=2)}
 

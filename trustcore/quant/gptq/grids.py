@@ -4,8 +4,8 @@ A grid chooses the parameters of a group of rows when the group begins, and roun
 
     params = start(rows [group, N], cost [group]);   code, value = round(row [N], params, j)   for j = 0 ... group - 1
 
-and `pack` makes the weight of all codes. GGUF's formats need no code of their own for `start`: their encoder packs the
-block as it stands when its turn comes, and the scales that it chose are read back; only the codes are chosen anew.
+and `pack` makes the weight of all codes. No format needs code of its own for `start`: its encoder packs the group as it
+stands when its turn comes, and the scales that it chose are read back; only the codes are chosen anew.
 """
 
 from __future__ import annotations
@@ -17,21 +17,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trustcore.errors import QuantizationError
 from trustcore.quant.array import QuantizedArray
 from trustcore.quant.encode import ENCODERS
 from trustcore.quant.encode.encoder import fold
-from trustcore.quant.encode.search import (
-    affine_grids,
-    inverse,
-    power_of_two,
-    search_affine,
-    search_symmetric,
-    symmetric_grids,
-    whole,
-)
-from trustcore.quant.formats import BLOCK_FORMATS
+from trustcore.quant.encode.floats import float_encoder
+from trustcore.quant.encode.integers import integer_encoder, planes
+from trustcore.quant.encode.search import inverse
+from trustcore.quant.formats import BLOCK_FORMATS, SCALED_FORMATS, ScaledFormat
+from trustcore.quant.formats.names import Storage, parse
 
 
 class Grid(abc.ABC):
@@ -61,65 +57,62 @@ class Grid(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class IntegerGrid(Grid):
-    """Integers of 2 to 8 bits under a scale, or a scale and a zero point, for each group of rows.
+class ScaledGrid(Grid):
+    """Integers under a scale (and a zero point) for each group of rows or each column, and tables of up to 16 numbers.
 
     Args:
-        bits: of a code.
-        size: rows of a group; None: all of K.
-        asymmetric: whether there are zero points.
-        search: False takes the scale that fits the full range of the codes.
+        storage: the format and its granularity.
+        search: see `trustcore.quant.encode.encode`.
     """
 
-    bits: int
-    size: int | None = 32
-    asymmetric: bool = False
+    storage: Storage
     search: bool = True
     ordered = True
 
+    @property
+    def spec(self) -> ScaledFormat:
+        """The entry of the format table."""
+        assert isinstance(self.storage.format, ScaledFormat)
+        return self.storage.format
+
     def group(self, k: int) -> int:
         """See `Grid`."""
-        size = self.size or k
-        if k % size:
-            raise QuantizationError(f"int{self.bits}: K={k} is not a multiple of the group size {size}.")
-        return size
+        if why := self.storage.refusal(k):
+            raise QuantizationError(f"{self.storage.name}: {why}.")
+        return self.storage.run(k)
 
     def start(self, rows: jax.Array, cost: jax.Array) -> dict[str, jax.Array]:
-        """Returns `scale` and, when asymmetric, `zero`, `[N]`; w = scale * (code - zero), codes from 0."""
-        unit = power_of_two(rows)
-        x = rows / unit[None]
-        weight = _weights(cost) if self.search else None
-        if self.asymmetric:
-            levels = 2**self.bits - 1
-            scale, shift = search_affine(x, weight, levels, affine_grids(levels).choose(weight, self.search))
-            # A constant group: its value as the scale of code 1.
-            flat = scale == 0
-            scale = jnp.where(flat, jnp.where(shift == 0, 1, shift), scale)
-            zero = jnp.where(flat, jnp.where(shift == 0, 0, -1), jnp.round(-shift * inverse(scale)))
-            return {"scale": scale * unit, "zero": zero}
-        reach = 2 ** (self.bits - 1)
-        grid = symmetric_grids(reach).choose(weight, self.search)
-        return {"scale": search_symmetric(x, weight, whole(-reach, reach - 1), grid) * unit}
+        """Returns `scale` and, where there is one, `zero`, `[N]`, as the format's encoder chooses them."""
+        run = rows.shape[0]
+        encoder = integer_encoder(self.storage, run) if self.spec.integer else float_encoder(self.storage)
+        fields = encoder.blocks(rows, _weights(cost) if self.search else None, self.search)
+        return {name: fields[name].astype(jnp.float32) for name in ("scale", "zero") if name in fields}
 
     def round(self, row: jax.Array, params: Any, j: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Grid`."""
-        scale, zero = params["scale"], params.get("zero", jnp.float32(2 ** (self.bits - 1)))
-        code = jnp.clip(jnp.round(row * inverse(scale) + zero), 0, 2**self.bits - 1)
-        return code, scale * (code - zero)
+        scaled = row * inverse(params["scale"])
+        if _is_table(self.spec):
+            with jax.ensure_compile_time_eval():
+                numbers = np.asarray(self.spec.numbers(jnp.arange(2**self.spec.bits, dtype=jnp.uint8)), np.float64)
+            order = np.argsort(numbers, kind="stable")
+            middles = (numbers[order][1:] + numbers[order][:-1]) / 2
+            place = jnp.sum(scaled[None] > jnp.asarray(middles, jnp.float32)[:, None], axis=0)
+            code = jnp.asarray(order, jnp.float32)[place]
+            return code, params["scale"] * jnp.asarray(numbers[order], jnp.float32)[place]
+        low, high, middle = _range_of(self.spec)
+        zero = params.get("zero", jnp.float32(middle))
+        code = jnp.clip(jnp.round(scaled + zero), low, high)
+        return code, params["scale"] * (code - zero)
 
     def pack(self, codes: jax.Array, params: Any, order: jax.Array | None) -> QuantizedArray:
-        """See `Grid`. Scales float32; the layout of integer formats of any granularity."""
-        fields = dict(params)
+        """See `Grid`."""
+        fields = {"scale": params["scale"].astype(self.storage.scale_dtype)}
+        if "zero" in params:
+            fields["zero"] = params["zero"].astype(jnp.int8 if self.spec.bits == 8 else jnp.uint8)
         if order is not None:
             fields["order"] = order.astype(jnp.int32)
-        if self.bits == 8:
-            half = 128  # int8 codes are signed
-            if "zero" in fields:
-                fields["zero"] = fields["zero"] - half
-            planes = {"codes": (codes - half).astype(jnp.int8)}
-        else:
-            planes = _planes(codes.astype(jnp.uint8), self.bits)
-        return QuantizedArray(f"int{self.bits}", {**planes, **fields})
+        own = {"codes": codes.astype(jnp.int8)} if self.spec.bits == 8 else planes(self.spec, codes)
+        return QuantizedArray(self.spec.name, {**own, **fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,16 +172,17 @@ def _weights(cost: jax.Array) -> jax.Array:
     return jnp.where(largest > 0, jnp.maximum(cost / jnp.where(largest > 0, largest, 1), 1e-6), 1)[:, None]
 
 
-def _planes(codes: jax.Array, bits: int) -> dict[str, jax.Array]:
-    """Codes as planes of 4, 2 and 1 bits, the lowest first."""
-    planes, names = {}, iter(("codes", "high", "top"))
-    below = 0
-    for width in (4, 2, 1):
-        if bits - below >= width:
-            part = (codes >> jnp.uint8(below)) & jnp.uint8(2**width - 1)
-            planes[next(names)] = fold(part, width)
-            below += width
-    return planes
+def _is_table(spec: ScaledFormat) -> bool:
+    return not spec.integer or spec.bits == 1
+
+
+def _range_of(spec: ScaledFormat) -> tuple[int, int, int]:
+    """The smallest and the largest code, and the code of zero where there is no zero point."""
+    if spec.bits == 8:
+        return -127, 127, 0  # as encoders write them
+    if spec.name == "ternary":
+        return 0, 2, 1
+    return 0, 2**spec.bits - 1, 2 ** (spec.bits - 1)
 
 
 def _split(low: int, chunk: int, name: str, bits: int, high_chunk: int) -> Callable[[jax.Array], dict[str, jax.Array]]:
@@ -220,34 +214,30 @@ _CODES: Mapping[str, tuple[int, int, Callable[[jax.Array], dict[str, jax.Array]]
     "q6_k": (-32, 31, _split(4, 64, "high", 2, 32)),
 }
 
-GRIDS: tuple[str, ...] = (*(f"int{bits}" for bits in range(2, 9)), *_CODES)
+GRIDS: tuple[str, ...] = (
+    *(name for name, f in SCALED_FORMATS.items() if f.integer or (f.bits <= 4 and not f.powers)),
+    *_CODES,
+)
 
 
 def grid_of(format: str, *, search: bool = True) -> Grid:
-    """Returns the grid of a format: "q4_0", "q4_k", "int4", "int4:g64", "int3:channel", "int4:g128:asym".
+    """Returns the grid of a format: "q4_0", "q4_k", "int4", "int4:g64", "int3:channel", "int4:g128:asym", "nf4".
 
     Raises:
-        QuantizationError: GPTQ does not know the format.
+        QuantizationError: GPTQ does not know the format, or not with that granularity.
     """
-    name, *options = format.split(":")
-    if name in _CODES and not options:
-        return BlockGrid(name, search)
-    if name in GRIDS and name.startswith("int"):
-        bits = int(name[3:])
-        size: int | None = None if bits == 8 else 32
-        asymmetric = False
-        for option in options:
-            if option == "asym":
-                asymmetric = True
-            elif option == "channel":
-                size = None
-            elif option[:1] == "g" and option[1:].isdigit() and int(option[1:]) > 0:
-                size = int(option[1:])
-            else:
-                break
-        else:
-            return IntegerGrid(bits, size, asymmetric, search)
-    raise QuantizationError(
-        f"gptq: format {format!r} is not known; choose from {', '.join(GRIDS)}, integers also with a granularity "
-        '("int4:g64", "int3:channel", "int4:g128:asym").'
-    )
+    base = format.split(":", maxsplit=1)[0]
+    if base not in GRIDS:
+        raise QuantizationError(
+            f"gptq: format {format!r} is not known; choose from {', '.join(GRIDS)}, those that are not GGUF's also "
+            'with a granularity ("int4:g64", "int3:channel", "int4:g128:asym").'
+        )
+    storage = parse(format)
+    if base in _CODES:
+        return BlockGrid(base, search)
+    if storage.columns != 1 or storage.double:
+        raise QuantizationError(
+            f"gptq: {format!r} has scales that columns share, or scales in codes; give a group or channel, such as "
+            f'"{base}:g64".'
+        )
+    return ScaledGrid(storage, search)
