@@ -12,6 +12,6 @@ from trustcore.quant.quantize import quantize
 from trustcore.quant.report import LeafReport, Report, report
 
 __all__ = [
-    "FORMATS", "Format", "LeafReport", "Link", "QuantizedArray", "Report", "Sample", "Stream", "awq", "get_format", "hqq",
-    "migration", "quantize", "report", "rotate", "smoothquant",
+    "FORMATS", "Format", "LeafReport", "Link", "QuantizedArray", "Report", "Sample", "Stream", "awq", "get_format",
+    "hqq", "migration", "quantize", "report", "rotate", "smoothquant",
 ]  # fmt: skip
