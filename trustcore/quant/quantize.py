@@ -70,9 +70,9 @@ def quantize(
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_weight)
     leaves = [(path_name(path), leaf) for path, leaf in flat]
-    plans = _plan(leaves, format, where, transposed or is_table, importance or {}, requantize)
+    plans = plan_leaves(leaves, format, where, transposed or is_table, importance or {}, requantize)
     faults: list[str] = []
-    done: dict[tuple[int, _Plan, int], Any] = {}
+    done: dict[tuple[int, LeafPlan, int], Any] = {}
     packed = []
     for (path, leaf), plan in zip(leaves, plans, strict=True):
         if plan is None:
@@ -110,7 +110,9 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-class _Plan(NamedTuple):
+class LeafPlan(NamedTuple):
+    """What becomes of one leaf: a format as a user writes it, and whether the matrix is stored `[N, K]`."""
+
     format: str
     transposed: bool
 
@@ -119,22 +121,22 @@ def _is_weight(node: Any) -> bool:
     return isinstance(node, Weight)
 
 
-def _pack(leaf: Any, plan: _Plan, importance: Any, search: bool) -> QuantizedArray:
+def _pack(leaf: Any, plan: LeafPlan, importance: Any, search: bool) -> QuantizedArray:
     weights = leaf.dequantize() if isinstance(leaf, QuantizedArray) else leaf
     return QuantizedArray.quantize(
         weights, plan.format, transposed=plan.transposed, importance=importance, search=search
     )
 
 
-def _plan(
+def plan_leaves(
     leaves: list[tuple[str, Any]],
     format: Formats,
     where: Predicate | None,
     transposed: Predicate,
     importance: Mapping[str, Any],
     requantize: bool,
-) -> list[_Plan | None]:
-    """Decides what becomes of each leaf, or tells every fault at once."""
+) -> list[LeafPlan | None]:
+    """Returns what becomes of each leaf (None: it stays), or tells every fault at once; arguments as in `quantize`."""
     faults: list[str] = []
     paths = [path for path, _ in leaves]
     if isinstance(format, Mapping):
@@ -145,14 +147,14 @@ def _plan(
         if path not in paths:
             faults.append(f"importance {path!r} is no path of the tree (paths look like {_some(paths)})")
 
-    plans: list[_Plan | None] = []
+    plans: list[LeafPlan | None] = []
     passed_over: list[str] = []
     packed_already = False
     for path, leaf in leaves:
         plans.append(None)
         if not (where or is_matrix)(path, leaf):
             continue
-        name = _format_of(format, path, leaf)
+        name = format_of(format, path, leaf)
         if name is None:
             continue
         if isinstance(leaf, Weight) and not (requantize and isinstance(leaf, QuantizedArray)):
@@ -160,7 +162,7 @@ def _plan(
             continue
         fault = _fault(path, leaf, name, transposed)
         if fault is None:
-            plan = _Plan(name, leaf.transposed if isinstance(leaf, QuantizedArray) else transposed(path, leaf))
+            plan = LeafPlan(name, leaf.transposed if isinstance(leaf, QuantizedArray) else transposed(path, leaf))
             same = isinstance(leaf, QuantizedArray) and any(_is_stored_as(leaf, s) for s in storages(name))
             packed_already = packed_already or same
             plans[-1] = None if same else plan
@@ -178,7 +180,8 @@ def _plan(
     return plans
 
 
-def _format_of(format: Formats, path: str, leaf: Any) -> str | None:
+def format_of(format: Formats, path: str, leaf: Any) -> str | None:
+    """Returns the format that a name, patterns or a function give a leaf; None: it is left alone."""
     if isinstance(format, str):
         return format
     if isinstance(format, Mapping):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from trustcore.quant.array import QuantizedArray
 from trustcore.quant.folding.structure import Leaves
 from trustcore.quant.formats import BlockFormat, ScaledFormat
-from trustcore.quant.quantize import Formats, Predicate, _plan, is_table, quantize
+from trustcore.quant.quantize import Formats, Predicate, is_table, plan_leaves, quantize
 
 
 class Packing:
@@ -35,7 +35,7 @@ class Packing:
     ):
         self._leaves, self._search = leaves, search
         named = leaves.items()
-        plans = _plan(named, format, where, transposed or is_table, {}, False)
+        plans = plan_leaves(named, format, where, transposed or is_table, {}, False)
         self._formats = {path: plan.format for (path, _), plan in zip(named, plans, strict=True) if plan is not None}
 
     def packs(self, path: str) -> bool:

@@ -9,7 +9,6 @@ on from there and gives the same result, bit for bit.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from trustcore.quant.calibration.stages import Matrix, stages
 from trustcore.quant.gptq.grids import Grid, grid_of
 from trustcore.quant.gptq.rows import output_error, round_rows, round_to_nearest
 from trustcore.quant.gptq.saved import Saved
-from trustcore.quant.quantize import Formats, Predicate, is_matrix, is_table
+from trustcore.quant.quantize import Formats, Predicate, format_of, is_matrix, is_table
 
 
 class Layer(NamedTuple):
@@ -101,7 +100,7 @@ def gptq(
     grids: dict[str, tuple[str, Grid]] = {}
     faults = []
     for path in paths:
-        name = _format_of(format, path, leaves[path])
+        name = format_of(format, path, leaves[path])
         if name is None:
             continue
         grid = grid_of(name, search=search)
@@ -208,11 +207,3 @@ def _turned(path: str, leaf: Any, transposed: Predicate) -> bool:
 
 def _count(leaves: Mapping[str, Any], paths: Any) -> int:
     return sum(int(np.prod(leaves[path].shape[:-2])) for path in paths)
-
-
-def _format_of(format: Formats, path: str, leaf: Any) -> str | None:
-    if isinstance(format, str):
-        return format
-    if isinstance(format, Mapping):
-        return next((name for pattern, name in format.items() if fnmatch.fnmatchcase(path, pattern)), None)
-    return format(path, leaf)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from trustcore.errors import QuantizationError
 from trustcore.ops.weight import Weight
-from trustcore.quant.quantize import Formats, Predicate, _format_of, is_matrix, is_table
+from trustcore.quant.quantize import Formats, Predicate, format_of, is_matrix, is_table
 from trustcore.quant.training.fp8_weight import Fp8Weight
 from trustcore.quant.training.inputs import SEEN, Inputs
 from trustcore.quant.training.scheme import Scheme
@@ -63,7 +63,7 @@ def prepare(
         paths.append(path)
         if isinstance(leaf, Weight) or not (where or is_matrix)(path, leaf):
             return leaf
-        name = _format_of(format, path, leaf)
+        name = format_of(format, path, leaf)
         if name is None:
             return leaf
         scheme, is_transposed = Scheme.parse(name), (transposed or is_table)(path, leaf)
