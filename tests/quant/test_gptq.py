@@ -94,7 +94,7 @@ def test_an_order_helps_where_inputs_differ_in_size():
 
 def test_an_order_is_kept_with_the_weight():
     w, hessian = problem(128, 32, skew=1.5)
-    grid = grid_of("int4")
+    grid = grid_of("int4", search=False)
     found = round_rows(w, hessian, grid, act_order=True)
     packed = grid.pack(found.codes, found.params, found.order)
     np.testing.assert_array_equal(packed.fields["order"], np.argsort(-np.diag(hessian), kind="stable"))
@@ -110,11 +110,11 @@ def test_an_order_is_kept_with_the_weight():
 def test_inputs_that_never_fire_and_inputs_that_go_together():
     w, hessian = problem(64)
     hessian[5] = hessian[:, 5] = 0
-    found = round_rows(w, hessian, grid_of("int4"))
+    found = round_rows(w, hessian, grid_of("int4", search=False))
     assert np.all(np.isfinite(found.values)) and np.abs(w[5] - found.values[5]).max() < 1
     low_rank, _ = problem(64, rows=3)
     singular = np.ones((64, 64), np.float32)
-    assert np.all(np.isfinite(round_rows(low_rank, singular, grid_of("int4")).values))
+    assert np.all(np.isfinite(round_rows(low_rank, singular, grid_of("int4", search=False)).values))
     with pytest.raises(QuantizationError, match="the Hessian holds NaN"):
         round_rows(w, np.full((64, 64), np.nan, np.float32), grid_of("int4"))
     with pytest.raises(QuantizationError, match=r"the Hessian is \[64, 64\], expected \[32, 32\]"):
@@ -181,8 +181,8 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
     if form == "loop":
         p = {"up": list(p["up"]), "down": list(p["down"]), "out": p["out"]}
     fn = scanned if form == "scan" else looped
-    packed = gptq(fn, p, batches, format="int4", where=every, progress=seen.append)
-    expected = by_hand(p, batches, grid_of("int4"))
+    packed = gptq(fn, p, batches, format="int4", where=every, search=False, progress=seen.append)
+    expected = by_hand(p, batches, grid_of("int4", search=False))
     for name in ("up", "down"):
         for i in range(3):
             w = packed[name].dequantize()[i] if form == "scan" else packed[name][i].dequantize()
@@ -205,7 +205,7 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(form):
 @pytest.mark.parametrize("format", [pytest.param("int4:g16", marks=pytest.mark.slow), "q4_0"])
 def test_a_decoder(format):
     model, tokens = random_decoder(), [some_tokens(seed=s) for s in range(3)]
-    packed = gptq(None, model, tokens, format=format, act_order=True)
+    packed = gptq(None, model, tokens, format=format, act_order=True, search=False)
     assert packed.config == CONFIG and isinstance(packed.blocks[1].mlp.down.kernel.get_value(), QuantizedArray)
     assert not isinstance(packed.embedding.table.get_value(), QuantizedArray)  # looked up, not multiplied
     plain = quantize(model, "q4_0", where=lambda path, leaf: path.endswith("kernel"))
@@ -216,7 +216,7 @@ def test_a_decoder(format):
 
 def test_packed_weights_and_patterns():
     model, tokens = quantize(random_decoder(), "q8_0"), [some_tokens()]
-    packed = gptq(None, model, tokens, format={"*.down.kernel": "q5_1", "*.mlp.*": "int4:g16:asym"})
+    packed = gptq(None, model, tokens, format={"*.down.kernel": "q5_1", "*.mlp.*": "int4:g16:asym"}, search=False)
     block = packed.blocks[0]
     formats = [block.mlp.down, block.mlp.up, block.attention.query]
     assert [layer.kernel.get_value().format for layer in formats] == ["q5_1", "int4", "q8_0"]
@@ -234,18 +234,19 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, after):
         if layer.done == after:
             raise Stop
 
-    whole = gptq(scanned, p, batches, format="int3:g16", where=every)
+    same = {"format": "int3:g16", "where": every, "search": False}
+    whole = gptq(scanned, p, batches, **same)
     with pytest.raises(Stop):
-        gptq(scanned, p, batches, format="int3:g16", where=every, folder=tmp_path, progress=stop)
-    resumed = gptq(scanned, p, batches, format="int3:g16", where=every, folder=tmp_path, progress=seen.append)
+        gptq(scanned, p, batches, **same, folder=tmp_path, progress=stop)
+    resumed = gptq(scanned, p, batches, **same, folder=tmp_path, progress=seen.append)
     assert [layer.resumed for layer in seen] == [True] * after + [False] * (7 - after)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     for changes, message in (({"damping": 0.1}, "options"), ({"format": "int4"}, "formats")):
         with pytest.raises(QuantizationError, match=f"belongs to a run with other {message}"):
-            gptq(scanned, p, batches, **{"format": "int3:g16", "where": every, "folder": tmp_path} | changes)
+            gptq(scanned, p, batches, **{**same, "folder": tmp_path, **changes})
     with pytest.raises(QuantizationError, match="belongs to a run with other data"):
-        gptq(scanned, p, batches[:2], format="int3:g16", where=every, folder=tmp_path)
+        gptq(scanned, p, batches[:2], **same, folder=tmp_path)
 
 
 def test_layers_of_one_form_share_a_program():
