@@ -8,7 +8,10 @@ from trustcore.ops import cpu
 from trustcore.quant.encode.nearest_entry import nearest_entry
 from trustcore.quant.formats.iq_grids import GRIDS
 
-IMPLEMENTATIONS = ("xla", pytest.param("native", marks=pytest.mark.skipif(bool(cpu.why_not()), reason=cpu.why_not())))
+IMPLEMENTATIONS = (
+    "xla",
+    pytest.param("native", marks=pytest.mark.skipif(bool(cpu.why_not("encoders")), reason=cpu.why_not("encoders"))),
+)
 
 
 def shape_of(name):
@@ -35,7 +38,7 @@ def test_no_entry_is_cheaper(name, implementation):
     np.testing.assert_allclose(cost, found, rtol=rounding)
 
 
-@pytest.mark.skipif(bool(cpu.why_not()), reason=cpu.why_not())
+@pytest.mark.skipif(bool(cpu.why_not("encoders")), reason=cpu.why_not("encoders"))
 @pytest.mark.parametrize("groups", (1, 33, 300))
 @pytest.mark.parametrize("name", GRIDS)
 def test_both_implementations_give_the_same_bits(name, groups):

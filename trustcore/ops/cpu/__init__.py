@@ -18,8 +18,10 @@ from trustcore.ops.cpu.build import load, why_not
 
 __all__ = [
     "ANY_WIDTH",
+    "ENCODED",
     "FORMATS",
     "cached_attention",
+    "encode_blocks",
     "load",
     "nearest_entry",
     "packed_matmul",
@@ -59,6 +61,8 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 FORMATS: tuple[str, ...] = tuple(_FIELDS)
 ANY_WIDTH = ("q4_0", "q4_1", "q8_0", "f16", "bf16")  # the others need N to be a multiple of the vector length
+# Formats of encode_blocks.cc, in the order of its numbering.
+ENCODED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
 
 
 def packed_refusal(format: str, n: int) -> str:
@@ -162,6 +166,38 @@ def cached_attention(
     return call(query, key, value, start, tuple(cache))
 
 
+def encode_blocks(
+    format: str,
+    weights: jax.Array,
+    row_weight: jax.Array | None,
+    candidates: Sequence[float],
+    refits: int,
+    fields: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Returns the fields of weights packed as `format`, and the bits of the largest magnitude, uint32 `[1]`.
+
+    Args:
+        format: a name in `ENCODED`.
+        weights: float32 `[K, N]`, K a multiple of the format's block, N at least `vector_lanes()`.
+        row_weight: what an error in each row costs, float32 `[K]`; None: all the same.
+        candidates: what the search tries, pairs one after the other; none where the format's own rule is enough.
+        refits: rounds of re-fitting.
+        fields: shapes of the results, in the format's order.
+    """
+    load("encoders")
+    row_weight = jnp.zeros(0, jnp.float32) if row_weight is None else row_weight
+    shapes = [*fields.values(), jax.ShapeDtypeStruct((1,), jnp.uint32)]
+    target = jax.ffi.ffi_call("trustcore_encode_blocks", shapes, vmap_method="sequential")
+    *found, largest = target(
+        weights,
+        row_weight,
+        kind=np.int64(ENCODED.index(format)),
+        candidates=np.asarray(candidates, np.float32),
+        refits=np.int64(refits),
+    )
+    return dict(zip(fields, found, strict=True)), largest
+
+
 def nearest_entry(costs: jax.Array, grid: jax.Array, bits: int) -> jax.Array:
     """Returns int32 `[G]`: the least sum of costs over the entries of the grid, its lowest bits the entry's index.
 
@@ -170,16 +206,16 @@ def nearest_entry(costs: jax.Array, grid: jax.Array, bits: int) -> jax.Array:
         grid: uint16, a power of two of entries; level i of an entry in `bits` bits from i * bits on.
         bits: of a level.
     """
-    load()
+    load("encoders")
     target = jax.ffi.ffi_call(
         "trustcore_nearest_entry", jax.ShapeDtypeStruct(costs.shape[2:], jnp.int32), vmap_method="sequential"
     )
     return target(costs, grid, bits=np.int64(bits))
 
 
-def vector_lanes() -> int:
+def vector_lanes(library: str = "products") -> int:
     """Returns the float32 lanes of the vectors that the handlers were built for: 16 with AVX-512, else 8."""
-    return int(load().trustcore_vector_lanes())
+    return int(load(library).trustcore_vector_lanes())
 
 
 def _loop(call: Any, size: int, axes: Any, *args: Any) -> Any:

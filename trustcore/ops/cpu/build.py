@@ -25,30 +25,36 @@ import jax
 from trustcore.cache import cache_folder
 from trustcore.errors import ImplementationError
 
-SOURCES = ("packed_matmul.cc", "packed_codes.cc", "attention.cc", "nearest_entry.cc")
+# Libraries, each built when something of it is asked for first: sources, and what they register.
+LIBRARIES = {
+    "products": (
+        ("packed_matmul.cc", "packed_codes.cc", "attention.cc"),
+        ("trustcore_packed_matmul", "trustcore_cached_attention"),
+    ),
+    "encoders": (("encode_blocks.cc", "nearest_entry.cc"), ("trustcore_encode_blocks", "trustcore_nearest_entry")),
+}
 HEADERS = ("columns.h", "formats.h", "grids.h", "parallel.h", "simd.h")
-TARGETS = ("trustcore_packed_matmul", "trustcore_cached_attention", "trustcore_nearest_entry")
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 TIMEOUT = 300  # seconds; a build takes about ten
 
 
-def why_not() -> str:
+def why_not(library: str = "products") -> str:
     """Returns "" when the handlers are loaded and registered, else the reason why not. Builds them on first use."""
-    return _load()[1]
+    return _load(library)[1]
 
 
-def load() -> ctypes.CDLL:
-    """Returns the loaded library.
+def load(library: str = "products") -> ctypes.CDLL:
+    """Returns the loaded library, one of `LIBRARIES`.
 
     Raises:
         ImplementationError: it cannot be built or loaded here; says why.
     """
-    library, reason = _load()
-    if library is None:
+    loaded, reason = _load(library)
+    if loaded is None:
         raise ImplementationError(f"native CPU kernels: {reason}")
-    return library
+    return loaded
 
 
 def compiler() -> str | None:
@@ -62,7 +68,7 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load(library: str) -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("TRUSTCORE_CPU_KERNELS", "").lower() in ("off", "0", "no", "false"):
         return None, "TRUSTCORE_CPU_KERNELS=off."
     machine = platform.machine().lower()
@@ -74,16 +80,17 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     native = _native_flags(machine)
     if native is None:
         return None, "this processor has no AVX2, FMA and F16C; plain XLA is used instead."
-    path = cache_folder("native") / f"trustcore-{_key(cxx, native)}.so"
+    sources, targets = LIBRARIES[library]
+    path = cache_folder("native") / f"trustcore-{library}-{_key(cxx, native, sources)}.so"
     try:
         if not path.exists():
-            _compile(cxx, native, path)
-        library = ctypes.CDLL(str(path))
+            _compile(cxx, native, sources, path)
+        loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"building or loading {path} failed: {_one_line(error)}"
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-    return library, ""
+    for target in targets:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, target)), platform="cpu")
+    return loaded, ""
 
 
 def _native_flags(machine: str) -> tuple[str, ...] | None:
@@ -107,19 +114,19 @@ def _cpu_features() -> str:
     return ""
 
 
-def _key(cxx: str, native: tuple[str, ...]) -> str:
+def _key(cxx: str, native: tuple[str, ...], sources: tuple[str, ...]) -> str:
     folder = Path(__file__).parent
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     parts = [version, metadata.version("jaxlib"), _cpu_features(), *FLAGS, *native]
-    parts += [(folder / name).read_text() for name in (*SOURCES, *HEADERS)]
+    parts += [(folder / name).read_text() for name in (*sources, *HEADERS)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(cxx: str, native: tuple[str, ...], path: Path) -> None:
+def _compile(cxx: str, native: tuple[str, ...], sources: tuple[str, ...], path: Path) -> None:
     folder = Path(__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
-        objects = [Path(scratch) / f"{name}.o" for name in SOURCES]
+        objects = [Path(scratch) / f"{name}.o" for name in sources]
         include = (f"-I{jax.ffi.include_dir()}", f"-I{folder}")
 
         def run(*arguments: str) -> None:
@@ -132,7 +139,7 @@ def _compile(cxx: str, native: tuple[str, ...], path: Path) -> None:
             run(*include, "-c", str(folder / name), "-o", str(target))
 
         with ThreadPoolExecutor() as pool:  # the compiler is another process: sources side by side
-            list(pool.map(compile_one, SOURCES, objects))
+            list(pool.map(compile_one, sources, objects))
         run("-shared", *map(str, objects), "-o", str(built), "-lpthread")
         os.replace(built, path)
 

@@ -1,7 +1,7 @@
 // One vector of floats, as wide as the machine's registers, and the few conversions that packed weights need.
 //
 // The arithmetic is written in the compiler's portable vector types, so one source serves AVX-512, AVX2 and NEON;
-// only half-precision conversion and the 16-entry table look-up name instructions.
+// only conversions, extremes, rounding and the 16-entry table look-up name instructions.
 #pragma once
 
 #include <cstdint>
@@ -143,6 +143,69 @@ inline VecF pick16(VecI v, const float* table) {
   VecF picked;
   for (int i = 0; i < kLanes; ++i) picked[i] = table[v[i] & 15];
   return picked;
+#endif
+}
+
+// ---- what encoders need --------------------------------------------------------------------------------------------
+
+// Named instructions: of a comparison and a choice, which the portable form is, compilers make two.
+inline VecF vmin(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX__)
+  return reinterpret_cast<VecF>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline VecF vmax(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX__)
+  return reinterpret_cast<VecF>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline VecF vabs(VecF v) { return bits_to_float(reinterpret_cast<VecU>(v) & 0x7FFFFFFFu); }
+
+// To the nearest whole number, ties to even.
+inline VecF vround(VecF v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_roundscale_ps(reinterpret_cast<__m512>(v), 8));
+#elif defined(__AVX__)
+  return reinterpret_cast<VecF>(_mm256_round_ps(reinterpret_cast<__m256>(v), 8));
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_roundevenf(v[i]);
+  return v;
+#endif
+}
+
+// Whole numbers to integers.
+inline VecI to_int(VecF v) { return __builtin_convertvector(v, VecI); }
+
+// The low byte of each lane.
+inline void narrow(VecI v, uint8_t* p) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+// To halves: nearest, ties to even.
+inline void to_half(VecF v, uint16_t* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 8));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 8));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const __fp16 half = static_cast<__fp16>(v[i]);
+    std::memcpy(p + i, &half, 2);
+  }
 #endif
 }
 

@@ -20,6 +20,9 @@ import numpy as np
 from trustcore.quant.encode.encoder import Encoded, Encoder, fold
 from trustcore.quant.encode.search import better, inverse, total
 
+# Offsets of the scale codes that are tried, without and with an importance. An octave of E4M3 is eight codes: from a
+# largest weight that is clipped to two thirds to one that lands at 4.
+_OFFSETS = {"mxfp4": ((0, 1, -1), (0, 1, -1, -2)), "nvfp4": (tuple(range(-3, 7)), tuple(range(-8, 8)))}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDDLES = tuple((a + b) / 2 for a, b in pairwise(_E2M1))
 
@@ -73,10 +76,9 @@ def _mxfp4(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.uint32) >> jnp.uint32(23)).astype(jnp.float32)
     rule = jnp.clip(exponent - 2, _LOWEST, _HIGHEST)  # 4, the power of two in 6, is 2**2
     if search:
-        offsets = (0, 1, -1) if weight is None else (0, 1, -1, -2)
         # x / 2**(rule - 127) lies within 8. The scale codes are then relative: 127 + offset.
         y = x * _power(254 - rule)[None]
-        best = _least(y, weight, jnp.full_like(rule, 127.0), offsets, _power) - 127 + rule
+        best = _least(y, weight, jnp.full_like(rule, 127.0), _OFFSETS["mxfp4"][weight is not None], _power) - 127 + rule
         rule = jnp.clip(best, _LOWEST, _HIGHEST)
     codes = _codes(x * _power(254 - rule)[None])
     return {"exponent": rule.astype(jnp.uint8), "codes": fold(codes, 4, chunk=16)}
@@ -105,8 +107,7 @@ def _nvfp4(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     x = x.reshape(4, 16, m).swapaxes(0, 1)  # [16, 4, M]
     code = _e4m3_code(jnp.max(jnp.abs(x), axis=0) / 6)
     if search:
-        # Eight codes to an octave: from a largest weight that is clipped to two thirds to one that lands at 4.
-        offsets = range(-3, 7) if weight is None else range(-8, 8)
+        offsets = _OFFSETS["nvfp4"][weight is not None]
         parted = None if weight is None else weight.reshape(4, 16, -1).swapaxes(0, 1)
         code = _least(x, parted, code, offsets, lambda c: _e4m3(jnp.clip(c, 0, _TOP)))
         code = jnp.clip(code, 0, _TOP)
@@ -114,7 +115,11 @@ def _nvfp4(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     return {"scales": code.astype(jnp.uint8), "codes": fold(codes, 4, chunk=8)}
 
 
+def _tried(name: str) -> Callable[[bool, bool], tuple[tuple[float, ...], int]]:
+    return lambda weighted, search: (tuple(map(float, _OFFSETS[name][weighted])) if search else (), 0)
+
+
 BLOCK_FLOATS: dict[str, Encoder] = {
-    "mxfp4": Encoder(_mxfp4, 6 * 2.0**125),
-    "nvfp4": Encoder(_nvfp4, 6 * _E4M3_MAX),
+    "mxfp4": Encoder(_mxfp4, 6 * 2.0**125, _tried("mxfp4")),
+    "nvfp4": Encoder(_nvfp4, 6 * _E4M3_MAX, _tried("nvfp4")),
 }

@@ -25,10 +25,13 @@ class Encoder(NamedTuple):
         blocks: float32 `[block, M]`, the weight of each row in the squared error (`[block, M]`, `[block, 1]`, or None
             for all ones), and whether to search, to the fields of the format.
         limit: the largest magnitude that the format's scales can hold.
+        tried: for formats of `ops.cpu.encode_blocks`, whether there are weights and whether to search, to the
+            candidates and the rounds of re-fitting that `blocks` tries as well.
     """
 
     blocks: Callable[[jax.Array, jax.Array | None, bool], Encoded]
     limit: float
+    tried: Callable[[bool, bool], tuple[tuple[float, ...], int]] | None = None
 
 
 def fold(codes: jax.Array, bits: int, chunk: int = 1) -> jax.Array:

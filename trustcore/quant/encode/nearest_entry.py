@@ -33,7 +33,7 @@ def nearest_entry(
         implementation: "native" or "xla"; None takes native on a CPU that has it.
     """
     if implementation is None:
-        implementation = "native" if jax.default_backend() == "cpu" and not cpu.why_not() else "xla"
+        implementation = "native" if jax.default_backend() == "cpu" and not cpu.why_not("encoders") else "xla"
     if implementation == "native":
         marked = cpu.nearest_entry(costs, jnp.asarray(grid), bits)
     else:

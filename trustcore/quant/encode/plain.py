@@ -31,7 +31,7 @@ from trustcore.quant.encode.search import (
 )
 
 
-def _symmetric(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Callable[..., Encoded]:
+def _symmetric(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Encoder:
     high = (1 << (bits - 1)) - 1
     low = -high - 1 if bits < 8 else -high  # no encoder writes -128, so no reader is known to take it
     nearest = whole(low, high)
@@ -42,10 +42,10 @@ def _symmetric(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) ->
         scale = half(search_symmetric(x, weight, nearest, grids.choose(weight, search)) * unit)
         return {"scale": scale.astype(jnp.float16), **pack(nearest(x * inverse(scale / unit)[None]))}
 
-    return encode
+    return Encoder(encode, high * HALF_MAX, grids.tried)
 
 
-def _affine(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Callable[..., Encoded]:
+def _affine(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Encoder:
     levels = (1 << bits) - 1
 
     def encode(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
@@ -56,7 +56,7 @@ def _affine(bits: int, pack: Callable[[jax.Array], Encoded], grids: Grids) -> Ca
         codes = affine_codes(x, scale / unit, minimum.astype(jnp.float32) / unit, levels)
         return {"scale": scale.astype(jnp.float16), "minimum": minimum, **pack(codes)}
 
-    return encode
+    return Encoder(encode, HALF_MAX, grids.tried)
 
 
 def _nibbles(offset: int) -> Callable[[jax.Array], Encoded]:
@@ -105,11 +105,11 @@ _Q8_0 = Grids(Grid((127.0,)), Grid((127.0,)), Grid(tuple(np.linspace(124.5, 128.
 PLAIN: dict[str, Encoder] = {
     "f16": Encoder(_f16, 65519.996),  # the largest float32 that does not round to infinity
     "bf16": Encoder(_bf16, 3.3961775e38),
-    "q4_0": Encoder(_symmetric(4, _nibbles(8), symmetric_grids(8)), 7 * HALF_MAX),
-    "q4_1": Encoder(_affine(4, _nibbles(0), affine_grids(15)), HALF_MAX),
-    "q5_0": Encoder(_symmetric(5, _nibbles_and_high_bits(16), symmetric_grids(16)), 15 * HALF_MAX),
-    "q5_1": Encoder(_affine(5, _nibbles_and_high_bits(0), affine_grids(31)), HALF_MAX),
-    "q8_0": Encoder(_symmetric(8, lambda codes: {"codes": codes.astype(jnp.int8)}, _Q8_0), 127 * HALF_MAX),
+    "q4_0": _symmetric(4, _nibbles(8), symmetric_grids(8)),
+    "q4_1": _affine(4, _nibbles(0), affine_grids(15)),
+    "q5_0": _symmetric(5, _nibbles_and_high_bits(16), symmetric_grids(16)),
+    "q5_1": _affine(5, _nibbles_and_high_bits(0), affine_grids(31)),
+    "q8_0": _symmetric(8, lambda codes: {"codes": codes.astype(jnp.int8)}, _Q8_0),
     "q8_k": Encoder(_q8_k, 3.3e38),
-    "q1_0": Encoder(_q1_0, HALF_MAX),
+    "q1_0": Encoder(_q1_0, HALF_MAX, lambda weighted, search: ((), 0)),
 }

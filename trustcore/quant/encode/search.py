@@ -53,9 +53,18 @@ class Grids(NamedTuple):
 
     def choose(self, weight: jax.Array | None, search: bool) -> Grid:
         """Returns the grid for these weights."""
+        return self.of(weight is not None, search)
+
+    def of(self, weighted: bool, search: bool) -> Grid:
+        """Returns the grid where there are weights, or none."""
         if not search:
             return self.full
-        return self.even if weight is None else self.uneven
+        return self.uneven if weighted else self.even
+
+    def tried(self, weighted: bool, search: bool) -> tuple[tuple[float, ...], int]:
+        """Returns the candidates, pairs one after the other, and the rounds of re-fitting: `Encoder.tried`."""
+        grid = self.of(weighted, search)
+        return tuple(float(number) for number in np.ravel(grid.candidates)), grid.refits
 
 
 def symmetric_grids(reach: int) -> Grids:

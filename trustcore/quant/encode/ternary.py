@@ -55,4 +55,7 @@ def _tq2_0(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     return {"codes": fold(codes, 2, chunk=32), "scale": scale}
 
 
-TERNARY: dict[str, Encoder] = {"tq1_0": Encoder(_tq1_0, HALF_MAX), "tq2_0": Encoder(_tq2_0, HALF_MAX)}
+TERNARY: dict[str, Encoder] = {
+    "tq1_0": Encoder(_tq1_0, HALF_MAX, _GRIDS.tried),
+    "tq2_0": Encoder(_tq2_0, HALF_MAX, _GRIDS.tried),
+}

@@ -1,0 +1,540 @@
+// Encodes float weights as one of GGUF's simple block formats: trustcore/quant/encode on one pass over memory.
+//
+// Operands: weights float32 [K, N]; what an error in each row costs, float32 [K], or [0] for one; results: the fields of
+// the format as trustcore/quant/array.py lays them out ([K / block, rows, N] and [K / block, N]), and the bits of the
+// largest magnitude as one uint32 (NaN and infinities stand above all numbers there). The candidates of the search come
+// from Python, and every step is that of trustcore/quant/encode/{search,plain,ternary,block_floats}.py, the oracle: the
+// same products and sums in the same order, row by row.
+//
+// One vector holds as many columns; a block of them (32 to 256 rows) is copied into the L1 cache and searched there.
+// Several candidates are tried side by side, which hides the latency of their sums. Blocks of rows and runs of 1024
+// columns are the parts that threads share.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace tc {
+namespace {
+
+// The order of ENCODED in trustcore/ops/cpu/__init__.py.
+enum Kind : int64_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ1_0, kTQ1_0, kTQ2_0, kMXFP4, kNVFP4, kKinds };
+
+constexpr int kMaxBlock = 256, kMaxFields = 4;
+constexpr int kSide = kLanes == 16 ? 8 : 4;        // symmetric candidates tried side by side
+constexpr int kSideAffine = kLanes == 16 ? 6 : 2;  // affine ones, which need three sums each
+constexpr int64_t kRun = 1024;                     // columns of a part
+
+struct Layout {
+  int block;
+  int rows[kMaxFields];   // of each field, in the format's order; 0: none
+  int bytes[kMaxFields];  // of an element
+};
+constexpr Layout kLayouts[kKinds] = {
+    {32, {1, 16}, {2, 1}},           {32, {1, 1, 16}, {2, 2, 1}},    {32, {1, 4, 16}, {2, 1, 1}},
+    {32, {1, 1, 4, 16}, {2, 2, 1, 1}}, {32, {1, 32}, {2, 1}},          {128, {1, 16}, {2, 1}},
+    {256, {48, 4, 1}, {1, 1, 2}},    {256, {64, 1}, {1, 2}},         {32, {1, 16}, {1, 1}},
+    {64, {4, 32}, {1, 1}},
+};
+
+struct Task {
+  Kind kind;
+  const float* x;         // [K, N]
+  const float* weight;    // [K] or null
+  int64_t n;              // columns
+  const float* candidates;
+  int count, refits;
+  uint8_t* fields[kMaxFields];
+};
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+inline VecF inverse(VecF v) {
+  const VecF zero = {};
+  return v != zero ? 1.0f / (v != zero ? v : splat(1.0f)) : zero;
+}
+
+inline VecF clipped(VecF v, float low, float high) { return vmin(vmax(v, splat(low)), splat(high)); }
+
+// See `power_of_two` in search.py.
+inline VecF power_of_two(VecF largest) {
+  const VecF kept = vmin(vmax(largest, splat(0x1p-100f)), splat(0x1p100f));
+  return bits_to_float(reinterpret_cast<VecU>(kept) & 0x7F800000u);
+}
+
+// See `half` in search.py: the value that a half holds, to nearest, and up among the subnormals.
+inline VecF half(VecF scale) {
+  alignas(64) uint16_t bits[kLanes];
+  to_half(clipped(scale, -65504.0f, 65504.0f), bits);
+  VecF value = from_half(bits);
+  for (int i = 0; i < kLanes; ++i)
+    if (std::fabs(scale[i]) < 0x1p-14f) {
+      const float steps = std::ceil(std::fabs(scale[i]) * static_cast<float>(0.999 * 0x1p24));
+      value[i] = scale[i] == 0 ? 0.0f : std::copysign(steps * 0x1p-24f, scale[i]);
+    }
+  return value;
+}
+
+// ---- one block of a vector of columns ------------------------------------------------------------------------------
+
+template <int R>
+struct Block {
+  VecF x[R];      // in units of `unit` after scaled()
+  VecF unit, largest, smallest, size;
+  float weight[R];
+
+  // Returns the bits of the largest magnitude of the weights as they are.
+  VecU copy(const float* from, int64_t stride, const float* weights) {
+    VecU top = {};
+    largest = splat(-INFINITY), smallest = splat(INFINITY);
+    for (int r = 0; r < R; ++r) {
+      const VecF v = load(from + r * stride);
+      __builtin_prefetch(from + r * stride + 8 * kLanes);
+      x[r] = v;
+      largest = vmax(largest, v), smallest = vmin(smallest, v);
+      const VecU bits = reinterpret_cast<VecU>(v) & 0x7FFFFFFFu;
+      top = bits > top ? bits : top;
+      weight[r] = weights ? weights[r] : 1.0f;
+    }
+    size = vmax(largest, -smallest);
+    return top;
+  }
+
+  void scaled() {
+    unit = power_of_two(size);
+    const VecF by = 1.0f / unit;
+    for (VecF& v : x) v *= by;
+    largest *= by, smallest *= by;
+  }
+};
+
+// sum += weight * value; values first, as in `total` of search.py.
+template <bool W>
+inline void add(VecF& sum, VecF value, float weight) {
+  if constexpr (W)
+    sum += value * weight;
+  else
+    sum += value;
+}
+
+template <int R, bool W>
+struct Symmetric {
+  const Block<R>& b;
+  float low, high;
+  VecF error = {}, scale = {};
+
+  void take(VecF product, VecF square) {
+    const VecF found = product * inverse(square), cost = -product * found;
+    const auto better = cost < error;
+    error = better ? cost : error, scale = better ? found : scale;
+  }
+
+  template <int C>
+  void attempt(const VecF* by) {
+    VecF product[C], square[C];
+    for (int c = 0; c < C; ++c) product[c] = square[c] = VecF{};
+    for (int r = 0; r < R; ++r) {
+      const VecF x = b.x[r];
+      const float w = b.weight[r];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        const VecF code = clipped(vround(x * by[c]), low, high);
+        add<W>(product[c], x * code, w), add<W>(square[c], code * code, w);
+      }
+    }
+    for (int c = 0; c < C; ++c) take(product[c], square[c]);
+  }
+
+  // Returns the scale, in units of the block's.
+  VecF search(const float* candidates, int count, int refits) {
+    const VecF unit = inverse(b.largest >= -b.smallest ? b.largest : b.smallest);
+    int at = 0;
+    for (; at + kSide <= count; at += kSide) {
+      VecF by[kSide];
+      for (int c = 0; c < kSide; ++c) by[c] = candidates[at + c] * unit;
+      attempt<kSide>(by);
+    }
+    for (; at < count; ++at) {
+      const VecF by = candidates[at] * unit;
+      attempt<1>(&by);
+    }
+    for (int i = 0; i < refits; ++i) {
+      const VecF by = inverse(scale);
+      attempt<1>(&by);
+    }
+    return scale;
+  }
+};
+
+template <int R, bool W>
+struct AffineSearch {
+  const Block<R>& b;
+  float levels;
+  VecF y[R];
+  VecF count, mean, error, scale, shift;
+
+  void take(VecF sum, VecF product, VecF square) {
+    const VecF spread = square - sum * sum / count, zero = {};
+    const VecF found = (product - mean * sum) * inverse(spread > 1e-6f * square ? spread : zero);
+    const VecF moved = mean - found * sum / count;
+    VecF cost = found * (found * square - 2.0f * product) + moved * (moved * count + 2.0f * found * sum);
+    cost = cost - 2.0f * moved * mean * count;
+    const auto better = (found > zero) & (cost < error);
+    error = better ? cost : error, scale = better ? found : scale, shift = better ? moved : shift;
+  }
+
+  // Codes are the nearest to y * by - below.
+  template <int C>
+  void attempt(const VecF* by, const VecF* below) {
+    VecF sum[C], product[C], square[C];
+    for (int c = 0; c < C; ++c) sum[c] = product[c] = square[c] = VecF{};
+    for (int r = 0; r < R; ++r) {
+      const VecF v = y[r];
+      const float w = b.weight[r];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        const VecF code = clipped(vround(v * by[c] - below[c]), 0.0f, levels);
+        add<W>(sum[c], code, w), add<W>(product[c], v * code, w), add<W>(square[c], code * code, w);
+      }
+    }
+    for (int c = 0; c < C; ++c) take(sum[c], product[c], square[c]);
+  }
+
+  void search(const float* candidates, int pairs, int refits) {
+    const VecF unit = inverse(vmax(b.largest - b.smallest, VecF{}));
+    VecF total = {};
+    count = VecF{};
+    for (int r = 0; r < R; ++r) {
+      y[r] = b.x[r] - b.smallest;
+      add<W>(total, y[r], b.weight[r]);
+      count += b.weight[r];
+    }
+    mean = total / count;
+    shift = mean, scale = VecF{};
+    error = shift * (shift - 2.0f * mean) * count;
+    int at = 0;
+    VecF by[kSideAffine], below[kSideAffine];
+    for (; at < pairs; at += kSideAffine) {
+      const int some = std::min(kSideAffine, pairs - at);
+      for (int c = 0; c < some; ++c) {
+        by[c] = candidates[2 * (at + c)] * unit;
+        below[c] = splat(candidates[2 * (at + c) + 1]);
+      }
+      if (some == kSideAffine)
+        attempt<kSideAffine>(by, below);
+      else
+        for (int c = 0; c < some; ++c) attempt<1>(by + c, below + c);
+    }
+    for (int i = 0; i < refits; ++i) refit();
+    shift += b.smallest;
+  }
+
+  void refit() {
+    const VecF by = inverse(scale);
+    VecF sum = {}, product = {}, square = {};
+    for (int r = 0; r < R; ++r) {
+      const VecF code = clipped(vround((y[r] - shift) * by), 0.0f, levels);
+      const float w = b.weight[r];
+      add<W>(sum, code, w), add<W>(product, y[r] * code, w), add<W>(square, code * code, w);
+    }
+    take(sum, product, square);
+  }
+};
+
+// ---- formats -------------------------------------------------------------------------------------------------------
+
+// Where a vector of columns of a field begins: row r of block i.
+inline uint8_t* place(const Task& t, int field, int64_t i, int r, int64_t column) {
+  const Layout& layout = kLayouts[t.kind];
+  return t.fields[field] + ((i * layout.rows[field] + r) * t.n + column) * layout.bytes[field];
+}
+
+inline void put_half(const Task& t, int field, int64_t i, int64_t column, VecF value) {
+  to_half(value, reinterpret_cast<uint16_t*>(place(t, field, i, 0, column)));
+}
+
+inline void nibbles(const Task& t, int field, int64_t i, int64_t column, const VecI* codes) {
+  for (int r = 0; r < 16; ++r) narrow(codes[r] & 15 | (codes[r + 16] & 15) << 4, place(t, field, i, r, column));
+}
+
+inline void high_bits(const Task& t, int field, int64_t i, int64_t column, const VecI* codes) {
+  for (int byte = 0; byte < 4; ++byte) {
+    VecI bits = {};
+    for (int j = 0; j < 8; ++j) bits |= (codes[byte * 8 + j] >> 4 & 1) << j;
+    narrow(bits, place(t, field, i, byte, column));
+  }
+}
+
+template <Kind F, bool W>
+inline void symmetric(const Task& t, Block<32>& b, int64_t i, int64_t column) {
+  constexpr float high = F == kQ4_0 ? 7 : F == kQ5_0 ? 15 : 127, low = F == kQ8_0 ? -127 : -high - 1;
+  b.scaled();
+  const VecF scale = half(Symmetric<32, W>{b, low, high}.search(t.candidates, t.count, t.refits) * b.unit);
+  const VecF by = inverse(scale / b.unit);
+  put_half(t, 0, i, column, scale);
+  VecI codes[32];
+  for (int r = 0; r < 32; ++r) {
+    codes[r] = to_int(clipped(vround(b.x[r] * by), low, high));
+    if constexpr (F != kQ8_0) codes[r] -= static_cast<int>(low);
+  }
+  if constexpr (F == kQ8_0) {
+    for (int r = 0; r < 32; ++r) narrow(codes[r], place(t, 1, i, r, column));
+  } else {
+    if constexpr (F == kQ5_0) high_bits(t, 1, i, column, codes);
+    nibbles(t, F == kQ5_0 ? 2 : 1, i, column, codes);
+  }
+}
+
+template <Kind F, bool W>
+inline void affine(const Task& t, Block<32>& b, int64_t i, int64_t column) {
+  constexpr float levels = F == kQ4_1 ? 15 : 31;
+  b.scaled();
+  AffineSearch<32, W> found{b, levels};
+  found.search(t.candidates, t.count / 2, t.refits);
+  const VecF scale = half(found.scale * b.unit);
+  put_half(t, 0, i, column, scale);
+  put_half(t, 1, i, column, found.shift * b.unit);
+  const VecF by = inverse(scale / b.unit);
+  const VecF minimum = from_half(reinterpret_cast<const uint16_t*>(place(t, 1, i, 0, column))) / b.unit;
+  VecI codes[32];
+  for (int r = 0; r < 32; ++r) codes[r] = to_int(clipped(vround((b.x[r] - minimum) * by), 0.0f, levels));
+  if constexpr (F == kQ5_1) high_bits(t, 2, i, column, codes);
+  nibbles(t, F == kQ5_1 ? 3 : 2, i, column, codes);
+}
+
+// See `_fractions` in ternary.py: digits of base 3, `step` rows apart, as the fraction they make.
+inline void fractions(const Task& t, int field, int row, int64_t i, int64_t column, const VecI* digits, int count,
+                      int rows) {
+  for (int j = 0; j < rows; ++j) {
+    VecI number = {};
+    for (int d = 0; d < 5; ++d) {
+      number *= 3;
+      if (d < count) number += digits[d * rows + j];
+    }
+    narrow(number + (number * 3508 + 65535 >> 16), place(t, field, i, row + j, column));
+  }
+}
+
+template <Kind F, bool W>
+inline void ternary(const Task& t, Block<256>& b, int64_t i, int64_t column) {
+  b.scaled();
+  const VecF scale = half(Symmetric<256, W>{b, -1, 1}.search(t.candidates, t.count, t.refits) * b.unit);
+  const VecF by = inverse(scale / b.unit);
+  VecI codes[256];
+  for (int r = 0; r < 256; ++r) codes[r] = to_int(clipped(vround(b.x[r] * by), -1, 1)) + 1;
+  put_half(t, F == kTQ1_0 ? 2 : 1, i, column, scale);
+  if constexpr (F == kTQ1_0) {
+    fractions(t, 0, 0, i, column, codes, 5, 32);
+    fractions(t, 0, 32, i, column, codes + 160, 5, 16);
+    fractions(t, 1, 0, i, column, codes + 240, 4, 4);
+  } else {
+    for (int c = 0; c < 2; ++c)
+      for (int j = 0; j < 32; ++j) {
+        const VecI* four = codes + c * 128 + j;
+        narrow(four[0] | four[32] << 2 | four[64] << 4 | four[96] << 6, place(t, 0, i, c * 32 + j, column));
+      }
+  }
+}
+
+template <bool W>
+inline void one_bit(const Task& t, Block<128>& b, int64_t i, int64_t column) {
+  b.scaled();
+  VecF sum = {}, count = {};
+  for (int r = 0; r < 128; ++r) {
+    add<W>(sum, vabs(b.x[r]), b.weight[r]);
+    count += b.weight[r];
+  }
+  put_half(t, 0, i, column, half(sum / count * b.unit));
+  for (int byte = 0; byte < 16; ++byte) {
+    VecI bits = {};
+    for (int j = 0; j < 8; ++j) bits |= (b.x[byte * 8 + j] >= VecF{}) & (1 << j);
+    narrow(bits, place(t, 1, i, byte, column));
+  }
+}
+
+// ---- four-bit floats -----------------------------------------------------------------------------------------------
+
+constexpr float kE2M1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+
+// The E2M1 number nearest to a magnitude, and its code.
+inline VecF magnitude(VecF v) {
+  VecF sum = {};
+#pragma GCC unroll 7
+  for (int i = 0; i < 7; ++i) sum += v > (kE2M1[i] + kE2M1[i + 1]) / 2 ? splat(kE2M1[i + 1] - kE2M1[i]) : VecF{};
+  return sum;
+}
+
+inline VecI e2m1_code(VecF x) {
+  const VecF v = vabs(x);
+  VecI code = {};
+#pragma GCC unroll 7
+  for (int i = 0; i < 7; ++i) code -= v > (kE2M1[i] + kE2M1[i + 1]) / 2;
+  return code | ((x < VecF{}) & (code > 0) & 8);
+}
+
+// The scale code `start + offset` of least error for rows [first, last); value_of gives the number of a code.
+template <bool W, int R, typename Value>
+inline VecF least(const Task& t, const Block<R>& b, const VecF* x, int first, int last, VecF start,
+                  const Value& value_of) {
+  VecF best = splat(INFINITY), kept = start;
+  for (int c = 0; c < t.count; ++c) {
+    const VecF code = start + t.candidates[c], value = value_of(code), by = inverse(value);
+    VecF error = {};
+    for (int r = first; r < last; ++r) {
+      const VecF left = vabs(x[r]) - magnitude(vabs(x[r] * by)) * value;
+      add<W>(error, left * left, b.weight[r]);
+    }
+    const auto better = error < best;
+    best = better ? error : best, kept = better ? code : kept;
+  }
+  return kept;
+}
+
+// 2**(exponent - 127)
+inline VecF power(VecF exponent) { return bits_to_float(reinterpret_cast<VecU>(to_int(exponent)) << 23); }
+
+template <bool W>
+inline void mxfp4(const Task& t, Block<32>& b, int64_t i, int64_t column) {
+  const auto bits = reinterpret_cast<VecI>(reinterpret_cast<VecU>(b.size) >> 23);
+  VecF rule = clipped(to_float(bits) - 2.0f, 2.0f, 252.0f);
+  if (t.count > 0) {
+    VecF x[32];
+    const VecF by = power(254.0f - rule);
+    for (int r = 0; r < 32; ++r) x[r] = b.x[r] * by;
+    rule = clipped(least<W>(t, b, x, 0, 32, splat(127.0f), power) - 127.0f + rule, 2.0f, 252.0f);
+  }
+  const VecF by = power(254.0f - rule);
+  VecI codes[32];
+  for (int r = 0; r < 32; ++r) codes[r] = e2m1_code(b.x[r] * by);
+  narrow(to_int(rule), place(t, 0, i, 0, column));
+  nibbles(t, 1, i, column, codes);
+}
+
+// The E4M3 number of a code, after clipping it to 0 ... 126.
+inline VecF e4m3(VecF code) {
+  code = clipped(code, 0.0f, 126.0f);
+  const VecF normal = bits_to_float((reinterpret_cast<VecU>(to_int(code)) + 960u) << 20);
+  return code < 8.0f ? code * 0x1p-9f : normal;
+}
+
+// The code of the E4M3 number nearest to a value; 126 for all beyond.
+inline VecF e4m3_code(VecF value) {
+  const VecU bits = reinterpret_cast<VecU>(vmin(value, splat(448.0f))) + (1u << 19);
+  const VecF normal = to_float(reinterpret_cast<VecI>(bits >> 20)) - 960.0f;
+  return value < 0x1p-6f ? vround(value * 512.0f) : normal;
+}
+
+template <bool W>
+inline void nvfp4(const Task& t, Block<64>& b, int64_t i, int64_t column) {
+  for (int s = 0; s < 4; ++s) {
+    VecF largest = {};
+    for (int r = 16 * s; r < 16 * s + 16; ++r) largest = vmax(largest, vabs(b.x[r]));
+    VecF code = e4m3_code(largest / 6.0f);
+    if (t.count > 0) code = clipped(least<W>(t, b, b.x, 16 * s, 16 * s + 16, code, e4m3), 0.0f, 126.0f);
+    const VecF by = inverse(e4m3(code));
+    narrow(to_int(code), place(t, 0, i, s, column));
+    for (int r = 0; r < 8; ++r) {
+      const VecI low = e2m1_code(b.x[16 * s + r] * by), high = e2m1_code(b.x[16 * s + r + 8] * by);
+      narrow(low | high << 4, place(t, 1, i, 8 * s + r, column));
+    }
+  }
+}
+
+template <Kind F>
+using BlockOf = Block<kLayouts[F].block>;
+
+template <Kind F, bool W>
+inline void encode(const Task& t, BlockOf<F>& b, int64_t i, int64_t column) {
+  if constexpr (F == kQ4_0 || F == kQ5_0 || F == kQ8_0) symmetric<F, W>(t, b, i, column);
+  if constexpr (F == kQ4_1 || F == kQ5_1) affine<F, W>(t, b, i, column);
+  if constexpr (F == kTQ1_0 || F == kTQ2_0) ternary<F, W>(t, b, i, column);
+  if constexpr (F == kQ1_0) one_bit<W>(t, b, i, column);
+  if constexpr (F == kMXFP4) mxfp4<W>(t, b, i, column);
+  if constexpr (F == kNVFP4) nvfp4<W>(t, b, i, column);
+}
+
+// Columns [first, last) of block i; returns the bits of the largest magnitude.
+template <Kind F, bool W>
+uint32_t columns_of(const Task& t, int64_t i, int64_t first, int64_t last) {
+  BlockOf<F> block;
+  constexpr int R = kLayouts[F].block;
+  const float* rows = t.x + i * R * t.n;
+  VecU top = {};
+  for (int64_t n = first; n < last; n += kLanes) {
+    const int64_t column = std::min(n, last - kLanes);  // the last vector begins within the one before
+    const VecU bits = block.copy(rows + column, t.n, W ? t.weight + i * R : nullptr);
+    top = bits > top ? bits : top;
+    encode<F, W>(t, block, i, column);
+  }
+  uint32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max<uint32_t>(largest, top[lane]);
+  return largest;
+}
+
+// ---- the call ------------------------------------------------------------------------------------------------------
+
+using Columns = uint32_t (*)(const Task&, int64_t, int64_t, int64_t);
+template <bool W>
+constexpr Columns kColumns[kKinds] = {
+    columns_of<kQ4_0, W>, columns_of<kQ4_1, W>,  columns_of<kQ5_0, W>,  columns_of<kQ5_1, W>,  columns_of<kQ8_0, W>,
+    columns_of<kQ1_0, W>, columns_of<kTQ1_0, W>, columns_of<kTQ2_0, W>, columns_of<kMXFP4, W>, columns_of<kNVFP4, W>};
+
+ffi::Error EncodeBlocks(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, ffi::RemainingRets results,
+                        int64_t kind, ffi::Span<const float> candidates, int64_t refits) {
+  const auto dims = x.dimensions();
+  if (kind < 0 || kind >= kKinds) return ffi::Error::InvalidArgument("encode_blocks: no such format");
+  const Layout& layout = kLayouts[kind];
+  if (dims.size() != 2 || dims[0] % layout.block != 0 || dims[1] < kLanes)
+    return ffi::Error::InvalidArgument("encode_blocks: weights must be [K, N], K of whole blocks, N of a vector or more");
+  const int64_t weights = static_cast<int64_t>(weight.element_count());
+  if (weights != 0 && weights != dims[0])
+    return ffi::Error::InvalidArgument("encode_blocks: what errors cost must be one number for each row");
+  const int64_t blocks = dims[0] / layout.block, n = dims[1];
+  Task task{static_cast<Kind>(kind), x.typed_data(), weights ? weight.typed_data() : nullptr, n, candidates.begin(),
+            static_cast<int>(candidates.size()), static_cast<int>(refits)};
+  size_t fields = 0;
+  for (; fields < kMaxFields && layout.rows[fields] != 0; ++fields) {
+    auto field = results.get<ffi::AnyBuffer>(fields);
+    if (!field.has_value() || static_cast<int64_t>((*field)->size_bytes()) !=
+                                  blocks * layout.rows[fields] * layout.bytes[fields] * n)
+      return ffi::Error::InvalidArgument("encode_blocks: a field does not hold K * N weights");
+    task.fields[fields] = static_cast<uint8_t*>((*field)->untyped_data());
+  }
+  auto largest = results.get<ffi::Buffer<ffi::U32>>(fields);
+  if (!largest.has_value() || (*largest)->element_count() != 1)
+    return ffi::Error::InvalidArgument("encode_blocks: the last result must be one uint32");
+  const Columns columns = (weights ? kColumns<true> : kColumns<false>)[kind];
+  const int64_t runs = std::max<int64_t>(1, n / kRun);
+  std::atomic<uint32_t> top{0};
+  Pool::get().run(blocks * runs, [&](int64_t part) {
+    const int64_t run = part % runs;
+    const int64_t first = run * kRun, last = run + 1 == runs ? n : first + kRun;
+    const uint32_t found = columns(task, part / runs, first, last);
+    uint32_t seen = top.load(std::memory_order_relaxed);
+    while (found > seen && !top.compare_exchange_weak(seen, found, std::memory_order_relaxed)) {
+    }
+  });
+  (*largest)->typed_data()[0] = top.load();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace tc
+
+extern "C" int trustcore_vector_lanes() { return tc::kLanes; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(trustcore_encode_blocks, tc::EncodeBlocks,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<ffi::Span<const float>>("candidates")
+                                  .Attr<int64_t>("refits"));
