@@ -29,10 +29,11 @@ demo: $(VENV)/.installed-package
 	@$(BIN)/trustcore pull smollm2
 	@$(BIN)/trustcore generate smollm2 --chat --stats --max-tokens 200 "$(QUESTION)"
 
-# Tests that measure time run by themselves, before the others; exit status 5 means that TESTS has none of them.
+# Tests that measure time run by themselves, before the others; exit status 5 means that TESTS has none of them. A file's
+# tests stay in one process, where they share compiled programs.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "serial and not slow" $(TESTS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -n 2 -m "not slow and not serial" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not serial" $(TESTS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/python -m ruff check .
