@@ -3,8 +3,8 @@
     python benchmarks/encode.py                                    # contenders of this interpreter
     python benchmarks/encode.py --python llama.cpp=/venv/bin/python --only-format q4_k
 
-Measured is one call, from a float32 matrix in memory to the contender's packed form: `trustcore.quant.encode` (arrays of
-fields), `ggml_quantize_chunk` (bytes of the file; rows shared out among the threads, as llama.cpp does),
+Measured is one call, from a float32 matrix in memory to the contender's packed form: `trustcore.quant.encode` (arrays
+of fields), `ggml_quantize_chunk` (bytes of the file; rows shared out among the threads, as llama.cpp does),
 `gguf.quants.quantize` (NumPy; the formats that it has an encoder for). Each format without and with an importance;
 llama.cpp's iq2_xxs, iq2_xs and iq1_s refuse to go without, and get one of ones. `--no-search` measures
 `encode(search=False)` as a fourth contender.
