@@ -133,10 +133,12 @@ def test_floats_are_rounded_as_gguf_rounds_them(name):
     values = bits.view(np.float32)
     values = values[np.isfinite(values) & (np.abs(values) < (6e4 if name == "f16" else 3e38))]
     values = np.concatenate([values, np.float32(1) + np.float32(2**-9) * np.arange(64, dtype=np.float32)])  # ties
-    values = values[np.abs(values) >= np.finfo(np.float32).tiny][:, None]
-    found = QuantizedArray.quantize(values, name).to_blocks()
-    expected = gguf.quants.quantize(np.ascontiguousarray(values.T), kind_of(name)).view(np.uint8)
-    np.testing.assert_array_equal(found, expected)
+    values = values[np.abs(values) >= np.finfo(np.float32).tiny]
+    for columns in (1, 40):  # XLA, and where it is built the handler in C++
+        matrix = values[: len(values) // columns * columns].reshape(-1, columns)
+        found = QuantizedArray.quantize(matrix, name).to_blocks()
+        expected = gguf.quants.quantize(np.ascontiguousarray(matrix.T), kind_of(name)).view(np.uint8)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_importance_moves_the_error_to_where_it_costs_less():
@@ -377,7 +379,7 @@ def test_a_transposed_table_has_its_blocks_along_the_rows():
     np.testing.assert_array_equal(packed.take(jnp.arange(10)), packed.dequantize())
 
 
-@pytest.mark.parametrize("name", ("bf16", "iq4_nl", "q6_k"))
+@pytest.mark.parametrize("name", ("iq4_nl", "q4_k"))
 def test_under_jit_and_scan(name):
     weights = jnp.asarray(weights_of("gaussian", 256, 24).T)
     eager = encode(name, weights)

@@ -49,22 +49,23 @@ def test_the_fields_are_those_of_xla(name, weighted, search, monkeypatch):
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             different = np.mean(np.asarray(found) != expected)
             assert different <= MANY_EQUALS.get((name, weighted), DIFFERENT[search])
-            if not search and field in ("scale", "minimum"):
+            # The scale of a K-quant depends on what sub-blocks make of theirs.
+            if not search and name not in ("q3_k", "q6_k") and field in ("scale", "minimum"):
                 steps = np.asarray(found).view(np.int16).astype(int) - expected.view(np.int16)
                 assert np.abs(steps).max() <= 1
         errors = [mean_error(weights.T, decoded(name, f).T, importance) for f in (native, xla)]
-        assert abs(errors[0] / errors[1] - 1) <= 1e-4
+        assert abs(errors[0] / errors[1] - 1) <= (1e-3 if search else 1e-4)
 
 
 @pytest.mark.parametrize("name", cpu.ENCODED)
-def test_widths_and_stacks(name, monkeypatch):
+def test_widths_and_stacks(name):
     """Columns that fill no whole vector, more than one run of columns, matrices in a stack with their importance."""
     k = 2 * get_format(name).block
-    for n in (cpu.vector_lanes("encoders"), 45, 2100):
-        weights = weights_of("heavy", k, n).T
-        native, xla = encode(name, jnp.asarray(weights)), on_xla(monkeypatch, name, weights)
-        by_column = [np.mean((decoded(name, fields) - weights) ** 2, axis=0) for fields in (native, xla)]
-        np.testing.assert_allclose(*by_column, rtol=0.03)  # a scale of the next half, in a few columns
+    weights = weights_of("heavy", k, 2100).T
+    whole = encode(name, jnp.asarray(weights))
+    for n in (cpu.vector_lanes("encoders"), 45):
+        for field, value in encode(name, jnp.asarray(weights[:, -n:])).items():
+            np.testing.assert_array_equal(value, whole[field][..., -n:])
     stack = np.stack([weights[:, :40], weights[:, 40:80]])
     importance = np.stack([importance_of(k, seed) for seed in (0, 1)])
     both = encode(name, jnp.asarray(stack), importance=importance)
@@ -87,7 +88,7 @@ def test_what_cannot_be_packed_is_refused(value):
     weights = np.zeros((256, 64), np.float32)
     weights[100, 50] = value
     for name in cpu.ENCODED:
-        if name == "mxfp4" and value == 1e30:
-            continue  # its scales reach that far
+        if name in ("mxfp4", "bf16") and value == 1e30:
+            continue  # they reach that far
         with pytest.raises(QuantizationError, match=f"{name}: (1 of the weights|the largest weight is)"):
             encode(name, jnp.asarray(weights))

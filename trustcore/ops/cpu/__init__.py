@@ -62,7 +62,22 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 FORMATS: tuple[str, ...] = tuple(_FIELDS)
 ANY_WIDTH = ("q4_0", "q4_1", "q8_0", "f16", "bf16")  # the others need N to be a multiple of the vector length
 # Formats of encode_blocks.cc, in the order of its numbering.
-ENCODED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
+ENCODED = (
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q1_0",
+    "tq1_0",
+    "tq2_0",
+    "mxfp4",
+    "nvfp4",
+    "f16",
+    "bf16",
+    "q3_k",
+    "q6_k",
+)
 
 
 def packed_refusal(format: str, n: int) -> str:

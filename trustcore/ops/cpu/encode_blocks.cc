@@ -1,14 +1,14 @@
-// Encodes float weights as one of GGUF's simple block formats: trustcore/quant/encode on one pass over memory.
+// Encodes float weights as one of GGUF's simple formats: trustcore/quant/encode in one pass over memory.
 //
 // Operands: weights float32 [K, N]; what an error in each row costs, float32 [K], or [0] for one; results: the fields of
 // the format as trustcore/quant/array.py lays them out ([K / block, rows, N] and [K / block, N]), and the bits of the
 // largest magnitude as one uint32 (NaN and infinities stand above all numbers there). The candidates of the search come
-// from Python, and every step is that of trustcore/quant/encode/{search,plain,ternary,block_floats}.py, the oracle: the
+// from Python, and every step is that of trustcore/quant/encode/{search,plain,k_quants,ternary,block_floats}.py, the oracle: the
 // same products and sums in the same order, row by row.
 //
 // One vector holds as many columns; a block of them (32 to 256 rows) is copied into the L1 cache and searched there.
 // Several candidates are tried side by side, which hides the latency of their sums. Blocks of rows and runs of 1024
-// columns are the parts that threads share.
+// columns are what threads share.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -25,12 +25,13 @@ namespace tc {
 namespace {
 
 // The order of ENCODED in trustcore/ops/cpu/__init__.py.
-enum Kind : int64_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ1_0, kTQ1_0, kTQ2_0, kMXFP4, kNVFP4, kKinds };
+enum Kind : int64_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ1_0, kTQ1_0, kTQ2_0, kMXFP4, kNVFP4, kF16, kBF16, kQ3K, kQ6K, kKinds };
 
 constexpr int kMaxBlock = 256, kMaxFields = 4;
 constexpr int kSide = kLanes == 16 ? 8 : 4;        // symmetric candidates tried side by side
-constexpr int kSideAffine = kLanes == 16 ? 6 : 2;  // affine ones, which need three sums each
+constexpr int kSideAffine = kLanes == 16 ? 4 : 2;  // affine ones, which need three sums and two numbers each
 constexpr int64_t kRun = 1024;                     // columns of a part
+constexpr int64_t kPart = 1 << 15;                 // weights of a part, if there are more
 
 struct Layout {
   int block;
@@ -41,7 +42,8 @@ constexpr Layout kLayouts[kKinds] = {
     {32, {1, 16}, {2, 1}},           {32, {1, 1, 16}, {2, 2, 1}},    {32, {1, 4, 16}, {2, 1, 1}},
     {32, {1, 1, 4, 16}, {2, 2, 1, 1}}, {32, {1, 32}, {2, 1}},          {128, {1, 16}, {2, 1}},
     {256, {48, 4, 1}, {1, 1, 2}},    {256, {64, 1}, {1, 2}},         {32, {1, 16}, {1, 1}},
-    {64, {4, 32}, {1, 1}},
+    {64, {4, 32}, {1, 1}},           {1, {1}, {2}},                    {1, {1}, {2}},
+    {256, {32, 64, 12, 1}, {1, 1, 1, 2}}, {256, {128, 64, 16, 1}, {1, 1, 1, 2}},
 };
 
 struct Task {
@@ -74,6 +76,7 @@ inline VecF half(VecF scale) {
   alignas(64) uint16_t bits[kLanes];
   to_half(clipped(scale, -65504.0f, 65504.0f), bits);
   VecF value = from_half(bits);
+  if (!any(vabs(scale) < 0x1p-14f)) return value;
   for (int i = 0; i < kLanes; ++i)
     if (std::fabs(scale[i]) < 0x1p-14f) {
       const float steps = std::ceil(std::fabs(scale[i]) * static_cast<float>(0.999 * 0x1p24));
@@ -100,9 +103,9 @@ struct Block {
       x[r] = v;
       largest = vmax(largest, v), smallest = vmin(smallest, v);
       const VecU bits = reinterpret_cast<VecU>(v) & 0x7FFFFFFFu;
-      top = bits > top ? bits : top;
-      weight[r] = weights ? weights[r] : 1.0f;
+      top = larger(top, bits);
     }
+    for (int r = 0; weights && r < R; ++r) weight[r] = weights[r];
     size = vmax(largest, -smallest);
     return top;
   }
@@ -124,9 +127,17 @@ inline void add(VecF& sum, VecF value, float weight) {
     sum += value;
 }
 
+template <bool W, int R>
+inline float weight_of(const Block<R>& b, int r) {
+  return W ? b.weight[r] : 1.0f;
+}
+
+// R rows of a block, and their extremes.
 template <int R, bool W>
 struct Symmetric {
-  const Block<R>& b;
+  const VecF* x;
+  const float* weight;
+  VecF largest, smallest;
   float low, high;
   VecF error = {}, scale = {};
 
@@ -141,12 +152,12 @@ struct Symmetric {
     VecF product[C], square[C];
     for (int c = 0; c < C; ++c) product[c] = square[c] = VecF{};
     for (int r = 0; r < R; ++r) {
-      const VecF x = b.x[r];
-      const float w = b.weight[r];
+      const VecF v = x[r];
+      const float w = W ? weight[r] : 1.0f;
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const VecF code = clipped(vround(x * by[c]), low, high);
-        add<W>(product[c], x * code, w), add<W>(square[c], code * code, w);
+        const VecF code = clipped(vround(v * by[c]), low, high);
+        add<W>(product[c], v * code, w), add<W>(square[c], code * code, w);
       }
     }
     for (int c = 0; c < C; ++c) take(product[c], square[c]);
@@ -154,7 +165,7 @@ struct Symmetric {
 
   // Returns the scale, in units of the block's.
   VecF search(const float* candidates, int count, int refits) {
-    const VecF unit = inverse(b.largest >= -b.smallest ? b.largest : b.smallest);
+    const VecF unit = inverse(largest >= -smallest ? largest : smallest);
     int at = 0;
     for (; at + kSide <= count; at += kSide) {
       VecF by[kSide];
@@ -178,59 +189,68 @@ struct AffineSearch {
   const Block<R>& b;
   float levels;
   VecF y[R];
-  VecF count, mean, error, scale, shift;
+  VecF count, share, mean, error, scale, shift;
 
   void take(VecF sum, VecF product, VecF square) {
-    const VecF spread = square - sum * sum / count, zero = {};
+    const VecF spread = square - sum * sum * share, zero = {};
     const VecF found = (product - mean * sum) * inverse(spread > 1e-6f * square ? spread : zero);
-    const VecF moved = mean - found * sum / count;
+    const VecF moved = mean - found * sum * share;
     VecF cost = found * (found * square - 2.0f * product) + moved * (moved * count + 2.0f * found * sum);
     cost = cost - 2.0f * moved * mean * count;
     const auto better = (found > zero) & (cost < error);
     error = better ? cost : error, scale = better ? found : scale, shift = better ? moved : shift;
   }
 
-  // Codes are the nearest to y * by - below.
-  template <int C>
+  // Codes are the nearest to y * by - below. Where no `below` is above a half, none rounds to less than zero.
+  template <int C, bool Low>
   void attempt(const VecF* by, const VecF* below) {
     VecF sum[C], product[C], square[C];
     for (int c = 0; c < C; ++c) sum[c] = product[c] = square[c] = VecF{};
     for (int r = 0; r < R; ++r) {
       const VecF v = y[r];
-      const float w = b.weight[r];
+      const float w = weight_of<W>(b, r);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const VecF code = clipped(vround(v * by[c] - below[c]), 0.0f, levels);
+        VecF code = vround(v * by[c] - below[c]);
+        if constexpr (Low) code = vmax(code, VecF{});
+        code = vmin(code, splat(levels));
         add<W>(sum[c], code, w), add<W>(product[c], v * code, w), add<W>(square[c], code * code, w);
       }
     }
     for (int c = 0; c < C; ++c) take(sum[c], product[c], square[c]);
   }
 
+  template <int C, bool Low>
+  void attempt_some(int some, const VecF* by, const VecF* below) {
+    if (some == C) return attempt<C, Low>(by, below);
+    if constexpr (C > 1) attempt_some<C - 1, Low>(some, by, below);
+  }
+
   void search(const float* candidates, int pairs, int refits) {
     const VecF unit = inverse(vmax(b.largest - b.smallest, VecF{}));
-    VecF total = {};
-    count = VecF{};
+    VecF total[4] = {};
+    float weights = 0;
     for (int r = 0; r < R; ++r) {
       y[r] = b.x[r] - b.smallest;
-      add<W>(total, y[r], b.weight[r]);
-      count += b.weight[r];
+      const float w = weight_of<W>(b, r);
+      add<W>(total[r % 4], y[r], w);
+      weights += w;
     }
-    mean = total / count;
+    count = splat(weights);
+    share = 1.0f / count;
+    mean = ((total[0] + total[1]) + (total[2] + total[3])) * share;
     shift = mean, scale = VecF{};
     error = shift * (shift - 2.0f * mean) * count;
-    int at = 0;
     VecF by[kSideAffine], below[kSideAffine];
-    for (; at < pairs; at += kSideAffine) {
+    for (int at = 0; at < pairs; at += kSideAffine) {
       const int some = std::min(kSideAffine, pairs - at);
+      bool low = false;
       for (int c = 0; c < some; ++c) {
         by[c] = candidates[2 * (at + c)] * unit;
         below[c] = splat(candidates[2 * (at + c) + 1]);
+        low |= !(candidates[2 * (at + c) + 1] <= 0.5f);
       }
-      if (some == kSideAffine)
-        attempt<kSideAffine>(by, below);
-      else
-        for (int c = 0; c < some; ++c) attempt<1>(by + c, below + c);
+      low ? attempt_some<kSideAffine, true>(some, by, below) : attempt_some<kSideAffine, false>(some, by, below);
     }
     for (int i = 0; i < refits; ++i) refit();
     shift += b.smallest;
@@ -241,7 +261,7 @@ struct AffineSearch {
     VecF sum = {}, product = {}, square = {};
     for (int r = 0; r < R; ++r) {
       const VecF code = clipped(vround((y[r] - shift) * by), 0.0f, levels);
-      const float w = b.weight[r];
+      const float w = weight_of<W>(b, r);
       add<W>(sum, code, w), add<W>(product, y[r] * code, w), add<W>(square, code * code, w);
     }
     take(sum, product, square);
@@ -260,35 +280,43 @@ inline void put_half(const Task& t, int field, int64_t i, int64_t column, VecF v
   to_half(value, reinterpret_cast<uint16_t*>(place(t, field, i, 0, column)));
 }
 
-inline void nibbles(const Task& t, int field, int64_t i, int64_t column, const VecI* codes) {
-  for (int r = 0; r < 16; ++r) narrow(codes[r] & 15 | (codes[r + 16] & 15) << 4, place(t, field, i, r, column));
+// code(r) is the code of row r; of its bits four are kept.
+template <typename Code>
+inline void nibbles(const Task& t, int field, int64_t i, int64_t column, const Code& code) {
+  for (int r = 0; r < 16; ++r) narrow((code(r) & 15) | code(r + 16) << 4, place(t, field, i, r, column));
 }
 
-inline void high_bits(const Task& t, int field, int64_t i, int64_t column, const VecI* codes) {
+// The fifth bits in one field, the others in the next.
+template <typename Code>
+inline void five_bits(const Task& t, int field, int64_t i, int64_t column, const Code& code) {
+  VecI codes[32];
   for (int byte = 0; byte < 4; ++byte) {
     VecI bits = {};
-    for (int j = 0; j < 8; ++j) bits |= (codes[byte * 8 + j] >> 4 & 1) << j;
+    for (int j = 0; j < 8; ++j) {
+      codes[byte * 8 + j] = code(byte * 8 + j);
+      bits |= codes[byte * 8 + j] >> 4 << j;
+    }
     narrow(bits, place(t, field, i, byte, column));
   }
+  nibbles(t, field + 1, i, column, [&](int r) { return codes[r]; });
 }
 
 template <Kind F, bool W>
 inline void symmetric(const Task& t, Block<32>& b, int64_t i, int64_t column) {
   constexpr float high = F == kQ4_0 ? 7 : F == kQ5_0 ? 15 : 127, low = F == kQ8_0 ? -127 : -high - 1;
   b.scaled();
-  const VecF scale = half(Symmetric<32, W>{b, low, high}.search(t.candidates, t.count, t.refits) * b.unit);
+  const VecF scale = half(Symmetric<32, W>{b.x, b.weight, b.largest, b.smallest, low, high}.search(t.candidates, t.count, t.refits) * b.unit);
   const VecF by = inverse(scale / b.unit);
   put_half(t, 0, i, column, scale);
-  VecI codes[32];
-  for (int r = 0; r < 32; ++r) {
-    codes[r] = to_int(clipped(vround(b.x[r] * by), low, high));
-    if constexpr (F != kQ8_0) codes[r] -= static_cast<int>(low);
-  }
+  const auto code = [&](int r) {
+    return to_nearest(clipped(b.x[r] * by, low, high)) - (F == kQ8_0 ? 0 : static_cast<int>(low));
+  };
   if constexpr (F == kQ8_0) {
-    for (int r = 0; r < 32; ++r) narrow(codes[r], place(t, 1, i, r, column));
+    for (int r = 0; r < 32; ++r) narrow(code(r), place(t, 1, i, r, column));
+  } else if constexpr (F == kQ4_0) {
+    nibbles(t, 1, i, column, code);
   } else {
-    if constexpr (F == kQ5_0) high_bits(t, 1, i, column, codes);
-    nibbles(t, F == kQ5_0 ? 2 : 1, i, column, codes);
+    five_bits(t, 1, i, column, code);
   }
 }
 
@@ -303,10 +331,8 @@ inline void affine(const Task& t, Block<32>& b, int64_t i, int64_t column) {
   put_half(t, 1, i, column, found.shift * b.unit);
   const VecF by = inverse(scale / b.unit);
   const VecF minimum = from_half(reinterpret_cast<const uint16_t*>(place(t, 1, i, 0, column))) / b.unit;
-  VecI codes[32];
-  for (int r = 0; r < 32; ++r) codes[r] = to_int(clipped(vround((b.x[r] - minimum) * by), 0.0f, levels));
-  if constexpr (F == kQ5_1) high_bits(t, 2, i, column, codes);
-  nibbles(t, F == kQ5_1 ? 3 : 2, i, column, codes);
+  const auto code = [&](int r) { return to_nearest(clipped((b.x[r] - minimum) * by, 0.0f, levels)); };
+  F == kQ4_1 ? nibbles(t, 2, i, column, code) : five_bits(t, 2, i, column, code);
 }
 
 // See `_fractions` in ternary.py: digits of base 3, `step` rows apart, as the fraction they make.
@@ -325,10 +351,10 @@ inline void fractions(const Task& t, int field, int row, int64_t i, int64_t colu
 template <Kind F, bool W>
 inline void ternary(const Task& t, Block<256>& b, int64_t i, int64_t column) {
   b.scaled();
-  const VecF scale = half(Symmetric<256, W>{b, -1, 1}.search(t.candidates, t.count, t.refits) * b.unit);
+  const VecF scale = half(Symmetric<256, W>{b.x, b.weight, b.largest, b.smallest, -1, 1}.search(t.candidates, t.count, t.refits) * b.unit);
   const VecF by = inverse(scale / b.unit);
   VecI codes[256];
-  for (int r = 0; r < 256; ++r) codes[r] = to_int(clipped(vround(b.x[r] * by), -1, 1)) + 1;
+  for (int r = 0; r < 256; ++r) codes[r] = to_nearest(clipped(b.x[r] * by, -1, 1)) + 1;
   put_half(t, F == kTQ1_0 ? 2 : 1, i, column, scale);
   if constexpr (F == kTQ1_0) {
     fractions(t, 0, 0, i, column, codes, 5, 32);
@@ -348,14 +374,142 @@ inline void one_bit(const Task& t, Block<128>& b, int64_t i, int64_t column) {
   b.scaled();
   VecF sum = {}, count = {};
   for (int r = 0; r < 128; ++r) {
-    add<W>(sum, vabs(b.x[r]), b.weight[r]);
-    count += b.weight[r];
+    const float w = weight_of<W>(b, r);
+    add<W>(sum, vabs(b.x[r]), w);
+    count += w;
   }
   put_half(t, 0, i, column, half(sum / count * b.unit));
   for (int byte = 0; byte < 16; ++byte) {
     VecI bits = {};
     for (int j = 0; j < 8; ++j) bits |= (b.x[byte * 8 + j] >= VecF{}) & (1 << j);
     narrow(bits, place(t, 1, i, byte, column));
+  }
+}
+
+// ---- K-quants of one scale, see k_quants.py ------------------------------------------------------------------------
+
+constexpr int kSub = 16, kSubs = 16;
+
+inline VecF nearest_multiple(VecF value, VecF by, float top) { return clipped(vround(value * by), -top, top - 1); }
+
+// The unit whose multiples from -top to top - 1 come closest to the values.
+inline VecF scale_of_scales(const VecF* values, const VecF* weights, float top) {
+  VecF largest = values[0], smallest = values[0];
+  for (int s = 1; s < kSubs; ++s) largest = vmax(largest, values[s]), smallest = vmin(smallest, values[s]);
+  const VecF extreme = largest >= -smallest ? largest : smallest;
+  VecF best = splat(INFINITY), kept = {};
+  for (int i = 0; i < 8; ++i) {
+    const VecF unit = extreme / static_cast<float>(-top * (1 - i * 0.24 / 7)), by = inverse(unit);
+    VecF error = {};
+    for (int s = 0; s < kSubs; ++s) {
+      const VecF left = values[s] - unit * nearest_multiple(values[s], by, top);
+      error += weights[s] * (left * left);
+    }
+    const auto better = error < best;
+    best = better ? error : best, kept = better ? unit : kept;
+  }
+  return kept;
+}
+
+template <bool W>
+struct UnderScales {
+  const Block<256>& b;
+  float reach, top;
+  VecF s[kSubs], scale;  // of sub-blocks, and of the block in its units
+
+  VecF code(int r, VecF by) const { return clipped(vround(b.x[r] * by), -reach, reach - 1); }
+
+  VecF error(int sub, VecF factor) const {
+    const VecF by = inverse(factor);
+    VecF sum = {};
+    for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) {
+      const VecF left = b.x[r] - factor * code(r, by);
+      add<W>(sum, left * left, weight_of<W>(b, r));
+    }
+    return sum;
+  }
+
+  void products(int sub, VecF factor, VecF& product, VecF& square) const {
+    const VecF by = inverse(factor);
+    product = square = VecF{};
+    for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) {
+      const VecF c = code(r, by);
+      add<W>(product, b.x[r] * c, weight_of<W>(b, r)), add<W>(square, c * c, weight_of<W>(b, r));
+    }
+  }
+
+  VecF stored(VecF value) const { return half(value * b.unit) / b.unit; }
+
+  void search(const Task& t) {
+    VecF scales[kSubs], squares[kSubs], product;
+    for (int sub = 0; sub < kSubs; ++sub) {
+      const VecF* x = b.x + sub * kSub;
+      VecF largest = x[0], smallest = x[0];
+      for (int r = 1; r < kSub; ++r) largest = vmax(largest, x[r]), smallest = vmin(smallest, x[r]);
+      Symmetric<kSub, W> found{x, b.weight + sub * kSub, largest, smallest, -reach, reach - 1};
+      scales[sub] = found.search(t.candidates, t.count, t.refits);
+      products(sub, scales[sub], product, squares[sub]);
+    }
+    scale = stored(scale_of_scales(scales, squares, top));
+    const VecF by = inverse(scale);
+    VecF before = {};
+    for (int sub = 0; sub < kSubs; ++sub) {
+      const VecF middle = nearest_multiple(scales[sub], by, top);
+      VecF least = error(sub, scale * middle), kept = middle;
+      for (float offset : {-1.0f, 1.0f}) {
+        const VecF near = clipped(middle + offset, -top, top - 1), cost = error(sub, scale * near);
+        const auto better = cost < least;
+        least = better ? cost : least, kept = better ? near : kept;
+      }
+      s[sub] = kept, before += least;
+    }
+    VecF products_sum = {}, squares_sum = {};
+    for (int sub = 0; sub < kSubs; ++sub) {
+      VecF square;
+      products(sub, scale * s[sub], product, square);
+      products_sum += s[sub] * product, squares_sum += s[sub] * s[sub] * square;
+    }
+    const VecF found = stored(products_sum * inverse(squares_sum));
+    VecF after = {};
+    for (int sub = 0; sub < kSubs; ++sub) after += error(sub, found * s[sub]);
+    scale = after < before ? found : scale;
+  }
+};
+
+// Rows [c * parts + p] * chunk + j of `code`, `bits` bits each from p * bits on, in byte c * chunk + j.
+template <typename Code>
+inline void fold(const Task& t, int field, int64_t i, int64_t column, int rows, int bits, int chunk, int first,
+                 const Code& code) {
+  const int parts = 8 / bits;
+  for (int byte = 0; byte < rows * bits / 8; ++byte) {
+    VecI packed = {};
+    for (int p = 0; p < parts; ++p) packed |= code((byte / chunk * parts + p) * chunk + byte % chunk) << (p * bits);
+    narrow(packed, place(t, field, i, first + byte, column));
+  }
+}
+
+template <Kind F, bool W>
+inline void under_scales(const Task& t, Block<256>& b, int64_t i, int64_t column) {
+  constexpr float reach = F == kQ3K ? 4 : 32, top = F == kQ3K ? 32 : 128;
+  b.scaled();
+  UnderScales<W> found{b, reach, top};
+  found.search(t);
+  VecI codes[256];
+  for (int sub = 0; sub < kSubs; ++sub) {
+    const VecF by = inverse(found.scale * found.s[sub]);
+    for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) codes[r] = to_int(found.code(r, by)) + static_cast<int>(reach);
+  }
+  put_half(t, 3, i, column, found.scale * b.unit);
+  if constexpr (F == kQ3K) {
+    fold(t, 0, i, column, 256, 1, 32, 0, [&](int r) { return codes[r] >> 2; });
+    fold(t, 1, i, column, 256, 2, 32, 0, [&](int r) { return codes[r] & 3; });
+    const auto scale = [&](int sub) { return to_int(found.s[sub]) + 32; };
+    fold(t, 2, i, column, 16, 4, 8, 0, [&](int sub) { return scale(sub) & 15; });
+    fold(t, 2, i, column, 16, 2, 4, 8, [&](int sub) { return scale(sub) >> 4; });
+  } else {
+    fold(t, 0, i, column, 256, 4, 64, 0, [&](int r) { return codes[r] & 15; });
+    fold(t, 1, i, column, 256, 2, 32, 0, [&](int r) { return codes[r] >> 4; });
+    for (int sub = 0; sub < kSubs; ++sub) narrow(to_int(found.s[sub]), place(t, 2, i, sub, column));
   }
 }
 
@@ -389,7 +543,7 @@ inline VecF least(const Task& t, const Block<R>& b, const VecF* x, int first, in
     VecF error = {};
     for (int r = first; r < last; ++r) {
       const VecF left = vabs(x[r]) - magnitude(vabs(x[r] * by)) * value;
-      add<W>(error, left * left, b.weight[r]);
+      add<W>(error, left * left, weight_of<W>(b, r));
     }
     const auto better = error < best;
     best = better ? error : best, kept = better ? code : kept;
@@ -411,10 +565,8 @@ inline void mxfp4(const Task& t, Block<32>& b, int64_t i, int64_t column) {
     rule = clipped(least<W>(t, b, x, 0, 32, splat(127.0f), power) - 127.0f + rule, 2.0f, 252.0f);
   }
   const VecF by = power(254.0f - rule);
-  VecI codes[32];
-  for (int r = 0; r < 32; ++r) codes[r] = e2m1_code(b.x[r] * by);
   narrow(to_int(rule), place(t, 0, i, 0, column));
-  nibbles(t, 1, i, column, codes);
+  nibbles(t, 1, i, column, [&](int r) { return e2m1_code(b.x[r] * by); });
 }
 
 // The E4M3 number of a code, after clipping it to 0 ... 126.
@@ -450,6 +602,26 @@ inline void nvfp4(const Task& t, Block<64>& b, int64_t i, int64_t column) {
 template <Kind F>
 using BlockOf = Block<kLayouts[F].block>;
 
+// Columns [first, last) of row i as 16-bit floats, to nearest, ties to even.
+template <Kind F>
+uint32_t floats(const Task& t, int64_t i, int64_t first, int64_t last) {
+  VecU top = {};
+  for (int64_t n = first; n < last; n += kLanes) {
+    const int64_t column = std::min(n, last - kLanes);
+    const VecF x = load(t.x + i * t.n + column);
+    const VecU bits = reinterpret_cast<VecU>(x), size = bits & 0x7FFFFFFFu;
+    top = larger(top, size);
+    auto* out = reinterpret_cast<uint16_t*>(place(t, 0, i, 0, column));
+    if constexpr (F == kF16)
+      to_half(x, out);
+    else
+      narrow16(reinterpret_cast<VecI>(bits + 0x7FFFu + (bits >> 16 & 1u) >> 16), out);
+  }
+  uint32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max<uint32_t>(largest, top[lane]);
+  return largest;
+}
+
 template <Kind F, bool W>
 inline void encode(const Task& t, BlockOf<F>& b, int64_t i, int64_t column) {
   if constexpr (F == kQ4_0 || F == kQ5_0 || F == kQ8_0) symmetric<F, W>(t, b, i, column);
@@ -458,6 +630,7 @@ inline void encode(const Task& t, BlockOf<F>& b, int64_t i, int64_t column) {
   if constexpr (F == kQ1_0) one_bit<W>(t, b, i, column);
   if constexpr (F == kMXFP4) mxfp4<W>(t, b, i, column);
   if constexpr (F == kNVFP4) nvfp4<W>(t, b, i, column);
+  if constexpr (F == kQ3K || F == kQ6K) under_scales<F, W>(t, b, i, column);
 }
 
 // Columns [first, last) of block i; returns the bits of the largest magnitude.
@@ -469,8 +642,7 @@ uint32_t columns_of(const Task& t, int64_t i, int64_t first, int64_t last) {
   VecU top = {};
   for (int64_t n = first; n < last; n += kLanes) {
     const int64_t column = std::min(n, last - kLanes);  // the last vector begins within the one before
-    const VecU bits = block.copy(rows + column, t.n, W ? t.weight + i * R : nullptr);
-    top = bits > top ? bits : top;
+    top = larger(top, block.copy(rows + column, t.n, W ? t.weight + i * R : nullptr));
     encode<F, W>(t, block, i, column);
   }
   uint32_t largest = 0;
@@ -484,7 +656,8 @@ using Columns = uint32_t (*)(const Task&, int64_t, int64_t, int64_t);
 template <bool W>
 constexpr Columns kColumns[kKinds] = {
     columns_of<kQ4_0, W>, columns_of<kQ4_1, W>,  columns_of<kQ5_0, W>,  columns_of<kQ5_1, W>,  columns_of<kQ8_0, W>,
-    columns_of<kQ1_0, W>, columns_of<kTQ1_0, W>, columns_of<kTQ2_0, W>, columns_of<kMXFP4, W>, columns_of<kNVFP4, W>};
+    columns_of<kQ1_0, W>, columns_of<kTQ1_0, W>, columns_of<kTQ2_0, W>, columns_of<kMXFP4, W>, columns_of<kNVFP4, W>,
+    floats<kF16>,         floats<kBF16>,         columns_of<kQ3K, W>,   columns_of<kQ6K, W>};
 
 ffi::Error EncodeBlocks(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, ffi::RemainingRets results,
                         int64_t kind, ffi::Span<const float> candidates, int64_t refits) {
@@ -511,12 +684,15 @@ ffi::Error EncodeBlocks(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, f
   if (!largest.has_value() || (*largest)->element_count() != 1)
     return ffi::Error::InvalidArgument("encode_blocks: the last result must be one uint32");
   const Columns columns = (weights ? kColumns<true> : kColumns<false>)[kind];
-  const int64_t runs = std::max<int64_t>(1, n / kRun);
+  const int64_t runs = std::max<int64_t>(1, n / kRun), pieces = blocks * runs;
+  const int64_t together = std::max<int64_t>(1, kPart / (layout.block * std::min(n, kRun)));
   std::atomic<uint32_t> top{0};
-  Pool::get().run(blocks * runs, [&](int64_t part) {
-    const int64_t run = part % runs;
-    const int64_t first = run * kRun, last = run + 1 == runs ? n : first + kRun;
-    const uint32_t found = columns(task, part / runs, first, last);
+  Pool::get().run((pieces + together - 1) / together, [&](int64_t part) {
+    uint32_t found = 0;
+    for (int64_t piece = part * together; piece < std::min(pieces, (part + 1) * together); ++piece) {
+      const int64_t run = piece % runs, first = run * kRun, last = run + 1 == runs ? n : first + kRun;
+      found = std::max(found, columns(task, piece / runs, first, last));
+    }
     uint32_t seen = top.load(std::memory_order_relaxed);
     while (found > seen && !top.compare_exchange_weak(seen, found, std::memory_order_relaxed)) {
     }

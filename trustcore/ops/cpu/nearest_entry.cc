@@ -7,9 +7,10 @@
 // so that one minimum of integers finds both. The sums are those of trustcore/quant/encode/nearest_entry.py, which is
 // the oracle, in the same order: additions alone, hence the same bits.
 //
-// An entry's halves are looked up: the sums of every combination of levels that occurs in the first and in the second
-// half of an entry are made once for a vector of groups (at most 81 and 64 combinations), which leaves one addition for
-// an entry. Two vectors of groups at a time; their tables take up to 21 KB of the stack and stay in the L1 cache.
+// Entries share halves: the sums of every combination of levels that occurs in the first and in the second half of an
+// entry are made once for a vector of groups (at most 81 and 64 combinations). Entries with the same first half follow
+// each other, so that one addition, one mask and one minimum are left for an entry. Four vectors of groups at a time
+// (AVX2: two); the table of second halves takes up to 21 KB of the stack and stays in the L1 cache.
 #include <cstdint>
 #include <vector>
 
@@ -21,65 +22,80 @@ namespace ffi = xla::ffi;
 namespace tc {
 namespace {
 
-constexpr int kVectors = 2;                     // of groups in one pass
+constexpr int kVectors = kLanes == 16 ? 4 : 2;  // of groups in one pass
 constexpr int64_t kWide = kVectors * kLanes;    // groups in one pass
 constexpr int kMaxHalves = 256;                 // bits of half an entry: 4 times 2, or 2 times 3
 
 typedef int32_t VecIU __attribute__((vector_size(kLanes * 4), aligned(4)));
 
-struct Grid {
-  int levels, d, bits;
-  std::vector<uint8_t> slot[2];   // for each entry, where its half stands in the table of halves
-  std::vector<uint16_t> halves[2];  // the levels of each half in the table
-  int entries() const { return static_cast<int>(slot[0].size()); }
+inline VecI smaller(VecI a, VecI b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecI>(_mm512_min_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecI>(_mm256_min_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+struct Entry {
+  int32_t index, second;  // `second`: where its second half stands in the table
 };
 
-Grid prepared(const uint16_t* words, int64_t entries, int levels, int d, int bits) {
-  Grid grid{levels, d, bits};
+struct Grid {
+  int d, bits;
+  std::vector<int> halves[2];               // the levels of each half that occurs
+  std::vector<std::vector<Entry>> entries;  // by first half
+};
+
+Grid prepared(const uint16_t* words, int64_t count, int d, int bits) {
+  Grid grid{d, bits};
   const int half_bits = bits * d / 2;
-  for (int side = 0; side < 2; ++side) {
-    int seen[kMaxHalves];
-    for (int& s : seen) s = -1;
-    for (int64_t e = 0; e < entries; ++e) {
+  int slot[2][kMaxHalves];
+  for (auto& side : slot)
+    for (int& s : side) s = -1;
+  for (int64_t e = 0; e < count; ++e) {
+    int at[2];
+    for (int side = 0; side < 2; ++side) {
       const int half = words[e] >> (side * half_bits) & ((1 << half_bits) - 1);
-      if (seen[half] < 0) {
-        seen[half] = static_cast<int>(grid.halves[side].size());
-        grid.halves[side].push_back(static_cast<uint16_t>(half));
+      if (slot[side][half] < 0) {
+        slot[side][half] = static_cast<int>(grid.halves[side].size());
+        grid.halves[side].push_back(half);
       }
-      grid.slot[side].push_back(static_cast<uint8_t>(seen[half]));
+      at[side] = slot[side][half];
     }
+    grid.entries.resize(grid.halves[0].size());
+    grid.entries[at[0]].push_back({static_cast<int32_t>(e), at[1]});
   }
   return grid;
 }
 
 // The groups [at, at + kWide).
 void one_pass(const Grid& grid, const float* costs, int64_t groups, int64_t at, int32_t low_bits, int32_t* result) {
-  VecF tables[2][kMaxHalves / 2][kVectors];
   const int count = grid.d / 2, mask = (1 << grid.bits) - 1;
-  for (int side = 0; side < 2; ++side)
-    for (size_t h = 0; h < grid.halves[side].size(); ++h) {
-      const auto cost = [&](int i, int v) {
-        const int level = grid.halves[side][h] >> (i * grid.bits) & mask;
-        return load(costs + (static_cast<int64_t>(level) * grid.d + side * count + i) * groups + at + v * kLanes);
-      };
-      for (int v = 0; v < kVectors; ++v) {
-        VecF sum = cost(0, v) + cost(1, v);
-        if (count == 4) sum = sum + (cost(2, v) + cost(3, v));
-        tables[side][h][v] = sum;
-      }
-    }
+  const auto half_sum = [&](int side, int half, int v) {
+    const auto cost = [&](int i) {
+      const int level = half >> (i * grid.bits) & mask;
+      return load(costs + (static_cast<int64_t>(level) * grid.d + side * count + i) * groups + at + v * kLanes);
+    };
+    const VecF sum = cost(0) + cost(1);
+    return count == 4 ? sum + (cost(2) + cost(3)) : sum;
+  };
+  VecF second[kMaxHalves / 2][kVectors];
+  for (size_t h = 0; h < grid.halves[1].size(); ++h)
+    for (int v = 0; v < kVectors; ++v) second[h][v] = half_sum(1, grid.halves[1][h], v);
   VecI best[kVectors];
   for (VecI& b : best) b = VecI{} + INT32_MAX;
-  const uint8_t *first = grid.slot[0].data(), *second = grid.slot[1].data();
-  VecI index = VecI{};
-  for (int e = 0, end = grid.entries(); e < end; ++e) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const VecF sum = tables[0][first[e]][v] + tables[1][second[e]][v];
-      const VecI marked = (reinterpret_cast<VecI>(sum) & ~low_bits) | index;
-      best[v] = marked < best[v] ? marked : best[v];
+  for (size_t h = 0; h < grid.halves[0].size(); ++h) {
+    VecF first[kVectors];
+    for (int v = 0; v < kVectors; ++v) first[v] = half_sum(0, grid.halves[0][h], v);
+    for (const Entry entry : grid.entries[h]) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const VecI sum = reinterpret_cast<VecI>(first[v] + second[entry.second][v]);
+        best[v] = smaller((sum & ~low_bits) | entry.index, best[v]);
+      }
     }
-    index += 1;
   }
   for (int v = 0; v < kVectors; ++v) *reinterpret_cast<VecIU*>(result + at + v * kLanes) = best[v];
 }
@@ -94,11 +110,11 @@ ffi::Error NearestEntry(ffi::Buffer<ffi::F32> costs, ffi::Buffer<ffi::U16> words
   if (entries == 0 || (entries & (entries - 1)) != 0)
     return ffi::Error::InvalidArgument("nearest_entry: the entries must be a power of two");
   const int levels = static_cast<int>(dims[0]), d = static_cast<int>(dims[1]);
-  const Grid grid = prepared(words.typed_data(), entries, levels, d, static_cast<int>(bits));
+  const Grid grid = prepared(words.typed_data(), entries, d, static_cast<int>(bits));
   for (int side = 0; side < 2; ++side) {
     if (grid.halves[side].size() > kMaxHalves / 2)
       return ffi::Error::InvalidArgument("nearest_entry: too many different halves of entries");
-    for (uint16_t half : grid.halves[side])
+    for (int half : grid.halves[side])
       for (int i = 0; i < d / 2; ++i)
         if ((half >> (i * bits) & ((1 << bits) - 1)) >= levels)
           return ffi::Error::InvalidArgument("nearest_entry: an entry names a level that costs do not have");

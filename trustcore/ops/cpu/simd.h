@@ -169,6 +169,29 @@ inline VecF vmax(VecF a, VecF b) {
 #endif
 }
 
+inline VecU larger(VecU a, VecU b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm512_max_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecU>(_mm256_max_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Whether any lane of a comparison holds.
+inline bool any(VecI v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(v)) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(v)) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= v[i];
+  return all != 0;
+#endif
+}
+
 inline VecF vabs(VecF v) { return bits_to_float(reinterpret_cast<VecU>(v) & 0x7FFFFFFFu); }
 
 // To the nearest whole number, ties to even.
@@ -186,12 +209,32 @@ inline VecF vround(VecF v) {
 // Whole numbers to integers.
 inline VecI to_int(VecF v) { return __builtin_convertvector(v, VecI); }
 
+// To the nearest integers, ties to even.
+inline VecI to_nearest(VecF v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecI>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(v)));
+#elif defined(__AVX__)
+  return reinterpret_cast<VecI>(_mm256_cvtps_epi32(reinterpret_cast<__m256>(v)));
+#else
+  return to_int(vround(v));
+#endif
+}
+
 // The low byte of each lane.
 inline void narrow(VecI v, uint8_t* p) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+// The low half of each lane.
+inline void narrow16(VecI v, uint16_t* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(v[i]);
 #endif
 }
 

@@ -356,7 +356,7 @@ def _encoder(kind: _Kind, pack: Callable[[_Found], Encoded]) -> Encoder:
 # Sub-blocks of 32 gaussian weights want about the second candidate; a wide range costs little where it is not of use,
 # and made up to a tenth of the error of weights with an importance.
 _UP_TO_43, _TWO_BITS = (8, 25, 43), (0.05, 0.04, 0.03, 0.065)
-_TERNARY, _ONE_BIT = (-8, 0, 8), (0.14, 0.11, 0.17)
+_TERNARY, _ONE_BIT = (-8, 0, 8), (0.13, 0.1)
 _KINDS: dict[str, tuple[_Kind, Callable[[_Found], Encoded]]] = {
     "iq3_xxs": (
         _Kind("iq3_xxs", (4, 12, 20, 28, 36, 44, 52, 62), 0.25, 32, even=True, candidates=(0.04, 0.034, 0.028, 0.05)),

@@ -83,6 +83,10 @@ def _bf16(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     return {"values": jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)}
 
 
+def _nothing(weighted: bool, search: bool) -> tuple[tuple[float, ...], int]:
+    return (), 0
+
+
 def _q8_k(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
     unit = power_of_two(x)
     x = x / unit[None]
@@ -103,13 +107,13 @@ _EIGHT_BITS = whole(-127, 127)
 _Q8_0 = Grids(Grid((127.0,)), Grid((127.0,)), Grid(tuple(np.linspace(124.5, 128.5, 9)), 1))
 
 PLAIN: dict[str, Encoder] = {
-    "f16": Encoder(_f16, 65519.996),  # the largest float32 that does not round to infinity
-    "bf16": Encoder(_bf16, 3.3961775e38),
+    "f16": Encoder(_f16, 65519.996, _nothing),  # the largest float32 that does not round to infinity
+    "bf16": Encoder(_bf16, 3.3961775e38, _nothing),
     "q4_0": _symmetric(4, _nibbles(8), symmetric_grids(8)),
     "q4_1": _affine(4, _nibbles(0), affine_grids(15)),
     "q5_0": _symmetric(5, _nibbles_and_high_bits(16), symmetric_grids(16)),
     "q5_1": _affine(5, _nibbles_and_high_bits(0), affine_grids(31)),
     "q8_0": _symmetric(8, lambda codes: {"codes": codes.astype(jnp.int8)}, _Q8_0),
     "q8_k": Encoder(_q8_k, 3.3e38),
-    "q1_0": Encoder(_q1_0, HALF_MAX, lambda weighted, search: ((), 0)),
+    "q1_0": Encoder(_q1_0, HALF_MAX, _nothing),
 }

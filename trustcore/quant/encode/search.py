@@ -79,19 +79,28 @@ def symmetric_grids(reach: int) -> Grids:
     return Grids(Grid((-float(reach),)), Grid(tuple(even)), Grid(uneven, 1))
 
 
-def affine_grids(levels: int) -> Grids:
-    """Returns the grids for codes from 0 to `levels`.
+# (span beyond the levels, below): of a grid of such pairs those that together make the least error of gaussian,
+# heavy-tailed and shifted weights, found by greedy choice and exchange. Six of them for q4_1 make 1.008 of the error of
+# eight, and equal that of sixteen on a regular grid.
+_EVEN_PAIRS = {
+    3: tuple((span, below) for below in (0.0, 0.3) for span in np.linspace(-1.2, 0.9, 8)),
+    15: ((0.4, 0.5), (0.2, 0.0), (0.2, 0.125), (-0.6, 0.25), (0.4, 0.375), (0.6, 0.0)),
+    31: ((0.2, 0.0), (-0.6, 0.25), (0.2, 0.25), (-0.6, 0.0), (0.6, 0.0), (0.4, 0.5), (0.0, 0.0), (-0.6, 0.375)),
+}
 
-    Spans a little past the levels clip the upper end; those that begin below the first code clip both. Together they
-    make an error 14% smaller than the full range alone does (q4_1, gaussian weights).
+
+def affine_grids(levels: int) -> Grids:
+    """Returns the grids for codes from 0 to `levels`, which are 3, 15 or 31.
+
+    Spans past the levels clip the upper end; those that begin below the first code clip both. Together they make an
+    error 14% smaller than the full range alone does (q4_1, gaussian weights).
     """
-    spans = (-0.5, 2.5) if levels > 3 else (-1.2, 0.9)
-    below = (0.0, 0.5) if levels > 3 else (0.0, 0.3)
-    even = [(levels + span, b) for b in below for span in np.linspace(*spans, 8)]
+    even = [(levels + span, below) for span, below in _EVEN_PAIRS[levels]]
     spans = (-0.5, 3.5) if levels > 3 else (-1.5, 1.5)
     below = (0.0, 0.5, 1.0, 1.5) if levels > 3 else (-0.3, 0.0, 0.4)
     uneven = [(levels + span, b) for b in below for span in np.linspace(*spans, 9)]
-    return Grids(Grid(((float(levels), 0.0),)), Grid(tuple(even), 1), Grid(tuple(uneven), 2))
+    # A re-fit after these would take another 0.4% off the error of q4_1, and a tenth off its speed.
+    return Grids(Grid(((float(levels), 0.0),)), Grid(tuple(even), int(levels == 3)), Grid(tuple(uneven), 2))
 
 
 Reduce = Callable[[Callable[..., jax.Array], jax.Array], jax.Array]
@@ -236,14 +245,15 @@ def search_affine(
     unit = inverse(jnp.maximum(largest - smallest, 0))
     y = x - smallest[None]  # small numbers: the sums below keep their digits
     count = count_of(weight, x)
-    mean = total(weight, y) / count
+    share = 1 / count
+    mean = total(weight, y) * share
 
     def fit(codes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         sum_code = total(weight, codes)
         product, square = total(weight, y * codes), total(weight, codes * codes)
-        spread = square - sum_code * sum_code / count
+        spread = square - sum_code * sum_code * share
         scale = (product - mean * sum_code) * inverse(jnp.where(spread > 1e-6 * square, spread, 0))
-        shift = mean - scale * sum_code / count
+        shift = mean - scale * sum_code * share
         if side is not None:
             beyond = (shift + smallest) * side < 0
             shift = jnp.where(beyond, -smallest, shift)
