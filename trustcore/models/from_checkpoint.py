@@ -21,12 +21,13 @@ from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.models.names import NOT_WEIGHTS, Name, decoder_names
-from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.quant import QuantizedArray
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray
 
 Progress = Callable[[int, int], None]
 
-_PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of FORMATS stay packed
+_PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of BLOCK_FORMATS stay packed
 
 
 def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Decoder:
@@ -113,8 +114,8 @@ def _match(
         expected = tuple(reversed(shape)) if name.path.endswith("kernel") else tuple(shape)
         if tuple(tensor.shape) != expected:
             faults.append(f"{given} has shape {list(tensor.shape)}, expected {list(expected)}")
-        elif tensor.encoding not in FORMATS and tensor.encoding not in _PLAIN:
-            known = ", ".join((*_PLAIN, *FORMATS))
+        elif tensor.encoding not in BLOCK_FORMATS and tensor.encoding not in _PLAIN:
+            known = ", ".join((*_PLAIN, *BLOCK_FORMATS))
             faults.append(f"{given} is stored as {tensor.encoding}; readable encodings: {known}")
         plan.append((name.path, parameter, tensor))
     tied_twice = {"lm_head.weight", "output.weight"} if model.output is None else set()
@@ -138,7 +139,7 @@ def _find(module: Any, path: str) -> nnx.Param[Any] | None:
 def _read(path: str, tensor: LazyArray, decode: bool, compute: Any) -> Any:
     """Returns the tensor in the orientation of the module: packed where it is a packed matrix, else an array."""
     transposed = not path.endswith("kernel")
-    if tensor.encoding in FORMATS and len(tensor.shape) == 2:
+    if tensor.encoding in BLOCK_FORMATS and len(tensor.shape) == 2:
         value: Any = QuantizedArray.from_blocks(tensor.encoding, tensor.raw(), transposed=transposed)
         if decode:
             value = value.dequantize().astype(compute)
