@@ -393,7 +393,7 @@ def test_an_importance_is_one_for_each_row():
         mean_error(weights.T, packed(weights, "int3:128x128", importance=cost).T, importance)
         for cost in (None, importance)
     ]
-    assert errors[1] < 0.2 * errors[0]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_a_transposed_table_has_its_groups_along_the_rows():

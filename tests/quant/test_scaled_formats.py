@@ -233,7 +233,7 @@ def test_the_whole_matrix_never_exists_in_float(name, rows):
     forward, back = (jnp.ones((rows, k)), w), (jnp.ones((rows, n)), w.T)
     copied = k * n if name.startswith("fp8") else 0
     for x, side in (forward, back):
-        assert temporaries(x, side, None) <= copied + 4 * 4 * k * TILE + 4 * 4 * rows * n < 4 * k * n
+        assert temporaries(x, side, None) <= copied + 4 * 4 * k * TILE + 3 * 4 * rows * n < 4 * k * n
         assert temporaries(x, side, "dequantize") >= 4 * k * n  # the measure can fail
 
 

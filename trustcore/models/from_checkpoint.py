@@ -25,13 +25,14 @@ from trustcore.models.names import NOT_WEIGHTS, Name, decoder_names
 from trustcore.models.schemes import Packed, Scheme, scheme_of
 from trustcore.models.schemes.float8 import input_scale
 from trustcore.models.schemes.own import Own
-from trustcore.quant import FORMATS, QuantizedArray
+from trustcore.quant import QuantizedArray
+from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray
 from trustcore.weights.packed_layout import packed_tensors
 
 Progress = Callable[[int, int], None]
 
-_PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of FORMATS stay packed
+_PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of BLOCK_FORMATS stay packed
 
 # Beside packed matrices in files, and not needed: scales of a cache of keys and values in 8-bit floats.
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
@@ -163,8 +164,8 @@ def _match(
         expected = tuple(reversed(shape)) if name.path.endswith("kernel") else tuple(shape)
         if tuple(tensor.shape) != expected:
             faults.append(f"{given} has shape {list(tensor.shape)}, expected {list(expected)}")
-        elif tensor.encoding not in FORMATS and tensor.encoding not in _PLAIN:
-            known = ", ".join((*_PLAIN, *FORMATS))
+        elif tensor.encoding not in BLOCK_FORMATS and tensor.encoding not in _PLAIN:
+            known = ", ".join((*_PLAIN, *BLOCK_FORMATS))
             faults.append(f"{given} is stored as {tensor.encoding}; readable encodings: {known}")
         plan.append((name.path, parameter, tensor))
     left = [checkpoint[given] for given in checkpoint if given not in used and not given.endswith(NOT_WEIGHTS)]
@@ -204,7 +205,7 @@ def _read(path: str, tensor: LazyArray | Packed, decode: bool, compute: Any) -> 
         value = tensor.read(transposed=transposed)
         if decode:
             value = value.dequantize().astype(compute)
-    elif tensor.encoding in FORMATS and len(tensor.shape) == 2:
+    elif tensor.encoding in BLOCK_FORMATS and len(tensor.shape) == 2:
         value: Any = QuantizedArray.from_blocks(tensor.encoding, tensor.raw(), transposed=transposed)
         if decode:
             value = value.dequantize().astype(compute)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trustcore._jax import computed_once
 from trustcore.quant.encode.encoder import Encoded, Encoder, fold
 from trustcore.quant.encode.search import (
     HALF_MAX,
@@ -170,7 +171,7 @@ def _with_zero(
     else:
         scale = (largest - smallest) / levels
         zero = jnp.round(-smallest * inverse(scale))
-    scale = stored(scale * unit)  # type: ignore[operator]
+    scale, zero = computed_once(jnp.stack([stored(scale * unit), zero]))  # type: ignore[operator]
     codes = _codes_about(x, scale / unit, zero, levels) + zero[None]
     if spec.bits == 8:  # signed
         return {"codes": (codes - 128).astype(jnp.int8), "scale": scale, "zero": (zero - 128).astype(jnp.int8)}
@@ -206,7 +207,7 @@ def _search_zero(
     def place(candidate: jax.Array) -> tuple[jax.Array, jax.Array]:
         low, high = candidate[0] * smallest, candidate[1] * largest
         scale = (high - low) / levels
-        zero = jnp.round(-low * inverse(scale))
+        scale, zero = computed_once(jnp.stack([scale, jnp.round(-low * inverse(scale))]))
         return _codes_about(x, scale, zero, levels), zero
 
     def again(scale: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -222,5 +223,5 @@ def _cuts(bits: int, run: int) -> Grid:
         parts: np.ndarray = np.array([0.9, 1.0])
     else:
         least = max(0.2, 1 - (0.09 * np.log2(max(run, 2)) + 0.1) * (3.2 / bits) * 0.5)
-        parts = np.linspace(least, 1.05, 6)
+        parts = np.linspace(least, 1.05, 5)
     return Grid(((1.0, 1.0), *((float(a), float(b)) for a in parts for b in parts)), 1)

@@ -125,7 +125,11 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
     fields = {name: field.reshape(*lead, *shapes[name].shape[:-1], field.shape[-1]) for name, field in fields.items()}
     if storage.double:
         fields = _doubled(storage, search, weights, fields)
-    return {name: fields[name] for name in shapes}
+    return {name: _of_dtype(fields[name], shape.dtype) for name, shape in shapes.items()}
+
+
+def _of_dtype(field: jax.Array, dtype: np.dtype) -> jax.Array:
+    return field if field.dtype == dtype else jax.lax.bitcast_convert_type(field, dtype)
 
 
 def no_encoder(name: Any) -> str:
@@ -152,7 +156,10 @@ def _job(storage: Storage, k: int) -> Job:
     assert isinstance(spec, ScaledFormat)
     run = storage.run(k)
     encoder = integer_encoder(storage, run) if spec.integer else float_encoder(storage)
-    parts: list[Any] = [(plane.name, run * plane.bits // 8, plane.dtype) for plane in spec.planes]
+    # Float8 codes come as bytes.
+    parts: list[Any] = [
+        (p.name, run * p.bits // 8, p.dtype if p.dtype == np.int8 else np.dtype(np.uint8)) for p in spec.planes
+    ]
     parts.append(("scale", None, np.dtype(np.float32) if storage.double else storage.scale_dtype))
     if storage.asymmetric:
         parts.append(("zero", None, np.dtype(np.int8 if spec.bits == 8 else np.uint8)))
