@@ -33,8 +33,7 @@ from trustcore.quant.formats import Format, get_format
 
 ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS, **IQ4, **IQ, **TERNARY, **BLOCK_FLOATS}
 
-# Weights in a tile. CPU: its float32 copies stay in a 1 MB cache. Elsewhere: enough work for a whole device.
-_TILE_ON_CPU, _TILE_ELSEWHERE = 1 << 15, 1 << 24
+_TILE_ON_CPU = 1 << 15  # weights; its float32 copies stay in a 1 MB cache
 _PIECE = 1 << 20  # weights that are worth a program of their own
 
 
@@ -49,8 +48,8 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
         weights: float `[..., K, N]`; K is a multiple of the format's block.
         importance: what an error in input k costs, `[K]` or `[..., K]`, not negative: the mean square of that input's
             activations, for example. None: all cost the same. 16-bit floats have no use for it.
-        search: False takes the scale that fits the codes of the full range and tries no other: one and a half to three
-            times as fast, with an error 8 to 17% larger (with an importance, up to half).
+        search: False takes the scale that fits the codes of the full range and tries no other: one and a half to five
+            times as fast, with an error 8 to 17% larger (with an importance, up to half; ternary formats: double).
 
     Raises:
         QuantizationError: the format has no encoder; K is no multiple of the block; a weight is NaN, infinite, or
@@ -197,7 +196,7 @@ def _piece(
     """Returns the fields of columns `start` to `start + width`."""
     spec, encoder = get_format(format), ENCODERS[format]
     count, block, _ = blocks.shape
-    tile = _TILE_ON_CPU if on_cpu else _TILE_ELSEWHERE
+    tile = _TILE_ON_CPU if on_cpu else encoder.tile
     columns = min(width, max(tile // block, 1))
     rows = min(count, max(tile // (block * columns), 1))
     down, across = -(-count // rows), -(-width // columns)
