@@ -78,7 +78,7 @@ def open_llama_cpp() -> Callable[[str, Any, Any], Callable[[], Any] | None]:
     import llama_cpp
     import numpy as np
 
-    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
+    library = ctypes.CDLL(str(next((Path(str(llama_cpp.__file__)).parent / "lib").glob("libggml-base.*"))))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t

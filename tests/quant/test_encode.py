@@ -240,6 +240,8 @@ def test_encoding_again_changes_little(name):
 @given(exponent=st.integers(-2, 8), **some_weights)
 def test_a_power_of_two_goes_into_the_scales_alone(name, seed, exponent, style):
     weights = small(name, seed, 0, style)
+    if np.max(np.abs(weights)) * 2.0**exponent > ENCODERS[name].limit:
+        return
     one, other = encode(name, jnp.asarray(weights)), encode(name, jnp.asarray(weights * 2.0**exponent))
     for field, found in other.items():
         expected = np.asarray(one[field])
@@ -345,9 +347,10 @@ def test_fields_are_those_of_the_format(name):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_gguf_decodes_what_we_decode(name):
     """Bit by bit, from weights of every style."""
+    dequantize = jax.jit(lambda weight: weight.dequantize())
     for style in STYLES:
         weight = QuantizedArray.quantize(small(name, 11, 0, style), name)
-        np.testing.assert_array_equal(weight.dequantize(), read(weight))
+        np.testing.assert_array_equal(dequantize(weight), read(weight))
 
 
 @pytest.mark.parametrize("name", ("iq4_nl", "q4_k"))

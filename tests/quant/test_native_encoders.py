@@ -4,6 +4,8 @@ Their steps are the same, but XLA joins products and sums into one rounding wher
 therefore differ, and with it, now and then, the rounding of a scale or the choice between two candidates as good.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +32,13 @@ def on_xla(monkeypatch, *args, **options):
         return encode(*args, **options)
 
 
+@functools.cache
+def decoder(name):
+    return jax.jit(lambda fields: decode_matrix(get_format(name), fields))
+
+
 def decoded(name, fields):
-    return np.asarray(decode_matrix(get_format(name), fields))
+    return np.asarray(decoder(name)(fields))
 
 
 @pytest.mark.parametrize("search", (True, False))

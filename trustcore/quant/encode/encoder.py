@@ -27,11 +27,13 @@ class Encoder(NamedTuple):
         limit: the largest magnitude that the format's scales can hold.
         tried: for formats of `ops.cpu.encode_blocks`, whether there are weights and whether to search, to the
             candidates and the rounds of re-fitting that `blocks` tries as well.
+        tile: weights that a GPU or TPU takes at a time: enough work for a whole device, and temporaries that fit.
     """
 
     blocks: Callable[[jax.Array, jax.Array | None, bool], Encoded]
     limit: float
     tried: Callable[[bool, bool], tuple[tuple[float, ...], int]] | None = None
+    tile: int = 1 << 24
 
 
 def fold(codes: jax.Array, bits: int, chunk: int = 1) -> jax.Array:

@@ -8,7 +8,7 @@ decoded weights, as for the K-quants:
 1. A scale for each sub-block by itself: candidates around what its mean square suggests. Under a given scale the
    entries that cost least are found among all there are (`nearest_entry`), and the scale that fits those is solved for.
 2. The scale of the block under which rounding those to odd multiples costs least.
-3. For each sub-block s and its neighbours, each with its own entries.
+3. For each sub-block s, and for three bits its neighbours, each with its own entries.
 4. Least squares for the scale of the block with all s and entries given; kept where it is better.
 
 Formats that store seven signs of eight turn one sign where the number of minus signs is odd: that of the weight with
@@ -50,6 +50,7 @@ class _Kind(NamedTuple):
         run: weights in that run.
         candidates: the values' unit in units of the root mean square of a sub-block, to be tried; the first alone
             where there is no search.
+        neighbours: of the nearest s, to be tried; the first alone where there is no search.
     """
 
     grid: str
@@ -61,6 +62,7 @@ class _Kind(NamedTuple):
     shifts: tuple[int, ...] = (0,)
     run: int = 32
     candidates: tuple[float, ...] = ()
+    neighbours: tuple[int, ...] = (0,)
 
     @property
     def d(self) -> int:
@@ -152,7 +154,7 @@ def _encode(x: jax.Array, weight: jax.Array | None, search: bool, kind: _Kind) -
 
     # 3: each sub-block's s.
     nearest = _nearest_odd(scales, scale * kind.step, kind.top)
-    offsets = jnp.asarray((0.0, -1.0, 1.0) if search else (0.0,), jnp.float32)
+    offsets = jnp.asarray(kind.neighbours if search else kind.neighbours[:1], jnp.float32)
 
     def neighbour(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         s = jnp.clip(nearest + offsets[i], 0, kind.top)
@@ -350,19 +352,32 @@ def _encoder(kind: _Kind, pack: Callable[[_Found], Encoded]) -> Encoder:
 
     # Well below what the scales reach: weights of about one size are best as the smallest value under a large scale.
     reach = (2 * kind.top + 1) * kind.step * max(kind.values) / 8
-    return Encoder(blocks, reach * HALF_MAX)
+    return Encoder(blocks, reach * HALF_MAX, tile=1 << 21)  # tables of 40 times that in float32
 
 
 # Sub-blocks of 32 gaussian weights want about the second candidate; a wide range costs little where it is not of use,
 # and made up to a tenth of the error of weights with an importance.
+# Neighbours of s take 1 to 5% off the error of three bits, and less than 1% off that of two.
+_NEAR = (0, -1, 1)
 _UP_TO_43, _TWO_BITS = (8, 25, 43), (0.05, 0.04, 0.03, 0.065)
 _TERNARY, _ONE_BIT = (-8, 0, 8), (0.13, 0.1)
 _KINDS: dict[str, tuple[_Kind, Callable[[_Found], Encoded]]] = {
     "iq3_xxs": (
-        _Kind("iq3_xxs", (4, 12, 20, 28, 36, 44, 52, 62), 0.25, 32, even=True, candidates=(0.04, 0.034, 0.028, 0.05)),
+        _Kind(
+            "iq3_xxs",
+            (4, 12, 20, 28, 36, 44, 52, 62),
+            0.25,
+            32,
+            even=True,
+            candidates=(0.04, 0.034, 0.028, 0.05),
+            neighbours=_NEAR,
+        ),
         _iq3_xxs,
     ),
-    "iq3_s": (_Kind("iq3_s", tuple(range(1, 16, 2)), 1.0, 32, candidates=(0.17, 0.14, 0.11, 0.21)), _iq3_s),
+    "iq3_s": (
+        _Kind("iq3_s", tuple(range(1, 16, 2)), 1.0, 32, candidates=(0.17, 0.14, 0.11, 0.21), neighbours=_NEAR),
+        _iq3_s,
+    ),
     "iq2_xxs": (_Kind("iq2_xxs", _UP_TO_43, 0.125, 32, even=True, candidates=_TWO_BITS), _iq2_xxs),
     "iq2_xs": (_Kind("iq2_xs", _UP_TO_43, 0.125, 16, even=True, candidates=_TWO_BITS), _iq2_xs),
     "iq2_s": (_Kind("iq2_s", _UP_TO_43, 0.125, 16, candidates=_TWO_BITS), _iq2_s),

@@ -38,8 +38,7 @@ from trustcore.quant.formats.names import CHOICES, Storage, parse, storages
 # Of formats of blocks.
 ENCODERS: Mapping[str, Encoder] = {**PLAIN, **K_QUANTS, **IQ4, **IQ, **TERNARY, **BLOCK_FLOATS}
 
-# Weights in a tile. CPU: its float32 copies stay in a 1 MB cache. Elsewhere: enough work for a whole device.
-_TILE_ON_CPU, _TILE_ELSEWHERE = 1 << 15, 1 << 24
+_TILE_ON_CPU = 1 << 15  # weights; its float32 copies stay in a 1 MB cache
 _LEAST_COLUMNS = 64  # of a tile, however long its blocks: sums run over rows, columns are a vector's lanes
 _PIECE = 1 << 20  # weights that are worth a program of their own
 
@@ -72,9 +71,9 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
         weights: float `[..., K, N]`; K is a multiple of the format's block.
         importance: what an error in input k costs, `[K]` or `[..., K]`, not negative: the mean square of that input's
             activations, for example. None: all cost the same. 16-bit floats have no use for it.
-        search: False takes the scale that fits the codes of the full range and tries no other: one and a half to three
-            times as fast, with an error 8 to 17% larger (with an importance, up to half). Scaled formats then are the
-            textbook's round to nearest, and nf4 and fp4 bitsandbytes' own codes.
+        search: False takes the scale that fits the codes of the full range and tries no other: one and a half to five
+            times as fast, with an error 8 to 17% larger (with an importance, up to half; ternary formats: double).
+            Scaled formats then are the textbook's round to nearest, and nf4 and fp4 bitsandbytes' own codes.
 
     Raises:
         QuantizationError: the format has no encoder, or the name is none; K is no multiple of the block; a weight is
@@ -324,7 +323,7 @@ def _piece(
 ) -> Encoded:
     """Returns the fields of columns `start` to `start + width`."""
     count, block, _ = blocks.shape
-    tile = _TILE_ON_CPU if on_cpu else _TILE_ELSEWHERE
+    tile = _TILE_ON_CPU if on_cpu else job.encoder.tile
     columns = min(width, max(tile // block, _LEAST_COLUMNS))
     rows = min(count, max(tile // (block * columns), 1))
     down, across = -(-count // rows), -(-width // columns)
