@@ -17,6 +17,7 @@ from trustcore.ops import cpu
 from trustcore.quant import get_format
 from trustcore.quant.encode import encode, tiles
 from trustcore.quant.formats import decode_matrix
+from trustcore.quant.formats.names import parse
 
 pytestmark = pytest.mark.skipif(bool(cpu.why_not("encoders")), reason=cpu.why_not("encoders"))
 
@@ -84,10 +85,11 @@ def test_widths_and_stacks(name):
 
 def test_few_columns_and_traces_go_to_xla():
     weights = jnp.asarray(weights_of("gaussian", 64, 64).T)
-    assert tiles._natively("q4_0", weights)
-    assert not tiles._natively("q4_0", weights[:, : cpu.vector_lanes("encoders") - 1])
-    assert not tiles._natively("q4_k", weights)
-    jax.jit(lambda w: [pytest.fail("native under a trace") if tiles._natively("q4_0", w) else w])(weights)
+    q4_0 = parse("q4_0")
+    assert tiles._natively(q4_0, weights)
+    assert not tiles._natively(q4_0, weights[:, : cpu.vector_lanes("encoders") - 1])
+    assert not tiles._natively(parse("q4_k"), weights)
+    jax.jit(lambda w: [pytest.fail("native under a trace") if tiles._natively(q4_0, w) else w])(weights)
 
 
 @pytest.mark.parametrize("value", (np.nan, -np.nan, np.inf, -np.inf, 1e30))
