@@ -67,7 +67,7 @@ def test_a_stack_of_weights_scans_and_unstacks():
 def test_a_wrong_row_length_is_named():
     with pytest.raises(QuantizationError, match=r"q4_0: rows must be uint8 and a multiple of 18 bytes.*\[2, 17\]"):
         QuantizedArray.from_blocks("q4_0", np.zeros((2, 17), np.uint8))
-    with pytest.raises(QuantizationError, match="Known formats: bf16, f16, iq1_m"):
+    with pytest.raises(QuantizationError, match="Known formats: bf16, f16, fp4"):
         get_format("q9_9")
     with pytest.raises(QuantizationError, match="take needs a transposed"):
         QuantizedArray.from_blocks("q4_0", np.zeros((2, 18), np.uint8)).take(jnp.asarray([0]))

@@ -99,6 +99,7 @@ def test_wordpiece_cuts_as_llama_cpp(variant, recorded):
     assert differences(tokenizer, data["texts"], given["cases"]) == []
 
 
+@pytest.mark.serial
 def test_the_demo_tokenizer_is_built_quickly(smollm2_metadata):
     Tokenizer.from_gguf(smollm2_metadata)  # the package is loaded
     start = time.perf_counter()
