@@ -16,10 +16,16 @@ from typing import Any
 
 import jax
 import pytest
+from hypothesis import settings
 
 from trustcore.cache import cache_folder
 
 ROOT = Path(__file__).parents[1]
+
+# The same examples in every run, so that a change answers for itself alone. `pytest --hypothesis-profile=default` looks
+# for new ones.
+settings.register_profile("same", derandomize=True, database=None)
+settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
