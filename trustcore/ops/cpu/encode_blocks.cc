@@ -1,20 +1,24 @@
-// Encodes float weights as one of GGUF's simple formats: trustcore/quant/encode in one pass over memory.
+// Encodes float weights as one of GGUF's simple formats or K-quants: trustcore/quant/encode in one pass over memory.
 //
 // Operands: weights float32 [K, N]; what an error in each row costs, float32 [K], or [0] for one; results: the fields of
 // the format as trustcore/quant/array.py lays them out ([K / block, rows, N] and [K / block, N]), and the bits of the
 // largest magnitude as one uint32 (NaN and infinities stand above all numbers there). The candidates of the search come
-// from Python, and every step is that of trustcore/quant/encode/{search,plain,k_quants,ternary,block_floats}.py, the oracle: the
-// same products and sums in the same order, row by row.
+// from Python, and every step is that of trustcore/quant/encode/{search,plain,k_quants,ternary,block_floats}.py, the
+// oracle: the same products and sums in the same order, row by row.
 //
-// One vector holds as many columns; a block of them (32 to 256 rows) is copied into the L1 cache and searched there.
-// Several candidates are tried side by side, which hides the latency of their sums. Blocks of rows and runs of 1024
-// columns are what threads share.
+// Blocks of rows and runs of 1024 columns are what threads share.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "encode_k_quants.h"
+#include "encode_search.h"
 #include "parallel.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -25,13 +29,14 @@ namespace tc {
 namespace {
 
 // The order of ENCODED in trustcore/ops/cpu/__init__.py.
-enum Kind : int64_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ1_0, kTQ1_0, kTQ2_0, kMXFP4, kNVFP4, kF16, kBF16, kQ3K, kQ6K, kKinds };
+enum Kind : int64_t {
+  kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ1_0, kTQ1_0, kTQ2_0, kMXFP4, kNVFP4, kF16, kBF16, kQ2K, kQ3K, kQ4K, kQ5K, kQ6K,
+  kKinds
+};
 
-constexpr int kMaxBlock = 256, kMaxFields = 4;
-constexpr int kSide = kLanes == 16 ? 8 : 4;        // symmetric candidates tried side by side
-constexpr int kSideAffine = kLanes == 16 ? 4 : 2;  // affine ones, which need three sums and two numbers each
-constexpr int64_t kRun = 1024;                     // columns of a part
-constexpr int64_t kPart = 1 << 15;                 // weights of a part, if there are more
+constexpr int kMaxBlock = 256, kMaxFields = 5;
+constexpr int64_t kRun = 1024;      // columns of a part
+constexpr int64_t kPart = 1 << 15;  // weights of a part, if there are more
 
 struct Layout {
   int block;
@@ -39,11 +44,23 @@ struct Layout {
   int bytes[kMaxFields];  // of an element
 };
 constexpr Layout kLayouts[kKinds] = {
-    {32, {1, 16}, {2, 1}},           {32, {1, 1, 16}, {2, 2, 1}},    {32, {1, 4, 16}, {2, 1, 1}},
-    {32, {1, 1, 4, 16}, {2, 2, 1, 1}}, {32, {1, 32}, {2, 1}},          {128, {1, 16}, {2, 1}},
-    {256, {48, 4, 1}, {1, 1, 2}},    {256, {64, 1}, {1, 2}},         {32, {1, 16}, {1, 1}},
-    {64, {4, 32}, {1, 1}},           {1, {1}, {2}},                    {1, {1}, {2}},
-    {256, {32, 64, 12, 1}, {1, 1, 1, 2}}, {256, {128, 64, 16, 1}, {1, 1, 1, 2}},
+    {32, {1, 16}, {2, 1}},                          // q4_0
+    {32, {1, 1, 16}, {2, 2, 1}},                    // q4_1
+    {32, {1, 4, 16}, {2, 1, 1}},                    // q5_0
+    {32, {1, 1, 4, 16}, {2, 2, 1, 1}},              // q5_1
+    {32, {1, 32}, {2, 1}},                          // q8_0
+    {128, {1, 16}, {2, 1}},                         // q1_0
+    {256, {48, 4, 1}, {1, 1, 2}},                   // tq1_0
+    {256, {64, 1}, {1, 2}},                         // tq2_0
+    {32, {1, 16}, {1, 1}},                          // mxfp4
+    {64, {4, 32}, {1, 1}},                          // nvfp4
+    {1, {1}, {2}},                                  // f16
+    {1, {1}, {2}},                                  // bf16
+    {256, {16, 64, 1, 1}, {1, 1, 2, 2}},            // q2_k
+    {256, {32, 64, 12, 1}, {1, 1, 1, 2}},           // q3_k
+    {256, {1, 1, 12, 128}, {2, 2, 1, 1}},           // q4_k
+    {256, {1, 1, 12, 32, 128}, {2, 2, 1, 1, 1}},    // q5_k
+    {256, {128, 64, 16, 1}, {1, 1, 1, 2}},          // q6_k
 };
 
 struct Task {
@@ -54,218 +71,6 @@ struct Task {
   const float* candidates;
   int count, refits;
   uint8_t* fields[kMaxFields];
-};
-
-// ---- numbers -------------------------------------------------------------------------------------------------------
-
-inline VecF inverse(VecF v) {
-  const VecF zero = {};
-  return v != zero ? 1.0f / (v != zero ? v : splat(1.0f)) : zero;
-}
-
-inline VecF clipped(VecF v, float low, float high) { return vmin(vmax(v, splat(low)), splat(high)); }
-
-// See `power_of_two` in search.py.
-inline VecF power_of_two(VecF largest) {
-  const VecF kept = vmin(vmax(largest, splat(0x1p-100f)), splat(0x1p100f));
-  return bits_to_float(reinterpret_cast<VecU>(kept) & 0x7F800000u);
-}
-
-// See `half` in search.py: the value that a half holds, to nearest, and up among the subnormals.
-inline VecF half(VecF scale) {
-  alignas(64) uint16_t bits[kLanes];
-  to_half(clipped(scale, -65504.0f, 65504.0f), bits);
-  VecF value = from_half(bits);
-  if (!any(vabs(scale) < 0x1p-14f)) return value;
-  for (int i = 0; i < kLanes; ++i)
-    if (std::fabs(scale[i]) < 0x1p-14f) {
-      const float steps = std::ceil(std::fabs(scale[i]) * static_cast<float>(0.999 * 0x1p24));
-      value[i] = scale[i] == 0 ? 0.0f : std::copysign(steps * 0x1p-24f, scale[i]);
-    }
-  return value;
-}
-
-// ---- one block of a vector of columns ------------------------------------------------------------------------------
-
-template <int R>
-struct Block {
-  VecF x[R];      // in units of `unit` after scaled()
-  VecF unit, largest, smallest, size;
-  float weight[R];
-
-  // Returns the bits of the largest magnitude of the weights as they are.
-  VecU copy(const float* from, int64_t stride, const float* weights) {
-    VecU top = {};
-    largest = splat(-INFINITY), smallest = splat(INFINITY);
-    for (int r = 0; r < R; ++r) {
-      const VecF v = load(from + r * stride);
-      __builtin_prefetch(from + r * stride + 8 * kLanes);
-      x[r] = v;
-      largest = vmax(largest, v), smallest = vmin(smallest, v);
-      const VecU bits = reinterpret_cast<VecU>(v) & 0x7FFFFFFFu;
-      top = larger(top, bits);
-    }
-    for (int r = 0; weights && r < R; ++r) weight[r] = weights[r];
-    size = vmax(largest, -smallest);
-    return top;
-  }
-
-  void scaled() {
-    unit = power_of_two(size);
-    const VecF by = 1.0f / unit;
-    for (VecF& v : x) v *= by;
-    largest *= by, smallest *= by;
-  }
-};
-
-// sum += weight * value; values first, as in `total` of search.py.
-template <bool W>
-inline void add(VecF& sum, VecF value, float weight) {
-  if constexpr (W)
-    sum += value * weight;
-  else
-    sum += value;
-}
-
-template <bool W, int R>
-inline float weight_of(const Block<R>& b, int r) {
-  return W ? b.weight[r] : 1.0f;
-}
-
-// R rows of a block, and their extremes.
-template <int R, bool W>
-struct Symmetric {
-  const VecF* x;
-  const float* weight;
-  VecF largest, smallest;
-  float low, high;
-  VecF error = {}, scale = {};
-
-  void take(VecF product, VecF square) {
-    const VecF found = product * inverse(square), cost = -product * found;
-    const auto better = cost < error;
-    error = better ? cost : error, scale = better ? found : scale;
-  }
-
-  template <int C>
-  void attempt(const VecF* by) {
-    VecF product[C], square[C];
-    for (int c = 0; c < C; ++c) product[c] = square[c] = VecF{};
-    for (int r = 0; r < R; ++r) {
-      const VecF v = x[r];
-      const float w = W ? weight[r] : 1.0f;
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        const VecF code = clipped(vround(v * by[c]), low, high);
-        add<W>(product[c], v * code, w), add<W>(square[c], code * code, w);
-      }
-    }
-    for (int c = 0; c < C; ++c) take(product[c], square[c]);
-  }
-
-  // Returns the scale, in units of the block's.
-  VecF search(const float* candidates, int count, int refits) {
-    const VecF unit = inverse(largest >= -smallest ? largest : smallest);
-    int at = 0;
-    for (; at + kSide <= count; at += kSide) {
-      VecF by[kSide];
-      for (int c = 0; c < kSide; ++c) by[c] = candidates[at + c] * unit;
-      attempt<kSide>(by);
-    }
-    for (; at < count; ++at) {
-      const VecF by = candidates[at] * unit;
-      attempt<1>(&by);
-    }
-    for (int i = 0; i < refits; ++i) {
-      const VecF by = inverse(scale);
-      attempt<1>(&by);
-    }
-    return scale;
-  }
-};
-
-template <int R, bool W>
-struct AffineSearch {
-  const Block<R>& b;
-  float levels;
-  VecF y[R];
-  VecF count, share, mean, error, scale, shift;
-
-  void take(VecF sum, VecF product, VecF square) {
-    const VecF spread = square - sum * sum * share, zero = {};
-    const VecF found = (product - mean * sum) * inverse(spread > 1e-6f * square ? spread : zero);
-    const VecF moved = mean - found * sum * share;
-    VecF cost = found * (found * square - 2.0f * product) + moved * (moved * count + 2.0f * found * sum);
-    cost = cost - 2.0f * moved * mean * count;
-    const auto better = (found > zero) & (cost < error);
-    error = better ? cost : error, scale = better ? found : scale, shift = better ? moved : shift;
-  }
-
-  // Codes are the nearest to y * by - below. Where no `below` is above a half, none rounds to less than zero.
-  template <int C, bool Low>
-  void attempt(const VecF* by, const VecF* below) {
-    VecF sum[C], product[C], square[C];
-    for (int c = 0; c < C; ++c) sum[c] = product[c] = square[c] = VecF{};
-    for (int r = 0; r < R; ++r) {
-      const VecF v = y[r];
-      const float w = weight_of<W>(b, r);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        VecF code = vround(v * by[c] - below[c]);
-        if constexpr (Low) code = vmax(code, VecF{});
-        code = vmin(code, splat(levels));
-        add<W>(sum[c], code, w), add<W>(product[c], v * code, w), add<W>(square[c], code * code, w);
-      }
-    }
-    for (int c = 0; c < C; ++c) take(sum[c], product[c], square[c]);
-  }
-
-  template <int C, bool Low>
-  void attempt_some(int some, const VecF* by, const VecF* below) {
-    if (some == C) return attempt<C, Low>(by, below);
-    if constexpr (C > 1) attempt_some<C - 1, Low>(some, by, below);
-  }
-
-  void search(const float* candidates, int pairs, int refits) {
-    const VecF unit = inverse(vmax(b.largest - b.smallest, VecF{}));
-    VecF total[4] = {};
-    float weights = 0;
-    for (int r = 0; r < R; ++r) {
-      y[r] = b.x[r] - b.smallest;
-      const float w = weight_of<W>(b, r);
-      add<W>(total[r % 4], y[r], w);
-      weights += w;
-    }
-    count = splat(weights);
-    share = 1.0f / count;
-    mean = ((total[0] + total[1]) + (total[2] + total[3])) * share;
-    shift = mean, scale = VecF{};
-    error = shift * (shift - 2.0f * mean) * count;
-    VecF by[kSideAffine], below[kSideAffine];
-    for (int at = 0; at < pairs; at += kSideAffine) {
-      const int some = std::min(kSideAffine, pairs - at);
-      bool low = false;
-      for (int c = 0; c < some; ++c) {
-        by[c] = candidates[2 * (at + c)] * unit;
-        below[c] = splat(candidates[2 * (at + c) + 1]);
-        low |= !(candidates[2 * (at + c) + 1] <= 0.5f);
-      }
-      low ? attempt_some<kSideAffine, true>(some, by, below) : attempt_some<kSideAffine, false>(some, by, below);
-    }
-    for (int i = 0; i < refits; ++i) refit();
-    shift += b.smallest;
-  }
-
-  void refit() {
-    const VecF by = inverse(scale);
-    VecF sum = {}, product = {}, square = {};
-    for (int r = 0; r < R; ++r) {
-      const VecF code = clipped(vround((y[r] - shift) * by), 0.0f, levels);
-      const float w = weight_of<W>(b, r);
-      add<W>(sum, code, w), add<W>(product, y[r] * code, w), add<W>(square, code * code, w);
-    }
-    take(sum, product, square);
-  }
 };
 
 // ---- formats -------------------------------------------------------------------------------------------------------
@@ -324,7 +129,7 @@ template <Kind F, bool W>
 inline void affine(const Task& t, Block<32>& b, int64_t i, int64_t column) {
   constexpr float levels = F == kQ4_1 ? 15 : 31;
   b.scaled();
-  AffineSearch<32, W> found{b, levels};
+  Affine<32, W> found{b.x, b.weight, b.largest, b.smallest, levels};
   found.search(t.candidates, t.count / 2, t.refits);
   const VecF scale = half(found.scale * b.unit);
   put_half(t, 0, i, column, scale);
@@ -386,95 +191,7 @@ inline void one_bit(const Task& t, Block<128>& b, int64_t i, int64_t column) {
   }
 }
 
-// ---- K-quants of one scale, see k_quants.py ------------------------------------------------------------------------
-
-constexpr int kSub = 16, kSubs = 16;
-
-inline VecF nearest_multiple(VecF value, VecF by, float top) { return clipped(vround(value * by), -top, top - 1); }
-
-// The unit whose multiples from -top to top - 1 come closest to the values.
-inline VecF scale_of_scales(const VecF* values, const VecF* weights, float top) {
-  VecF largest = values[0], smallest = values[0];
-  for (int s = 1; s < kSubs; ++s) largest = vmax(largest, values[s]), smallest = vmin(smallest, values[s]);
-  const VecF extreme = largest >= -smallest ? largest : smallest;
-  VecF best = splat(INFINITY), kept = {};
-  for (int i = 0; i < 8; ++i) {
-    const VecF unit = extreme / static_cast<float>(-top * (1 - i * 0.24 / 7)), by = inverse(unit);
-    VecF error = {};
-    for (int s = 0; s < kSubs; ++s) {
-      const VecF left = values[s] - unit * nearest_multiple(values[s], by, top);
-      error += weights[s] * (left * left);
-    }
-    const auto better = error < best;
-    best = better ? error : best, kept = better ? unit : kept;
-  }
-  return kept;
-}
-
-template <bool W>
-struct UnderScales {
-  const Block<256>& b;
-  float reach, top;
-  VecF s[kSubs], scale;  // of sub-blocks, and of the block in its units
-
-  VecF code(int r, VecF by) const { return clipped(vround(b.x[r] * by), -reach, reach - 1); }
-
-  VecF error(int sub, VecF factor) const {
-    const VecF by = inverse(factor);
-    VecF sum = {};
-    for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) {
-      const VecF left = b.x[r] - factor * code(r, by);
-      add<W>(sum, left * left, weight_of<W>(b, r));
-    }
-    return sum;
-  }
-
-  void products(int sub, VecF factor, VecF& product, VecF& square) const {
-    const VecF by = inverse(factor);
-    product = square = VecF{};
-    for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) {
-      const VecF c = code(r, by);
-      add<W>(product, b.x[r] * c, weight_of<W>(b, r)), add<W>(square, c * c, weight_of<W>(b, r));
-    }
-  }
-
-  VecF stored(VecF value) const { return half(value * b.unit) / b.unit; }
-
-  void search(const Task& t) {
-    VecF scales[kSubs], squares[kSubs], product;
-    for (int sub = 0; sub < kSubs; ++sub) {
-      const VecF* x = b.x + sub * kSub;
-      VecF largest = x[0], smallest = x[0];
-      for (int r = 1; r < kSub; ++r) largest = vmax(largest, x[r]), smallest = vmin(smallest, x[r]);
-      Symmetric<kSub, W> found{x, b.weight + sub * kSub, largest, smallest, -reach, reach - 1};
-      scales[sub] = found.search(t.candidates, t.count, t.refits);
-      products(sub, scales[sub], product, squares[sub]);
-    }
-    scale = stored(scale_of_scales(scales, squares, top));
-    const VecF by = inverse(scale);
-    VecF before = {};
-    for (int sub = 0; sub < kSubs; ++sub) {
-      const VecF middle = nearest_multiple(scales[sub], by, top);
-      VecF least = error(sub, scale * middle), kept = middle;
-      for (float offset : {-1.0f, 1.0f}) {
-        const VecF near = clipped(middle + offset, -top, top - 1), cost = error(sub, scale * near);
-        const auto better = cost < least;
-        least = better ? cost : least, kept = better ? near : kept;
-      }
-      s[sub] = kept, before += least;
-    }
-    VecF products_sum = {}, squares_sum = {};
-    for (int sub = 0; sub < kSubs; ++sub) {
-      VecF square;
-      products(sub, scale * s[sub], product, square);
-      products_sum += s[sub] * product, squares_sum += s[sub] * s[sub] * square;
-    }
-    const VecF found = stored(products_sum * inverse(squares_sum));
-    VecF after = {};
-    for (int sub = 0; sub < kSubs; ++sub) after += error(sub, found * s[sub]);
-    scale = after < before ? found : scale;
-  }
-};
+// ---- K-quants -------------------------------------------------------------------------------------------------------
 
 // Rows [c * parts + p] * chunk + j of `code`, `bits` bits each from p * bits on, in byte c * chunk + j.
 template <typename Code>
@@ -492,10 +209,11 @@ template <Kind F, bool W>
 inline void under_scales(const Task& t, Block<256>& b, int64_t i, int64_t column) {
   constexpr float reach = F == kQ3K ? 4 : 32, top = F == kQ3K ? 32 : 128;
   b.scaled();
-  UnderScales<W> found{b, reach, top};
-  found.search(t);
+  UnderScale<W> found{b, reach, top};
+  found.search(t.candidates, t.count, t.refits);
+  constexpr int kSub = found.kSub;
   VecI codes[256];
-  for (int sub = 0; sub < kSubs; ++sub) {
+  for (int sub = 0; sub < found.kSubs; ++sub) {
     const VecF by = inverse(found.scale * found.s[sub]);
     for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) codes[r] = to_int(found.code(r, by)) + static_cast<int>(reach);
   }
@@ -509,7 +227,42 @@ inline void under_scales(const Task& t, Block<256>& b, int64_t i, int64_t column
   } else {
     fold(t, 0, i, column, 256, 4, 64, 0, [&](int r) { return codes[r] & 15; });
     fold(t, 1, i, column, 256, 2, 32, 0, [&](int r) { return codes[r] >> 4; });
-    for (int sub = 0; sub < kSubs; ++sub) narrow(to_int(found.s[sub]), place(t, 2, i, sub, column));
+    for (int sub = 0; sub < found.kSubs; ++sub) narrow(to_int(found.s[sub]), place(t, 2, i, sub, column));
+  }
+}
+
+// See `_six_bits` in k_quants.py: eight s and eight m in 12 bytes.
+inline void six_bits(const Task& t, int field, int64_t i, int64_t column, const VecI* s, const VecI* m) {
+  for (int j = 0; j < 4; ++j) {
+    narrow(s[j] | s[j + 4] >> 4 << 6, place(t, field, i, j, column));
+    narrow(m[j] | m[j + 4] >> 4 << 6, place(t, field, i, j + 4, column));
+    narrow((s[j + 4] & 15) | (m[j + 4] & 15) << 4, place(t, field, i, j + 8, column));
+  }
+}
+
+template <Kind F, bool W>
+inline void under_scales_and_minima(const Task& t, Block<256>& b, int64_t i, int64_t column) {
+  constexpr int kSub = F == kQ2K ? 16 : 32, kSubs = 256 / kSub;
+  constexpr float levels = F == kQ2K ? 3 : F == kQ4K ? 15 : 31, top = F == kQ2K ? 15 : 63;
+  b.scaled();
+  UnderScaleAndMinimum<kSub, W> found{b, levels, top};
+  found.search(t.candidates, t.count / 2, t.refits);
+  VecI codes[256], s[kSubs], m[kSubs];
+  for (int sub = 0; sub < kSubs; ++sub) {
+    const VecF by = inverse(found.scale * found.s[sub]), lower = found.minimum * found.m[sub];
+    for (int r = sub * kSub; r < (sub + 1) * kSub; ++r) codes[r] = to_int(found.code(r, by, lower));
+    s[sub] = to_int(found.s[sub]), m[sub] = to_int(found.m[sub]);
+  }
+  constexpr int kScale = F == kQ2K ? 2 : 0, kCodes = F == kQ2K ? 1 : F == kQ4K ? 3 : 4;
+  put_half(t, kScale, i, column, found.scale * b.unit);
+  put_half(t, kScale + 1, i, column, found.minimum * b.unit);
+  if constexpr (F == kQ2K) {
+    for (int sub = 0; sub < kSubs; ++sub) narrow(s[sub] | m[sub] << 4, place(t, 0, i, sub, column));
+    fold(t, kCodes, i, column, 256, 2, 32, 0, [&](int r) { return codes[r]; });
+  } else {
+    six_bits(t, 2, i, column, s, m);
+    if constexpr (F == kQ5K) fold(t, 3, i, column, 256, 1, 32, 0, [&](int r) { return codes[r] >> 4; });
+    fold(t, kCodes, i, column, 256, 4, 32, 0, [&](int r) { return codes[r] & 15; });
   }
 }
 
@@ -631,6 +384,7 @@ inline void encode(const Task& t, BlockOf<F>& b, int64_t i, int64_t column) {
   if constexpr (F == kMXFP4) mxfp4<W>(t, b, i, column);
   if constexpr (F == kNVFP4) nvfp4<W>(t, b, i, column);
   if constexpr (F == kQ3K || F == kQ6K) under_scales<F, W>(t, b, i, column);
+  if constexpr (F == kQ2K || F == kQ4K || F == kQ5K) under_scales_and_minima<F, W>(t, b, i, column);
 }
 
 // Columns [first, last) of block i; returns the bits of the largest magnitude.
@@ -657,7 +411,18 @@ template <bool W>
 constexpr Columns kColumns[kKinds] = {
     columns_of<kQ4_0, W>, columns_of<kQ4_1, W>,  columns_of<kQ5_0, W>,  columns_of<kQ5_1, W>,  columns_of<kQ8_0, W>,
     columns_of<kQ1_0, W>, columns_of<kTQ1_0, W>, columns_of<kTQ2_0, W>, columns_of<kMXFP4, W>, columns_of<kNVFP4, W>,
-    floats<kF16>,         floats<kBF16>,         columns_of<kQ3K, W>,   columns_of<kQ6K, W>};
+    floats<kF16>,         floats<kBF16>,         columns_of<kQ2K, W>,   columns_of<kQ3K, W>,  columns_of<kQ4K, W>,
+    columns_of<kQ5K, W>,  columns_of<kQ6K, W>};
+
+// Results are memory that nobody touched yet. In pages of 4 KiB the kernel's first visits would cost more than a cast.
+inline void fault_in_large_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 ffi::Error EncodeBlocks(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, ffi::RemainingRets results,
                         int64_t kind, ffi::Span<const float> candidates, int64_t refits) {
@@ -679,6 +444,7 @@ ffi::Error EncodeBlocks(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight, f
                                   blocks * layout.rows[fields] * layout.bytes[fields] * n)
       return ffi::Error::InvalidArgument("encode_blocks: a field does not hold K * N weights");
     task.fields[fields] = static_cast<uint8_t*>((*field)->untyped_data());
+    fault_in_large_pages(task.fields[fields], (*field)->size_bytes());
   }
   auto largest = results.get<ffi::Buffer<ffi::U32>>(fields);
   if (!largest.has_value() || (*largest)->element_count() != 1)

@@ -274,9 +274,9 @@ def _six_bits(s: jax.Array, m: jax.Array) -> jax.Array:
 
 
 K_QUANTS: dict[str, Encoder] = {
-    "q2_k": Encoder(_q2_k, 15 * HALF_MAX),
+    "q2_k": Encoder(_q2_k, 15 * HALF_MAX, affine_grids(3).tried),
     "q3_k": Encoder(_q3_k, 31 * 3 * HALF_MAX, symmetric_grids(4).tried),
-    "q4_k": Encoder(_q4_k, 63 * HALF_MAX),
-    "q5_k": Encoder(_q5_k, 63 * HALF_MAX),
+    "q4_k": Encoder(_q4_k, 63 * HALF_MAX, affine_grids(15).tried),
+    "q5_k": Encoder(_q5_k, 63 * HALF_MAX, affine_grids(31).tried),
     "q6_k": Encoder(_q6_k, 127 * 31 * HALF_MAX, symmetric_grids(32).tried),
 }

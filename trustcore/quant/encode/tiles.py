@@ -4,8 +4,8 @@
 
 One program walks over the tiles and writes each into its place in the result, so that the temporaries of a search stay
 in the cache, whatever the size of the matrix. On a CPU a program of many small steps keeps one core busy, so the
-columns are shared out among programs that run side by side. The simple formats have a handler in C++ there
-(`trustcore/ops/cpu/encode_blocks.cc`), which takes the same steps several times as fast.
+columns are shared out among programs that run side by side. The simple formats and the K-quants have a handler
+in C++ there (`trustcore/ops/cpu/encode_blocks.cc`), which takes the same steps several times as fast.
 """
 
 from __future__ import annotations
