@@ -5,8 +5,9 @@
 
 Measured is one call, from a float32 matrix in memory to the contender's packed form: `trustcore.quant.encode` (arrays
 of fields), `ggml_quantize_chunk` (bytes of the file; rows shared out among the threads, as llama.cpp does),
-`gguf.quants.quantize` (NumPy; the formats that it has an encoder for). Each format without and with an importance;
-llama.cpp's iq2_xxs, iq2_xs and iq1_s refuse to go without, and get one of ones. `--no-search` measures
+`gguf.quants.quantize` (NumPy; the formats that it has an encoder for). Everyone's result is new memory. Each format without and with an
+importance; llama.cpp's iq2_xxs, iq2_xs and iq1_s refuse to go without, and get one of ones. Where a contender dies, as
+llama.cpp 0.3.36 does of an assertion in iq2_xs, its figure is missing and it starts anew. `--no-search` measures
 `encode(search=False)` as a fourth contender.
 
 Contenders live in processes of their own for the whole run and take turns at every format; a figure is the median over
@@ -89,19 +90,23 @@ def open_llama_cpp() -> Callable[[str, Any, Any], Callable[[], Any] | None]:
         library.ggml_quantize_init(int(kind))
         n, k = weights.shape
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-        raw = np.zeros((n, k // block * nbytes), np.uint8)
         if importance is None and name in NEED_IMPORTANCE:
             importance = np.ones(k, np.float32)
         scale = None if importance is None else importance.ctypes.data
         parts = min(4 * THREADS, n)
 
-        def part(i: int) -> None:
-            first, last = n * i // parts, n * (i + 1) // parts
-            library.ggml_quantize_chunk(
-                int(kind), weights.ctypes.data, raw.ctypes.data, first * k, last - first, k, scale
-            )
+        def call() -> None:
+            raw = np.empty((n, k // block * nbytes), np.uint8)
 
-        return lambda: list(pool.map(part, range(parts)))
+            def part(i: int) -> None:
+                first, last = n * i // parts, n * (i + 1) // parts
+                library.ggml_quantize_chunk(
+                    int(kind), weights.ctypes.data, raw.ctypes.data, first * k, last - first, k, scale
+                )
+
+            list(pool.map(part, range(parts)))
+
+        return call
 
     return prepare
 
@@ -154,25 +159,37 @@ class Contender:
     """A process that measures when it is asked, and sleeps otherwise."""
 
     def __init__(self, name: str, python: str) -> None:
-        self.name = name
-        command = [python, str(Path(__file__).resolve()), "--worker", name]
+        self.name, self.python = name, python
+        self.died_at: list[tuple[str, bool]] = []
+        self.start()
+
+    def start(self) -> None:
+        command = [self.python, str(Path(__file__).resolve()), "--worker", self.name]
         self.process = subprocess.Popen(
             command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.answer("READY")
+        if self.answer("READY") is None:
+            raise SystemExit(f"{self.name} did not start: status {self.process.wait()}")
 
-    def answer(self, word: str) -> str:
+    def answer(self, word: str) -> str | None:
         assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith(word):
                 return line.removeprefix(word)
-        raise SystemExit(f"{self.name} ended early, with status {self.process.wait()}")
+        return None
 
     def speed(self, format: str, weighted: bool) -> float | None:
+        if (format, weighted) in self.died_at:
+            return None
         assert self.process.stdin
         self.process.stdin.write(json.dumps([format, weighted]) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.answer("SPEED "))
+        answer = self.answer("SPEED ")
+        if answer is None:
+            print(f"{self.name} died of {format} with status {self.process.wait()}", flush=True)
+            self.died_at.append((format, weighted))
+            self.start()
+        return json.loads(answer or "null")
 
     def close(self) -> None:
         assert self.process.stdin
