@@ -216,19 +216,20 @@ def encode_blocks(
     return dict(zip(fields, found, strict=True)), largest
 
 
-def nearest_entry(costs: jax.Array, grid: jax.Array, bits: int) -> jax.Array:
-    """Returns int32 `[G]`: the least sum of costs over the entries of the grid, its lowest bits the entry's index.
+def nearest_entry(costs: jax.Array, grid: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Returns for each group the entry of the grid with the least sum of costs, int32 `[G]`, and that sum.
 
     Args:
         costs: float32 `[levels, d, G]`, not negative, d 4 or 8.
-        grid: uint16, a power of two of entries; level i of an entry in `bits` bits from i * bits on.
+        grid: uint16, level i of an entry in `bits` bits from i * bits on; at most 128 different halves of entries.
         bits: of a level.
     """
     load("encoders")
-    target = jax.ffi.ffi_call(
-        "trustcore_nearest_entry", jax.ShapeDtypeStruct(costs.shape[2:], jnp.int32), vmap_method="sequential"
-    )
-    return target(costs, grid, bits=np.int64(bits))
+    groups = costs.shape[2:]
+    shapes = [jax.ShapeDtypeStruct(groups, jnp.int32), jax.ShapeDtypeStruct(groups, jnp.float32)]
+    target = jax.ffi.ffi_call("trustcore_nearest_entry", shapes, vmap_method="sequential")
+    index, cost = target(costs, grid, bits=np.int64(bits))
+    return index, cost
 
 
 def vector_lanes(library: str = "products") -> int:

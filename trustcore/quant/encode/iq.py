@@ -9,7 +9,9 @@ decoded weights, as for the K-quants:
    entries that cost least are found among all there are (`nearest_entry`), and the scale that fits those is solved for.
 2. The scale of the block under which rounding those to odd multiples costs least.
 3. For each sub-block s, and for three bits its neighbours, each with its own entries.
-4. Least squares for the scale of the block with all s and entries given; kept where it is better.
+4. Least squares for the scale of the block with all s and entries given; kept where it is better. (Looking for the
+   entries once more under that scale would take a quarter of the time, and 0.1 to 1.5% off the error of one bit, less
+   than half a percent off that of three.)
 
 Formats that store seven signs of eight turn one sign where the number of minus signs is odd: that of the weight with
 the least `weight * |x|`, for the cost of turning a weight of magnitude v that becomes m is `4 * weight * v * m`.
@@ -107,18 +109,23 @@ def _encode(x: jax.Array, weight: jax.Array | None, search: bool, kind: _Kind) -
     def over_subs(sums: jax.Array) -> jax.Array:
         return jnp.sum(sums.reshape(subs, -1, m), axis=1)  # [rows, M] -> [subs, M]
 
-    def entries(scale: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns error, x g, g g (weighted sums `[subs, M]`), index and shift under the scales `[subs, M]`."""
-        by_row = jnp.repeat(scale, rows // subs, axis=0, total_repeat_length=rows)
+    def by_row(scale: jax.Array) -> jax.Array:
+        return jnp.repeat(scale, rows // subs, axis=0, total_repeat_length=rows)  # [subs, M] -> [rows, M]
+
+    def cheapest(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns index and shift of the cheapest entries under the scales `[subs, M]`."""
         tried = []
         for number, shift in enumerate(kind.shifts):
-            at = by_row[None, None] * (values + shift)[:, None, None, None]  # [levels, 1, rows, M]
+            at = by_row(scale)[None, None] * (values + shift)[:, None, None, None]  # [levels, 1, rows, M]
             costs = weight[None] * (v[None] - at) ** 2  # [levels, d, rows, M]
             index, cost = nearest_entry(costs.reshape(len(values), d, rows * m), GRIDS[kind.grid], kind.bits)
             cost = jnp.sum(cost.reshape(BLOCK // kind.run, -1, m), axis=1)  # [runs, M]
             tried.append((cost, index.reshape(BLOCK // kind.run, -1, m), jnp.full(cost.shape, number, jnp.int32)))
         _, index, number = functools.reduce(_better_runs, tried)
-        index = index.reshape(rows, m)
+        return index.reshape(rows, m), number
+
+    def sums_of(index: jax.Array, number: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns error under the scales, x g, g g of entries: weighted sums `[subs, M]`."""
         words = jnp.asarray(GRIDS[kind.grid]).at[index].get(mode="promise_in_bounds")
         shift = jnp.asarray(kind.shifts, jnp.float32)[number]
         shift = jnp.repeat(shift, kind.run // d, axis=0, total_repeat_length=rows)
@@ -127,8 +134,12 @@ def _encode(x: jax.Array, weight: jax.Array | None, search: bool, kind: _Kind) -
             level = words >> jnp.uint16(i * kind.bits) & jnp.uint16((1 << kind.bits) - 1)
             g = _value(kind, level) + shift
             product, square = product + weight[i] * v[i] * g, square + weight[i] * g * g
-            error = error + weight[i] * (v[i] - by_row * g) ** 2
-        return over_subs(error), over_subs(product), over_subs(square), index, number
+            error = error + weight[i] * (v[i] - by_row(scale) * g) ** 2
+        return over_subs(error), over_subs(product), over_subs(square)
+
+    def entries(scale: jax.Array) -> tuple[jax.Array, ...]:
+        index, number = cheapest(scale)
+        return *sums_of(index, number, scale), index, number
 
     # 1: scales of sub-blocks, in units of the values.
     sums = over_subs(jnp.sum(weight * v * v, axis=0)), over_subs(jnp.sum(jnp.broadcast_to(weight, v.shape), axis=0))
@@ -174,10 +185,8 @@ def _encode(x: jax.Array, weight: jax.Array | None, search: bool, kind: _Kind) -
 
     # 4: least squares for the scale of the block.
     found = stored(_sum(odd(s) * product) * inverse(_sum(odd(s) ** 2 * square)))
-    after, _, _, other, other_number = entries(found * odd(s))
-    take = (_sum(after) < _sum(before)) & (found > 0)
-    scale = jnp.where(take, found, scale)
-    index, number = jnp.where(take, other, index), jnp.where(take, other_number, number)
+    after, _, _ = sums_of(index, number, found * odd(s))
+    scale = jnp.where((_sum(after) < _sum(before)) & (found > 0), found, scale)
     return _Found(index, minus, number, s, scale * unit)
 
 
