@@ -3,16 +3,16 @@
     python benchmarks/encode.py                                    # contenders of this interpreter
     python benchmarks/encode.py --python llama.cpp=/venv/bin/python --only-format q4_k
 
-Measured is one call, from a float32 matrix in memory to the contender's packed form: `trustcore.quant.encode` (arrays
-of fields), `ggml_quantize_chunk` (bytes of the file; rows shared out among the threads, as llama.cpp does),
-`gguf.quants.quantize` (NumPy; the formats that it has an encoder for). Everyone's result is new memory. Each format without and with an
-importance; llama.cpp's iq2_xxs, iq2_xs and iq1_s refuse to go without, and get one of ones. Where a contender dies, as
-llama.cpp 0.3.36 does of an assertion in iq2_xs, its figure is missing and it starts anew. `--no-search` measures
-`encode(search=False)` as a fourth contender.
+Measured is one call, from a float32 matrix in memory to the contender's packed form in new memory:
+`trustcore.quant.encode` (arrays of fields), `ggml_quantize_chunk` (bytes of the file; rows shared out among the
+threads, as llama.cpp does), `gguf.quants.quantize` (NumPy; the formats that it has an encoder for). Each format without
+and with an importance; llama.cpp's iq2_xxs, iq2_xs and iq1_s refuse to go without, and get one of ones. A contender
+that dies of a format, as llama.cpp 0.3.36 does of an assertion in two of those, starts anew without a figure.
+`--no-search` measures `encode(search=False)` as a fourth contender.
 
 Contenders live in processes of their own for the whole run and take turns at every format; a figure is the median over
-the rounds. The result is written to benchmarks/results/encode-DATE.json; `--table` prints the table of such a file. Run
-it on a quiet machine. About three minutes.
+the rounds. The result is written to benchmarks/results/encode-DATE.json; `--table` puts such a file into
+docs/benchmarks.md. Run it on a quiet machine. About three minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from generate import ROOT, THREADS, environment, installed, machine, versions
+from harness import ROOT, THREADS, described, environment, fill, installed, machine, versions, write_result
 
 SIMPLE = ("f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
 K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
@@ -241,15 +241,17 @@ def compare(args: argparse.Namespace) -> None:
         },
         "weights_per_second": speeds,
     }
-    out = Path(args.out or ROOT / "benchmarks" / "results" / f"encode-{result['date']}.json")
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {out}")
+    write_result(result, args.out, "encode")
     print(table(result))
 
 
 def shown(speeds: dict[str, dict[str, list[float]]], format: str, key: str, name: str) -> str:
     values = speeds.get(format, {}).get(key)
-    return f"{name} {statistics.median(values) / 1e6:.3g} M/s" if values else f"{name} none"
+    return f"{name} {in_millions(statistics.median(values))} M/s" if values else f"{name} none"
+
+
+def in_millions(speed: float) -> str:
+    return f"{speed / 1e6:.0f}" if speed >= 1e8 else f"{speed / 1e6:.3g}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -265,7 +267,7 @@ def table(result: dict[str, Any]) -> str:
                 values = speeds[peer].get(format, {}).get(key)
                 if values:
                     medians[peer] = statistics.median(values)
-            cells = [f"{medians[n] / 1e6:.3g}" if n in medians else "" for n in ("trustcore", *peers)]
+            cells = [in_millions(medians[n]) if n in medians else "" for n in ("trustcore", *peers)]
             cells += [f"{medians['trustcore'] / medians[p]:.2f}" if p in medians else "" for p in peers]
             lines.append(f"| {format}{', importance' if key == 'importance' else ''} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -278,13 +280,15 @@ def main() -> None:
     parser.add_argument("--only-format", action="append", choices=FORMATS, help="format to measure (repeatable)")
     parser.add_argument("--no-search", action="store_true", help="measure encode(search=False) as well")
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of a result, and stop")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="make docs/benchmarks.md from a result, and stop")
     parser.add_argument("--worker", choices=list(MODULES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker)
     elif args.table:
-        print(table(json.loads(args.table.read_text())))
+        result, name = json.loads(args.table.read_text()), args.table.resolve().relative_to(ROOT)
+        note = f"{described(result)} Data: [{name}](../{name}).\n"
+        fill("docs/benchmarks.md", "encode", f"{table(result)}\n\n{note}")
     else:
         compare(args)
 

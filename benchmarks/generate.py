@@ -27,7 +27,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -38,8 +37,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-THREADS = 2
+from harness import ROOT, THREADS, described, environment, fill, installed, machine, versions, write_result
+
 LONG, SHORT, ANSWER, BATCH = 512, 16, 128, 8
 MODULES = {"trustcore": "trustcore", "llama.cpp": "llama_cpp", "transformers": "transformers"}
 
@@ -192,16 +191,6 @@ def work(name: str, path: str, part: str) -> None:
 # ---- all of them in turn ---------------------------------------------------------------------------------------------
 
 
-def installed(python: str, module: str) -> bool:
-    command = [python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]
-    return subprocess.run(command, env=environment(), check=False).returncode == 0
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), **more}
-
-
 def drop_from_page_cache(path: str) -> None:
     if hasattr(os, "posix_fadvise"):
         file = os.open(path, os.O_RDONLY)
@@ -226,31 +215,6 @@ def measure(name: str, python: str, path: str, *, cache: str | None = None, part
     figures = json.loads(lines[-1].removeprefix("FIGURES "))
     figures["start_seconds"] = figures.pop("first_token_at") - began
     return figures
-
-
-def versions(python: str, names: list[str]) -> dict[str, str]:
-    source = (
-        "import importlib.metadata as m, json, sys\n"
-        "found = {}\n"
-        "for n in sys.argv[1:]:\n"
-        "    try: found[n] = m.version(n)\n"
-        "    except m.PackageNotFoundError: pass\n"
-        "found['python'] = '.'.join(map(str, sys.version_info[:3]))\n"
-        "print(json.dumps(found))"
-    )
-    return json.loads(subprocess.run([python, "-c", source, *names], capture_output=True, text=True, check=True).stdout)
-
-
-def machine() -> dict[str, Any]:
-    model = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        flags = next(line.partition(":")[2].split() for line in lines if line.startswith("flags"))
-    except (OSError, StopIteration):
-        flags = []
-    kept = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16") if f in flags]
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "features": kept, "system": platform.system()}
 
 
 def contenders_of(args: argparse.Namespace, among: tuple[str, ...]) -> dict[str, str]:
@@ -283,12 +247,6 @@ def origin(contenders: dict[str, str]) -> dict[str, Any]:
             },
         },
     }
-
-
-def write_result(result: dict[str, Any], out: str | None, kind: str) -> None:
-    path = Path(out or ROOT / "benchmarks" / "results" / f"{kind}-{result['date']}.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
 
 
 def compare_formats(args: argparse.Namespace) -> None:
@@ -420,18 +378,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def described(result: dict[str, Any]) -> str:
-    """Machine, date and versions in a sentence or two."""
-    m = result["machine"]
-    versions = "; ".join(
-        f"{n}: " + ", ".join(f"{k} {v}" for k, v in vs.items()) for n, vs in result["versions"].items()
-    )
-    return (
-        f"Median (lowest to highest) of the rounds. {m['cpu']}, {m['cores']} cores ({', '.join(m['features'])}), "
-        f"{result['threads']} threads, {result['date']}. {versions}."
-    )
-
-
 def page(result: dict[str, Any], source: str) -> str:
     """The section of docs/benchmarks.md."""
     if "formats" in result:
@@ -456,12 +402,8 @@ def write_page(source: Path) -> None:
     pages = {"docs/benchmarks.md": page(result, str(source.resolve().relative_to(ROOT)))}
     if section == "generate":
         pages["README.md"] = short(result)
-    begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
     for name, text in pages.items():
-        head, rest = (ROOT / name).read_text().split(begin)
-        _, tail = rest.split(end)
-        (ROOT / name).write_text(f"{head}{begin}\n{text}{end}{tail}")
-        print(f"written: {name}")
+        fill(name, section, text)
 
 
 def short(result: dict[str, Any]) -> str:

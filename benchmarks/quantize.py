@@ -34,16 +34,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.generate import machine, versions  # noqa: E402
-from trustcore.ops.weight import Weight  # noqa: E402
-from trustcore.quant import QuantizedArray, quantize  # noqa: E402
+from benchmarks.harness import ROOT, fill, machine, versions, write_result
+from trustcore.ops.weight import Weight
+from trustcore.quant import QuantizedArray, quantize
 
 CONTEXT = 256
 TEXT = ROOT / "tests" / "data" / "moby_dick.txt"
@@ -182,7 +181,7 @@ class Methods:
 
     def samples(self) -> Any:
         if self._samples is None:
-            from trustcore.quant.calibration import Sample
+            from trustcore.quant import Sample
 
             self._samples = self._collected(Sample(512))
         return self._samples
@@ -296,7 +295,6 @@ def run(args: argparse.Namespace) -> None:
         "versions": versions(sys.executable, ["jax", "jaxlib", "numpy"]),
         "references": {},
     }
-    out = args.out or ROOT / "benchmarks" / "results" / f"quantize-{result['date']}.json"
     for name in args.references.split(","):
         reference = made[name]()
         if reference is None:
@@ -310,8 +308,7 @@ def run(args: argparse.Namespace) -> None:
             rows.append(measure(methods, format, method))
             print(f"{name}: {json.dumps(rows[-1])}", flush=True)
         result["references"][name] = rows
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {out}")
+    write_result(result, args.out, "quantize")
     print(tables(result))
 
 
@@ -371,14 +368,9 @@ def write_page(source: Path) -> None:
     result = json.loads(source.read_text())
     m = result["machine"]
     described = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    begin, end = "<!-- quality -->", "<!-- /quality -->"
-    page = ROOT / "docs" / "quantization.md"
-    head, rest = page.read_text().split(begin)
-    _, tail = rest.split(end)
     name = source.resolve().relative_to(ROOT)
     note = f"{m['cpu']}, {m['cores']} cores, {result['date']}; {described}. Data: [{name}](../{name}).\n"
-    page.write_text(f"{head}{begin}\n{tables(result)}\n{note}{end}{tail}")
-    print(f"written: {page.relative_to(ROOT)}")
+    fill("docs/quantization.md", "quality", f"{tables(result)}\n{note}")
 
 
 def main() -> None:

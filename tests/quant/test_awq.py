@@ -10,8 +10,8 @@ from tests.quant.plain_model import LAST, NORM, UP, apply, plain_model, tokens
 from trustcore.errors import QuantizationError
 from trustcore.models import decoder_links
 from trustcore.quant import QuantizedArray, quantize
-from trustcore.quant.calibration import capture
-from trustcore.quant.folding import Link, Sample, awq
+from trustcore.quant.calibration import Sample, capture
+from trustcore.quant.folding import Link, awq
 from trustcore.quant.folding.awq import ALPHAS, CLIPS
 
 LAYER = ("layer.gate", "layer.up", "layer.down")

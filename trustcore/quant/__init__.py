@@ -6,9 +6,11 @@ and `rotate` fold into neighbours, `hqq` needs no data. `calibration` gathers wh
 `allocate` choose formats under a budget; `report` and `compare_formats` say what it has cost.
 """
 
+from trustcore.quant.activations import ActivationQuantized, quantize_activations
 from trustcore.quant.allocate import Allocation, Option, allocate, frontier
 from trustcore.quant.array import QuantizedArray
-from trustcore.quant.folding import Link, Sample, Stream, awq, migration, rotate, smoothquant
+from trustcore.quant.calibration import Sample
+from trustcore.quant.folding import Link, Stream, awq, migration, rotate, smoothquant
 from trustcore.quant.formats import FORMATS, Format, get_format
 from trustcore.quant.gptq import gptq
 from trustcore.quant.hqq import hqq
@@ -18,6 +20,7 @@ from trustcore.quant.sensitivity import Divergence, Reference, sensitivity
 
 __all__ = [
     "FORMATS",
+    "ActivationQuantized",
     "Allocation",
     "Divergence",
     "Format",
@@ -39,6 +42,7 @@ __all__ = [
     "hqq",
     "migration",
     "quantize",
+    "quantize_activations",
     "report",
     "rotate",
     "sensitivity",

@@ -4,6 +4,7 @@ from trustcore.quant.calibration.capture import Capture, capture
 from trustcore.quant.calibration.cross_validate import RULES, Trial, Validation, cross_validate
 from trustcore.quant.calibration.observers import Hessian, HessianSum, MeanSquare, MinMax, Observer, Range
 from trustcore.quant.calibration.ranges import Entropy, Histogram, LeastSquares, Percentile, Rule
+from trustcore.quant.calibration.sample import Sample
 from trustcore.quant.calibration.stages import Matrix, Stage, stages
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Percentile",
     "Range",
     "Rule",
+    "Sample",
     "Stage",
     "Trial",
     "Validation",

@@ -2,7 +2,6 @@
 
 from trustcore.quant.folding.awq import awq
 from trustcore.quant.folding.rotation import fold_norms, rotate
-from trustcore.quant.folding.sample import Sample
 from trustcore.quant.folding.smoothquant import Migration, MigrationReport, migration, smoothquant
 from trustcore.quant.folding.structure import Link, Stream
 
@@ -10,7 +9,6 @@ __all__ = [
     "Link",
     "Migration",
     "MigrationReport",
-    "Sample",
     "Stream",
     "awq",
     "fold_norms",
