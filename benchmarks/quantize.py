@@ -101,19 +101,10 @@ def language_model(name: str, model: Any, ids: list[int], calibration: list[int]
 
 
 def smollm2() -> Reference:
-    import trustcore as tc
-    from trustcore.models import decoder_stream, untie
-    from trustcore.quant import rotate
+    from benchmarks.rotated_smollm2 import rotated_smollm2
 
-    plain = tc.load("smollm2", dtype="float32")
-    ids = plain.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
-    whole = untie(plain)
-    model = rotate(whole, decoder_stream(whole), rotation="orthogonal", values="orthogonal", seed=1)
-    model.tokenizer = plain.tokenizer
-    probe = jnp.asarray([ids[:64]])
-    before, after = whole(probe), model(probe)
-    apart = float(jnp.max(jnp.abs(before - after)))
-    assert apart < 2e-3 * float(jnp.max(jnp.abs(before))), f"the rotated model's logits differ by {apart}"
+    model = rotated_smollm2()
+    ids = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
     half = len(ids) // 2
     return language_model("smollm2", model, ids[:half], ids[half:])
 

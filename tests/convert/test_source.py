@@ -16,6 +16,7 @@ from trustcore.loading import load
 from trustcore.models.config import DecoderConfig
 from trustcore.models.to_gguf import gguf_divisors, gguf_metadata, interleaved_rows
 from trustcore.ops.rope import RopeConfig
+from trustcore.saving import save
 from trustcore.text import Tokenizer
 from trustcore.text.to_gguf import PROBES, gguf_tokenizer
 from trustcore.weights import open_checkpoint
@@ -35,6 +36,19 @@ def test_a_llama_folder_computes_the_same_as_a_gguf_file(tmp_path, changes):
     assert ours.tokenizer.stop_ids == theirs.tokenizer.stop_ids
     tokens = np.array([ours.tokenizer.encode(text)])
     np.testing.assert_allclose(ours(tokens), theirs(tokens), atol=2e-5)
+
+
+def test_a_gguf_file_saved_as_safetensors_finds_its_way_back(tmp_path):
+    """Its tokenizer went along as metadata."""
+    hugging_face_folder(tmp_path)
+    quantize_checkpoint(tmp_path, tmp_path / "m.gguf", "f32")
+    save(load(tmp_path / "m.gguf"), tmp_path / "saved")
+    quantize_checkpoint(tmp_path / "saved", tmp_path / "back.gguf", "f32")
+    with open_checkpoint(tmp_path / "m.gguf") as before, open_checkpoint(tmp_path / "back.gguf") as after:
+        assert before.metadata == after.metadata | {"general.name": before.metadata["general.name"]}
+        assert list(before) == list(after)
+        for name, tensor in before.items():
+            np.testing.assert_array_equal(tensor.numpy(), after[name].numpy())
 
 
 def test_packed_rows_are_in_gguf_order(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -482,6 +483,10 @@ def test_sizes_that_do_not_fit_say_why(name, k, message):
     weights = np.ones((k, 140), np.float32)
     with pytest.raises(QuantizationError) as error:
         encode(name, weights)
-    assert message in str(error.value) and f"weights [{k}, 140]" in str(error.value)
+    assert message.replace(f"K={k}", f"K={k} of weights [{k}, 140]") in str(error.value)
+    if padded := re.search(r"Pad K to (\d+)", str(error.value)):
+        assert int(padded[1]) > k and not parse(name).refusal(int(padded[1]))
+    else:
+        assert "another group. Choose a format of smaller blocks" in str(error.value)
     with pytest.raises(QuantizationError, match="nothing to pack: w: K="):
         quantize({"w": weights}, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from trustcore.models.to_gguf import gguf_divisors, gguf_metadata, gguf_tensors
 from trustcore.quant import QuantizedArray
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.text.to_gguf import gguf_tokenizer
-from trustcore.weights import Checkpoint, LazyArray
+from trustcore.weights import Checkpoint, LazyArray, open_checkpoint
+from trustcore.weights.checkpoint import TOKENIZER_GGUF
 
 PLAIN = ("f32", "f16", "bf16", "f64")
 _PARTS = ("split.no", "split.count", "split.tensors.count")  # what comes out is one file
@@ -108,13 +110,8 @@ def read_source(checkpoint: Checkpoint) -> Source:
 
 
 def _of_gguf(checkpoint: Checkpoint) -> Source:
-    metadata = {
-        key: np.asarray(value, np.uint8) if key in _BYTES else value
-        for key, value in checkpoint.metadata.items()
-        if key not in (*_PARTS, "general.alignment")
-    }
     tensors = {n: SourceTensor(n, array.shape, array.encoding, array) for n, array in checkpoint.items()}
-    return Source(metadata, tensors)
+    return Source(_metadata(checkpoint), tensors)
 
 
 def _of_safetensors(checkpoint: Checkpoint) -> Source:
@@ -135,7 +132,24 @@ def _of_safetensors(checkpoint: Checkpoint) -> Source:
     if divisors is not None:
         name = "rope_freqs.weight"
         tensors = {name: SourceTensor(name, divisors.shape, "f32", divisors), **tensors}
-    tokenizer = gguf_tokenizer(checkpoint.path.parent, vocab_size=config.vocab_size)
+    tokenizer = _tokenizer(checkpoint.path.parent, config.vocab_size)
     given = described.get("_name_or_path") or checkpoint.path.resolve().parent.name
     metadata = {"general.name": str(given).rstrip("/").rsplit("/", 1)[-1], **metadata}
     return Source({**metadata, **tokenizer}, tensors)
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> Mapping[str, Any]:
+    """The `tokenizer.` keys: from tokenizer.json, or as they came, if the model once was a GGUF file."""
+    kept = folder / TOKENIZER_GGUF
+    if (folder / "tokenizer.json").is_file() or not kept.is_file():
+        return gguf_tokenizer(folder, vocab_size=vocab_size)
+    with open_checkpoint(kept) as checkpoint:
+        return {key: value for key, value in _metadata(checkpoint).items() if key.startswith("tokenizer.")}
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        key: np.asarray(value, np.uint8) if key in _BYTES else value
+        for key, value in checkpoint.metadata.items()
+        if key not in (*_PARTS, "general.alignment")
+    }

@@ -15,6 +15,7 @@
 
 #include "formats.h"
 #include "grids.h"
+#include "shared_bytes.h"
 #include "simd.h"
 
 namespace tc {
@@ -143,6 +144,70 @@ inline void scaled_sums(const Weight& w, const float* x, const float* xsum, int6
   }
 }
 
+// What a group of runs from b on adds to C vectors of columns of M rows of y, its bytes read once.
+template <Format F, int M, int C>
+inline void add_group(const Weight& w, const float* x, const float* xsum, int64_t b, int64_t n, float* y) {
+  using S = Shared<F>;
+  constexpr int kParts = by_sixteen(F) && S::kRuns > 1 ? 2 : 1;  // of the steps, each with scales of its own
+  constexpr int kSums = S::kRuns > 1 ? S::kCodes : F == kNVFP4 ? 2 : 1;
+  VecF sums[M][C] = {};
+  const float* at = x + b * kBlock;
+  if constexpr (F == kNVFP4) {  // both halves of its runs in one go: steps 0-7, then 8-15
+    for (int half = 0; half < 2; ++half) {
+      VecF run[M][C] = {};
+      for (int j = half * 8; j < half * 8 + 8; ++j)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          VecF code[2];
+          shared_codes<F>(w, b, n + c * kLanes, j, code);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m)
+            for (int p = 0; p < 2; ++p) run[m][c] += at[m * w.k + S::place(j, p)] * code[p];
+        }
+      for (int c = 0; c < C; ++c) {
+        VecF scale, shift;
+        run_scale_and_shift<F>(w, b, n + c * kLanes, half, scale, shift);
+        for (int m = 0; m < M; ++m) sums[m][c] += run[m][c] * scale;
+      }
+    }
+  } else {
+    for (int part = 0; part < kParts; ++part) {
+      VecF run[kSums][M][C] = {};
+      constexpr int kSteps = S::kSteps / kParts;
+#pragma GCC unroll 2
+      for (int j = part * kSteps; j < (part + 1) * kSteps; ++j)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          VecF code[S::kCodes];
+          shared_codes<F>(w, b, n + c * kLanes, j, code);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+            for (int p = 0; p < S::kCodes; ++p)
+              run[p % kSums][m][c] += at[m * w.k + S::place(j, p)] * code[p];
+        }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+        for (int p = 0; p < kSums; ++p) {
+          VecF scale, shift;
+          run_scale_and_shift<F>(w, b + p, n + c * kLanes, part, scale, shift);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            const float* halves = xsum + (m * w.blocks() + b + p) * 2;
+            const float total = kParts == 2 ? halves[part] : halves[0] + halves[1];
+            sums[m][c] += run[p][m][c] * scale + shift * total;
+          }
+        }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < C; ++c) {
+      float* out = y + m * w.n + n + c * kLanes;
+      store(out, b == 0 ? sums[m][c] : load(out) + sums[m][c]);
+    }
+}
+
 // What block b adds to C vectors of columns of M rows of y.
 template <Format F, int M, int C>
 inline void add_block(const Weight& w, const float* x, const float* xsum, int64_t b, int64_t n, float* y) {
@@ -199,6 +264,20 @@ inline float scalar_value(const Weight& w, int64_t k, int64_t n) {
 // loop: the code rows of a block are read side by side, in the order they lie in memory.
 template <Format F, int M>
 void few_rows(const Weight& w, const float* x, const float* xsum, int64_t first, int64_t last, float* y) {
+  if constexpr (Shared<F>::kAny && M * Shared<F>::kCodes <= 16) {
+    using S = Shared<F>;
+    constexpr int kSums = M * (S::kRuns > 1 ? S::kCodes : 1);
+    constexpr int kVectors = M > 1 ? columns_for(kSums) : kSums >= 4 ? 2 : 4;  // measured: fewer sums than registers would hold
+    for (int64_t b = 0; b < w.blocks(); b += S::kRuns) {
+      int64_t n = first;
+      for (; n + kVectors * kLanes <= last; n += kVectors * kLanes) {
+        prefetch_group<F>(w, b + S::kRuns, n);
+        add_group<F, M, kVectors>(w, x, xsum, b, n, y);
+      }
+      for (; n < last; n += kLanes) add_group<F, M, 1>(w, x, xsum, b, n, y);
+    }
+    return;
+  }
   constexpr int C = columns_for(M);
   const int64_t blocks = w.blocks(), vectors = first + (last - first) / kLanes * kLanes;
   for (int64_t b = 0; b < blocks; ++b) {

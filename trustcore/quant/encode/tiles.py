@@ -94,11 +94,10 @@ def encode(format: str, weights: jax.Array, *, importance: Any = None, search: b
     weights = weights.astype(jnp.float32)
     *lead, k, n = weights.shape
     if why := storage.refusal(k):
-        run = storage.run(k)
-        raise QuantizationError(
-            f"{format}: {why}, weights {list(weights.shape)}. Pad K to {-(-k // run) * run}, or choose a format of "
-            "smaller blocks."
-        )
+        why = why.replace(f"K={k}", f"K={k} of weights {list(weights.shape)}", 1)
+        padded = -(-k // storage.step) * storage.step
+        advice = f"Pad K to {padded}, or choose" if padded > k else "Choose"
+        raise QuantizationError(f"{format}: {why}. {advice} a format of smaller blocks.")
     job = _job(storage, k)
     weight = None if importance is None else _weight_of(job, importance, (*lead, k))
     shapes = storage.field_shapes(k, n)

@@ -64,6 +64,14 @@ class Storage:
             else self.rows or k
         )
 
+    @property
+    def step(self) -> int:
+        """A number whose multiples every K may be."""
+        if isinstance(self.format, BlockFormat):
+            return self.format.block
+        assert isinstance(self.format, ScaledFormat)
+        return self.rows or self.format.multiple
+
     def refusal(self, k: int) -> str:
         """Returns why a matrix of K inputs cannot be stored so; "" when it can."""
         if isinstance(self.format, BlockFormat):
