@@ -56,7 +56,7 @@ def write_result(result: dict[str, Any], out: str | Path | None, kind: str) -> N
     """Writes a result where it was asked for, or under benchmarks/results with its date."""
     path = Path(out or ROOT / "benchmarks" / "results" / f"{kind}-{result['date']}.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    print(f"written: {path}", flush=True)
 
 
 def described(result: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ The oracle is not a test dependency. In a virtual environment of its own, `pip i
     for f in q4_0 q4_k_m; do trustcore quantize F16.gguf -o written/$f.gguf --format $f; done
     python tests/oracles/record_perplexity.py --source F16.gguf --written written --out tests/data/perplexity.json
 
+and the same, into tests/data/perplexity_rotated.json, from the F16 file of `python benchmarks/rotated_smollm2.py`.
+
 Perplexity is that of llama.cpp's `perplexity` tool: the text without its last line feed, encoded with what the model
 puts before a text; chunks of 512 tokens, each on its own, its first token replaced by BOS where the model wants one;
 the tokens after the first half of a chunk count, `exp(mean negative log-likelihood)`. Beside it stand the mean KL
