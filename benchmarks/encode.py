@@ -21,14 +21,13 @@ import argparse
 import datetime
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, THREADS, described, environment, fill, installed, machine, versions, write_result
+from harness import ROOT, THREADS, Contender, answering, described, fill, installed, machine, versions, write_result
 
 SIMPLE = ("f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4")
 K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
@@ -140,9 +139,10 @@ def work(contender: str) -> None:
     """Answers every line (format, weighted) with its speed in weights per second, or null."""
     prepare = OPEN[contender]()
     asked, call, size = None, None, 0
-    print("READY", flush=True)
-    for line in sys.stdin:
-        name, weighted = question = json.loads(line)
+
+    def speed(question: Any) -> float | None:
+        nonlocal asked, call, size
+        name, weighted = question
         if question != asked:
             weights, importance = weights_of(name)
             call, size, asked = prepare(name, weights, importance if weighted else None), weights.size, question
@@ -152,49 +152,9 @@ def work(contender: str) -> None:
         while call and (calls == 0 or time.perf_counter() - began < LEAST):
             call()
             calls += 1
-        print("SPEED " + json.dumps(calls * size / (time.perf_counter() - began) if call else None), flush=True)
+        return calls * size / (time.perf_counter() - began) if call else None
 
-
-class Contender:
-    """A process that measures when it is asked, and sleeps otherwise."""
-
-    def __init__(self, name: str, python: str) -> None:
-        self.name, self.python = name, python
-        self.died_at: list[tuple[str, bool]] = []
-        self.start()
-
-    def start(self) -> None:
-        command = [self.python, str(Path(__file__).resolve()), "--worker", self.name]
-        self.process = subprocess.Popen(
-            command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if self.answer("READY") is None:
-            raise SystemExit(f"{self.name} did not start: status {self.process.wait()}")
-
-    def answer(self, word: str) -> str | None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        return None
-
-    def speed(self, format: str, weighted: bool) -> float | None:
-        if (format, weighted) in self.died_at:
-            return None
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps([format, weighted]) + "\n")
-        self.process.stdin.flush()
-        answer = self.answer("SPEED ")
-        if answer is None:
-            print(f"{self.name} died of {format} with status {self.process.wait()}", flush=True)
-            self.died_at.append((format, weighted))
-            self.start()
-        return json.loads(answer or "null")
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+    answering(speed)
 
 
 # ---- all of them in turn ---------------------------------------------------------------------------------------------
@@ -207,7 +167,7 @@ def compare(args: argparse.Namespace) -> None:
     for name in chosen:
         python = pythons.get(name, sys.executable)
         if installed(python, MODULES[name]):
-            contenders.append(Contender(name, python))
+            contenders.append(Contender(__file__, name, python))
         else:
             print(f"{name}: skipped, {python} has no {MODULES[name]}", flush=True)
     speeds: dict[str, dict[str, dict[str, list[float]]]] = {c.name: {} for c in contenders}
@@ -217,7 +177,7 @@ def compare(args: argparse.Namespace) -> None:
                 continue
             for _ in range(args.rounds):
                 for contender in contenders:
-                    speed = contender.speed(format, key == "importance")
+                    speed = contender.ask([format, key == "importance"])
                     if speed is not None:
                         speeds[contender.name].setdefault(format, {}).setdefault(key, []).append(speed)
             print(

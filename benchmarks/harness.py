@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,58 @@ def installed(python: str, module: str) -> bool:
     """Returns whether that interpreter has the module."""
     command = [python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]
     return subprocess.run(command, env=environment(), check=False).returncode == 0
+
+
+class Contender:
+    """A process of a benchmark that answers when it is asked, and sleeps otherwise.
+
+    It runs `script --worker name`, says READY, and answers every line of JSON with a line `ANSWER` and JSON.
+    """
+
+    def __init__(self, script: str, name: str, python: str) -> None:
+        self.command, self.name = [python, str(Path(script).resolve()), "--worker", name], name
+        self.died_of: list[Any] = []
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if self._line("READY") is None:
+            raise SystemExit(f"{self.name} did not start: status {self.process.wait()}")
+
+    def ask(self, question: Any) -> Any:
+        """Returns the answer; None if the process died of this question, now or before. It then starts anew."""
+        if question in self.died_of:
+            return None
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self._line("ANSWER ")
+        if answer is None:
+            print(f"{self.name} died of {question} with status {self.process.wait()}", flush=True)
+            self.died_of.append(question)
+            self.start()
+        return json.loads(answer or "null")
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self, word: str) -> str | None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        return None
+
+
+def answering(reply: Callable[[Any], Any]) -> None:
+    """What a contender's process does: `reply` to every question."""
+    print("READY", flush=True)
+    for line in sys.stdin:
+        print("ANSWER " + json.dumps(reply(json.loads(line))), flush=True)
 
 
 def versions(python: str, names: list[str]) -> dict[str, str]:
