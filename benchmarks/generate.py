@@ -24,7 +24,6 @@ What is measured, for each contender the same:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -37,7 +36,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, THREADS, described, environment, fill, installed, machine, versions, write_result
+from harness import ROOT, THREADS, described, environment, fill, installed, origin, write_result
 
 LONG, SHORT, ANSWER, BATCH = 512, 16, 128, 8
 MODULES = {"trustcore": "trustcore", "llama.cpp": "llama_cpp", "transformers": "transformers"}
@@ -230,23 +229,6 @@ def contenders_of(args: argparse.Namespace, among: tuple[str, ...]) -> dict[str,
         else:
             print(f"{name}: skipped, {python} has no {MODULES[name]}", flush=True)
     return contenders
-
-
-def origin(contenders: dict[str, str]) -> dict[str, Any]:
-    """What a result says of the day, the machine and the contenders."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "threads": THREADS,
-        "versions": {
-            "trustcore": versions(sys.executable, ["jax", "jaxlib", "flax", "numpy"]),
-            **{
-                n: versions(p, ["llama-cpp-python", "transformers", "torch"])
-                for n, p in contenders.items()
-                if n != "trustcore"
-            },
-        },
-    }
 
 
 def compare_formats(args: argparse.Namespace) -> None:

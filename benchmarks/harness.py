@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -104,6 +105,23 @@ def machine() -> dict[str, Any]:
         flags = []
     kept = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16") if f in flags]
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "features": kept, "system": platform.system()}
+
+
+def origin(contenders: dict[str, str]) -> dict[str, Any]:
+    """Returns what a result says of the day, the machine and the contenders (name to interpreter)."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "threads": THREADS,
+        "versions": {
+            "trustcore": versions(sys.executable, ["jax", "jaxlib", "flax", "numpy"]),
+            **{
+                n: versions(p, ["llama-cpp-python", "gguf", "transformers", "torch"])
+                for n, p in contenders.items()
+                if n != "trustcore"
+            },
+        },
+    }
 
 
 def write_result(result: dict[str, Any], out: str | Path | None, kind: str) -> None:

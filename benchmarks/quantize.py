@@ -231,7 +231,7 @@ LONG_BLOCKS = [
     ("q4_k", "gptq"),
 ]
 PLANS = {
-    "smollm2": [*INTEGERS, *FLOATS, *SHORT_BLOCKS],
+    "smollm2": [case for case in (*INTEGERS, *FLOATS, *SHORT_BLOCKS) if case[1] != "awq" or "asym" not in case[0]],
     "small": [*INTEGERS, *FLOATS, *SHORT_BLOCKS, *LONG_BLOCKS],
     "minilm": [case for case in (*INTEGERS, *SHORT_BLOCKS) if case[1] != "awq"],
 }

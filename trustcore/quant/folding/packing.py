@@ -44,9 +44,7 @@ class Packing:
 
     def rounded(self, path: str, matrix: jax.Array, importance: Any = None) -> jax.Array:
         """Returns `matrix` `[K, N]`, packed as the leaf at `path` will be and decoded, float32."""
-        packed = self.packed(path, matrix, importance)
-        decoded = packed.dequantize().astype(jnp.float32)
-        return decoded.T if packed.transposed else decoded
+        return _decoded(self.packed(path, matrix, importance))
 
     def packed(self, path: str, matrix: jax.Array, importance: Any = None) -> QuantizedArray:
         """Returns `matrix` `[K, N]`, packed as the leaf at `path` will be, in the orientation of the leaf."""
@@ -59,6 +57,12 @@ class Packing:
             importance=None if importance is None else {path: importance},
             search=self._search,
         )[path]
+
+
+@jax.jit
+def _decoded(packed: QuantizedArray) -> jax.Array:
+    decoded = packed.dequantize().astype(jnp.float32)
+    return decoded.T if packed.transposed else decoded
 
 
 def group_of(packed: QuantizedArray) -> int:
