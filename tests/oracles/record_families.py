@@ -1,0 +1,146 @@
+"""Records what transformers computes with small random models of each family, as `tests/data/families/*.npz`.
+
+The oracle is no test dependency. In a virtual environment of its own (CPU):
+
+    pip install torch transformers
+    python tests/oracles/record_families.py --out tests/data/families [CASE ...]
+
+A file holds config.json as text ("config"), the tensors as `save_pretrained` wrote them ("w:NAME"), inputs ("i:NAME")
+and what the library gave for them ("o:NAME"), float32. Weights are random, also those of norms and biases, so that no
+swapped pair stays unseen; they are bfloat16 numbers, which pack well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+Recorded = tuple[Any, dict[str, Any], dict[str, Any]]
+TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def main() -> None:
+    """Writes one file a case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the files")
+    parser.add_argument("cases", nargs="*", help="names of cases; none: all")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.cases or CASES:
+        torch.manual_seed(sum(map(ord, name)))
+        with torch.no_grad():
+            model, inputs, outputs = CASES[name]()
+        write(args.out / f"{name}.npz", model, inputs, outputs)
+
+
+def write(path: Path, model: Any, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+    """Writes a case as the header of this file says."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = json.loads(Path(folder, "config.json").read_text())
+        weights = load_file(Path(folder, "model.safetensors"))
+    config.pop("transformers_version", None)
+    held: dict[str, np.ndarray] = {"config": np.array(json.dumps(config))}
+    for mark, group in (("w", weights), ("i", inputs), ("o", outputs)):
+        for name, value in group.items():
+            held[f"{mark}:{name}"] = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
+    np.savez_compressed(path, **held)
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB, {len(weights)} tensors")
+
+
+def randomize(model: Any) -> Any:
+    """Gives every weight, and the statistics of batch norms, numbers that are far from what they start with."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or "inv_freq" in name:
+                continue
+            if name.endswith("running_var") or (tensor.ndim == 1 and bool((tensor == 1).all())):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.ndim < 2:
+                tensor.normal_(0, 0.2)
+            else:
+                fan = tensor[0].numel()
+                tensor.normal_(0, 0.5 if "embed" in name and tensor.ndim == 2 else 1.2 * fan**-0.5)
+            tensor.copy_(tensor.bfloat16().float())
+    return model.eval()
+
+
+def tokens(batch: int = 3, length: int = 12, vocab: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, none of them special, and a mask: a whole row, one padded on the right, one on the left."""
+    ids = torch.randint(5, vocab, (batch, length))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[1, -4:] = 0
+    mask[2, :3] = 0
+    return ids, mask
+
+
+def encoder(kind: str, types: int = 0, pad: int = 0, **changes: Any) -> Recorded:
+    """A text encoder: states of a padded batch, with token types where it has them, and its pooler's output."""
+    config = hf.AutoConfig.for_model(kind, **{**TEXT, **changes})
+    model = randomize(hf.AutoModel.from_config(config, attn_implementation="eager"))
+    ids, mask = tokens()
+    ids[mask == 0] = pad
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if types:
+        inputs["token_type_ids"] = torch.randint(0, types, ids.shape)
+    found = model(**inputs)
+    outputs = {"hidden": found.last_hidden_state}
+    if getattr(found, "pooler_output", None) is not None:
+        outputs["pooled"] = found.pooler_output
+    return model, inputs, outputs
+
+
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 20}
+DEBERTA = {"max_position_embeddings": 24, "relative_attention": True, "layer_norm_eps": 1e-7}
+SHORT = {"max_position_embeddings": 20}
+
+CASES: dict[str, Callable[[], Recorded]] = {
+    "bert": lambda: encoder("bert", types=2, **SHORT),
+    "roberta": lambda: encoder("roberta", pad=1, pad_token_id=1, type_vocab_size=1, **SHORT),
+    "distilbert": lambda: encoder("distilbert", **DISTILBERT),
+    "electra": lambda: encoder("electra", types=2, embedding_size=24, hidden_act="gelu_new", **SHORT),
+    "modernbert": lambda: encoder(
+        "modernbert",
+        num_hidden_layers=4,
+        local_attention=6,
+        pad_token_id=0,
+        cls_token_id=1,
+        sep_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        **SHORT,
+    ),
+    "deberta-v2": lambda: encoder(
+        "deberta-v2",
+        types=2,
+        type_vocab_size=2,
+        conv_kernel_size=3,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=-1,
+        **DEBERTA,
+    ),
+    "deberta-v3": lambda: encoder(
+        "deberta-v2",
+        type_vocab_size=0,
+        position_biased_input=False,
+        pos_att_type="p2c|c2p",
+        position_buckets=4,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        embedding_size=32,
+        **DEBERTA,
+    ),
+}
+
+
+if __name__ == "__main__":
+    main()
