@@ -59,4 +59,4 @@ def run(layer: Any, *args: Any) -> Any:
 
 def key_mask(mask: Any) -> jax.Array | None:
     """Returns a mask of tokens `[B, S]` (numbers or truth values) as one of keys, bool `[B, 1, 1, S]`."""
-    return None if mask is None else (jnp.asarray(mask) != 0)[:, None, None, :]
+    return None if mask is None else jnp.asarray(mask).astype(bool)[:, None, None, :]

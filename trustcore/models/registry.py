@@ -87,9 +87,11 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
     if described.get("quantization_config") is not None:
         raise ModelError("config.json: quantization_config: packed weights of this family are not read; take its floats.")
     config = family.config(described, checkpoint.keys())
+    if _layers(config) > len(checkpoint):  # bounds the work below by the file's own size
+        raise ModelError(
+            f"the configuration has {_layers(config)} layers, the checkpoint only {len(checkpoint)} tensors."
+        )
     table = family.table(config)
-    if len(table.entries) > 64 * (len(checkpoint) + 64):  # bounds the work below by the file's own size
-        raise ModelError(f"the configuration has {len(table.entries)} tensors, the checkpoint {len(checkpoint)}.")
     model = family.module(config, dtype=compute)
     fill(model, table, checkpoint, dtype=compute, what=config.family, progress=progress)
     model.source, model.origin = checkpoint.path.name, str(checkpoint.path.absolute())
@@ -100,6 +102,13 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
 def tensors(model: Model) -> dict[str, Any]:
     """Returns the tensors of a model under the names, and in the layouts, of checkpoints: NumPy arrays."""
     return stored(model, family_of(model.config.family).table(model.config))
+
+
+def _layers(config: Any) -> int:
+    """How many layers a configuration, and those in it, have together."""
+    values = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    inner = sum(_layers(value) for _, value in values if dataclasses.is_dataclass(value))
+    return inner + sum(value for name, value in values if name.endswith("layers"))
 
 
 def _compute_dtype(dtype: Any) -> Any:

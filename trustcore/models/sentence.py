@@ -68,7 +68,7 @@ def pool(hidden: Float[Array, "B T D"], mask: jax.Array, pooling: SentencePoolin
     Differentiable in hidden.
     """
     wide = hidden.astype(accumulation_dtype(hidden.dtype))
-    counts = mask != 0
+    counts = jnp.asarray(mask).astype(bool)
     weights = counts.astype(wide.dtype)
     length = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)  # [B, 1]
     total = jnp.einsum("bt,btd->bd", weights, wide)
