@@ -61,7 +61,7 @@ def randomize(model: Any) -> Any:
     """Gives every weight, and the statistics of batch norms, numbers that are far from what they start with."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or "inv_freq" in name:
+            if not tensor.is_floating_point() or "inv_freq" in name or not (tensor.requires_grad or "running" in name or "logits_bias" in name):
                 continue
             if name.endswith("running_var") or (tensor.ndim == 1 and bool((tensor == 1).all())):
                 tensor.uniform_(0.5, 1.5)
@@ -99,6 +99,42 @@ def encoder(kind: str, types: int = 0, pad: int = 0, **changes: Any) -> Recorded
     return model, inputs, outputs
 
 
+def seq2seq(kind: str, **changes: Any) -> Recorded:
+    """An encoder-decoder of text: states of its encoder, logits of its decoder, for a padded batch."""
+    config = hf.AutoConfig.for_model(kind, **changes)
+    model = randomize(hf.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager"))
+    ids, mask = tokens()
+    ids[mask == 0] = config.pad_token_id
+    written = torch.randint(5, 64, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": written}
+    found = model(**inputs, use_cache=False)
+    return model, inputs, {"memory": found.encoder_last_hidden_state, "logits": found.logits}
+
+
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
+def whisper() -> Recorded:
+    """Whisper: frames to states and logits, and sound to frames by the library's feature extractor."""
+    config = hf.WhisperConfig(**BART, **WHISPER)
+    model = randomize(hf.WhisperForConditionalGeneration._from_config(config, attn_implementation="eager"))
+    sound = np.concatenate([np.sin(np.arange(1200) * 0.2 + i) * (0.1 + i) for i in range(4)])
+    sound = (sound + 0.01 * np.random.default_rng(0).normal(size=4800)).astype(np.float32)
+    outputs = {}
+    for bins in (80, 128):
+        extractor = hf.WhisperFeatureExtractor(feature_size=bins, chunk_length=1)
+        frames = extractor([sound, sound[:3000]], sampling_rate=16000, return_tensors="np").input_features
+        outputs[f"frames{bins}"] = frames[:, :, :40]
+    frames = torch.tensor(np.random.default_rng(1).normal(size=(2, 8, 32)).astype(np.float32))
+    inputs = {"frames": frames, "decoder_input_ids": torch.randint(5, 64, (2, 7)), "sound": sound}
+    found = model(input_features=frames, decoder_input_ids=inputs["decoder_input_ids"], use_cache=False)
+    return model, inputs, {**outputs, "memory": found.encoder_last_hidden_state, "logits": found.logits}
+
+
+BART = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40}
+BART |= {"pad_token_id": 1, "decoder_start_token_id": 2}
+WHISPER = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 12, "eos_token_id": 2}
+WHISPER |= {"bos_token_id": 2}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 20}
 DEBERTA = {"max_position_embeddings": 24, "relative_attention": True, "layer_norm_eps": 1e-7}
 SHORT = {"max_position_embeddings": 20}
@@ -139,6 +175,14 @@ CASES: dict[str, Callable[[], Recorded]] = {
         embedding_size=32,
         **DEBERTA,
     ),
+    "t5": lambda: seq2seq("t5", **T5),
+    "t5-gated": lambda: seq2seq("t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5),
+    "bart": lambda: seq2seq("bart", **BART, **SHORT),
+    "mbart": lambda: seq2seq("mbart", scale_embedding=True, **BART, **SHORT),
+    "marian": lambda: seq2seq("marian", eos_token_id=2, forced_eos_token_id=2, scale_embedding=True, **BART, **SHORT),
+    "pegasus": lambda: seq2seq("pegasus", activation_function="relu", **BART, **SHORT),
+    "whisper": whisper,
+    "umt5": lambda: seq2seq("umt5", feed_forward_proj="gated-gelu", **T5),
 }
 
 

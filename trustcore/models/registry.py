@@ -47,6 +47,14 @@ HOMES: Mapping[str, str] = {
     "electra": "bert",
     "modernbert": "modern_bert",
     "deberta-v2": "deberta",
+    "t5": "t5",
+    "mt5": "t5",
+    "umt5": "t5",
+    "bart": "bart",
+    "mbart": "bart",
+    "marian": "bart",
+    "pegasus": "bart",
+    "whisper": "bart",
 }
 
 
