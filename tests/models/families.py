@@ -32,7 +32,7 @@ class Case:
     def write(self, folder: Path, *, config: dict[str, Any] | None = None, **weights: np.ndarray | None) -> Path:
         """Writes the folder that the library would save; `weights` replace tensors, None leaves one out."""
         held = {name: array for name, array in {**self.weights, **weights}.items() if array is not None}
-        save_file({name: np.ascontiguousarray(array) for name, array in held.items()}, folder / "model.safetensors")
+        save_file({name: np.array(array, order="C") for name, array in held.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({**self.config, **(config or {})}))
         return folder
 

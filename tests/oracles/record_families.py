@@ -135,6 +135,52 @@ BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim":
 BART |= {"pad_token_id": 1, "decoder_start_token_id": 2}
 WHISPER = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 12, "eos_token_id": 2}
 WHISPER |= {"bos_token_id": 2}
+def pixels(height: int, width: int) -> torch.Tensor:
+    """Two random images."""
+    return torch.tensor(np.random.default_rng(2).normal(size=(2, 3, height, width)).astype(np.float32))
+
+
+def vision(model: Any, height: int = 16, width: int = 16, other: tuple[int, int] | None = None) -> Recorded:
+    """A model of images: its last states and its vector; and its states for images of another size."""
+    model = randomize(model)
+    inputs = {"pixels": pixels(height, width)}
+    found = model(**{"pixel_values": inputs["pixels"]})
+    outputs = {"hidden": found.last_hidden_state}
+    if getattr(found, "pooler_output", None) is not None:
+        outputs["pooled"] = found.pooler_output
+    if other is not None:
+        inputs["other"] = pixels(*other)
+        outputs["other"] = model(inputs["other"], interpolate_pos_encoding=True).last_hidden_state
+    return model, inputs, outputs
+
+
+def classifier(model: Any, height: int = 16, width: int = 16) -> Recorded:
+    """A classifier of images: its logits."""
+    model = randomize(model)
+    inputs = {"pixels": pixels(height, width)}
+    return model, inputs, {"logits": model(inputs["pixels"]).logits}
+
+
+def towers(kind: Any, config: Any) -> Recorded:
+    """A pair of towers: logits of images with texts, and the vectors they are made of."""
+    model = randomize(kind._from_config(config, attn_implementation="eager"))
+    ids, mask = tokens(3, 10)
+    mask[2] = 1
+    ids[0, -1] = ids[1, 5] = ids[2, -1] = 63  # the end of a text
+    inputs = {"pixels": pixels(16, 16), "input_ids": ids, "attention_mask": mask}
+    found = model(pixel_values=inputs["pixels"], input_ids=ids, attention_mask=mask)
+    outputs = {"logits": found.logits_per_image, "images": found.image_embeds, "texts": found.text_embeds}
+    return model, inputs, outputs
+
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+VISION |= {"image_size": 16, "patch_size": 4}
+DINO = {key: value for key, value in VISION.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
+TOWER = {**TEXT, "max_position_embeddings": 12, "eos_token_id": 63}
+RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "num_labels": 3}
+EFFICIENT = {"width_coefficient": 0.025, "depth_coefficient": 1.5, "in_channels": [320, 320, 640]}
+EFFICIENT |= {"out_channels": [320, 640, 640], "kernel_sizes": [3, 5, 3], "strides": [1, 2, 2]}
+EFFICIENT |= {"num_block_repeats": [1, 1, 1], "expand_ratios": [1, 4, 2], "hidden_dim": 32, "num_labels": 3}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 20}
 DEBERTA = {"max_position_embeddings": 24, "relative_attention": True, "layer_norm_eps": 1e-7}
 SHORT = {"max_position_embeddings": 20}
@@ -182,6 +228,39 @@ CASES: dict[str, Callable[[], Recorded]] = {
     "marian": lambda: seq2seq("marian", eos_token_id=2, forced_eos_token_id=2, scale_embedding=True, **BART, **SHORT),
     "pegasus": lambda: seq2seq("pegasus", activation_function="relu", **BART, **SHORT),
     "whisper": whisper,
+    "vit": lambda: vision(hf.ViTModel(hf.ViTConfig(**VISION)), other=(12, 24)),
+    "vit-classifier": lambda: classifier(hf.ViTForImageClassification(hf.ViTConfig(num_labels=5, **VISION))),
+    "dinov2": lambda: vision(hf.Dinov2Model(hf.Dinov2Config(**DINO))),
+    "dinov2-other": lambda: vision(hf.Dinov2Model(hf.Dinov2Config(**DINO)), 24, 8),
+    "dinov2-registers": lambda: classifier(
+        hf.Dinov2WithRegistersForImageClassification(
+            hf.Dinov2WithRegistersConfig(use_swiglu_ffn=True, num_register_tokens=2, num_labels=3, **DINO)
+        )
+    ),
+    "clip": lambda: towers(
+        hf.CLIPModel, hf.CLIPConfig(text_config=TOWER, vision_config=VISION, projection_dim=24)
+    ),
+    "clip-old": lambda: towers(
+        hf.CLIPModel,
+        hf.CLIPConfig(text_config={**TOWER, "eos_token_id": 2}, vision_config=VISION, projection_dim=24),
+    ),
+    "siglip": lambda: towers(hf.SiglipModel, hf.SiglipConfig(text_config=TOWER, vision_config=VISION)),
+    "resnet": lambda: classifier(
+        hf.ResNetForImageClassification(hf.ResNetConfig(depths=[2, 1], layer_type="bottleneck", **RESNET)), 32, 24
+    ),
+    "resnet-basic": lambda: vision(
+        hf.ResNetModel(hf.ResNetConfig(depths=[1, 2], layer_type="basic", **RESNET)), 32, 24
+    ),
+    "convnext": lambda: classifier(
+        hf.ConvNextForImageClassification(
+            hf.ConvNextConfig(hidden_sizes=[16, 24], depths=[1, 2], num_stages=2, num_labels=3)
+        ),
+        32,
+        24,
+    ),
+    "efficientnet": lambda: classifier(
+        hf.EfficientNetForImageClassification(hf.EfficientNetConfig(depthwise_padding=[4], **EFFICIENT)), 30, 32
+    ),
     "umt5": lambda: seq2seq("umt5", feed_forward_proj="gated-gelu", **T5),
 }
 

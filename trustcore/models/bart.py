@@ -194,7 +194,7 @@ class Bart(Model):
         self.words = Embedding(config.vocab_size, features, **made)
         self.conv1 = self.conv2 = None
         if config.mel_bins:
-            window = {"kernel_size": (3,), "padding": 1, "param_dtype": dtype}
+            window = {"kernel_size": (3,), "padding": 1, "dtype": dtype, "param_dtype": dtype}
             first = made_module(lambda r: nnx.Conv(config.mel_bins, features, rngs=r, **window), rngs)
             second = made_module(lambda r: nnx.Conv(features, features, strides=2, rngs=r, **window), rngs)
             self.conv1, self.conv2 = nnx.data(first), nnx.data(second)

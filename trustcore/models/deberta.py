@@ -262,7 +262,8 @@ class Deberta(TextEncoder):
         self.relative_norm = LayerNorm(features, eps=config.norm_eps, **made) if normed else None
         self.conv = self.conv_norm = None
         if config.conv_size:
-            options = {"padding": "SAME", "feature_group_count": config.conv_groups, "param_dtype": dtype}
+            options = {"padding": "SAME", "feature_group_count": config.conv_groups}
+            options |= {"dtype": dtype, "param_dtype": dtype}
             make = lambda rngs: nnx.Conv(features, features, (config.conv_size,), rngs=rngs, **options)  # noqa: E731
             self.conv = nnx.data(made_module(make, rngs))
             self.conv_norm = nnx.data(LayerNorm(features, eps=config.norm_eps, **made))

@@ -55,6 +55,16 @@ HOMES: Mapping[str, str] = {
     "marian": "bart",
     "pegasus": "bart",
     "whisper": "bart",
+    "vit": "vit",
+    "dinov2": "vit",
+    "dinov2_with_registers": "vit",
+    "clip_vision_model": "vit",
+    "siglip_vision_model": "vit",
+    "clip": "clip",
+    "siglip": "clip",
+    "resnet": "resnet",
+    "convnext": "convnext",
+    "efficientnet": "efficientnet",
 }
 
 
@@ -116,7 +126,8 @@ def _layers(config: Any) -> int:
     """How many layers a configuration, and those in it, have together."""
     values = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
     inner = sum(_layers(value) for _, value in values if dataclasses.is_dataclass(value))
-    return inner + sum(value for name, value in values if name.endswith("layers"))
+    own = getattr(config, "layers", 0)
+    return inner + own + sum(value for name, value in values if name.endswith("_layers"))
 
 
 def _compute_dtype(dtype: Any) -> Any:

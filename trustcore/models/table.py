@@ -234,7 +234,7 @@ def _disk_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
         shape = shape[::-1]
     elif entry.layout == "conv":
         shape = (shape[-1], shape[-2], *shape[:-2])
-    return (shape[0] * entry.part[1], *shape[1:])
+    return (shape[0] * entry.part[1], *shape[1:]) if shape else shape
 
 
 def _to_disk(layout: Layout, array: np.ndarray) -> np.ndarray:
