@@ -1,4 +1,4 @@
-"""Small random models as transformers stores them, and what it computes with them (`tests/oracles/record_families.py`)."""
+"""Small random models as transformers stores them, and what it computes (`tests/oracles/record_families.py`)."""
 
 from __future__ import annotations
 

@@ -121,5 +121,5 @@ def test_descriptions(modules: list, pooling: dict, expected: Any, tmp_path: Pat
 @pytest.mark.parametrize("text", ["{", "{}", '["x"]', '[{"type": "a.Pooling", "path": "../x"}]', '[{"type": 3}]'])
 def test_broken_descriptions_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(text)
-    with pytest.raises(ModelError, match="modules.json"):
+    with pytest.raises(ModelError, match=r"modules\.json"):
         read_pooling(tmp_path)

@@ -70,7 +70,7 @@ def test_a_model_with_a_head_and_old_spellings(tmp_path: Path) -> None:
 
     def renamed(name: str) -> str:
         head, _, last = name.rpartition(".")
-        return f"bert.{head}.{ {'weight': 'gamma', 'bias': 'beta'}[last] if head.endswith('LayerNorm') else last}"
+        return f"bert.{head}.{ {'weight': 'gamma', 'bias': 'beta'}[last] if head.endswith('LayerNorm') else last }"
 
     weights = {renamed(name): array for name, array in case.weights.items() if "pooler" not in name}
     weights["cls.predictions.bias"] = np.zeros(64, np.float32)

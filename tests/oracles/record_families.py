@@ -53,7 +53,7 @@ def write(path: Path, model: Any, inputs: dict[str, Any], outputs: dict[str, Any
     for mark, group in (("w", weights), ("i", inputs), ("o", outputs)):
         for name, value in group.items():
             held[f"{mark}:{name}"] = np.asarray(value.detach() if isinstance(value, torch.Tensor) else value)
-    np.savez_compressed(path, **held)
+    np.savez_compressed(path, **held)  # pyright: ignore[reportArgumentType]
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB, {len(weights)} tensors")
 
 
@@ -61,7 +61,11 @@ def randomize(model: Any) -> Any:
     """Gives every weight, and the statistics of batch norms, numbers that are far from what they start with."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or "inv_freq" in name or not (tensor.requires_grad or "running" in name or "logits_bias" in name):
+            if (
+                not tensor.is_floating_point()
+                or "inv_freq" in name
+                or not (tensor.requires_grad or "running" in name or "logits_bias" in name)
+            ):
                 continue
             if name.endswith("running_var") or (tensor.ndim == 1 and bool((tensor == 1).all())):
                 tensor.uniform_(0.5, 1.5)
@@ -113,6 +117,8 @@ def seq2seq(kind: str, **changes: Any) -> Recorded:
 
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
+
+
 def whisper() -> Recorded:
     """Whisper: frames to states and logits, and sound to frames by the library's feature extractor."""
     config = hf.WhisperConfig(**BART, **WHISPER)
@@ -135,6 +141,8 @@ BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim":
 BART |= {"pad_token_id": 1, "decoder_start_token_id": 2}
 WHISPER = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 12, "eos_token_id": 2}
 WHISPER |= {"bos_token_id": 2}
+
+
 def pixels(height: int, width: int) -> torch.Tensor:
     """Two random images."""
     return torch.tensor(np.random.default_rng(2).normal(size=(2, 3, height, width)).astype(np.float32))
@@ -181,6 +189,23 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "num_labels": 3}
 EFFICIENT = {"width_coefficient": 0.025, "depth_coefficient": 1.5, "in_channels": [320, 320, 640]}
 EFFICIENT |= {"out_channels": [320, 640, 640], "kernel_sizes": [3, 5, 3], "strides": [1, 2, 2]}
 EFFICIENT |= {"num_block_repeats": [1, 1, 1], "expand_ratios": [1, 4, 2], "hidden_dim": 32, "num_labels": 3}
+
+
+def state_space(config: Any) -> Recorded:
+    """A language model of Mamba layers: logits of whole rows and of a row that is padded on the left."""
+    model = randomize(hf.AutoModelForCausalLM.from_config(config))
+    for name, tensor in model.named_parameters():
+        if name.endswith("A_log"):
+            tensor.copy_(tensor.uniform_(-1.0, 2.0).bfloat16().float())
+    ids = torch.randint(5, 64, (2, 75))
+    mask = torch.ones(2, 75, dtype=torch.long)
+    mask[1, :6] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return model, inputs, {"logits": model(**inputs, use_cache=False).logits}
+
+
+MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+MAMBA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 20}
 DEBERTA = {"max_position_embeddings": 24, "relative_attention": True, "layer_norm_eps": 1e-7}
 SHORT = {"max_position_embeddings": 20}
@@ -237,9 +262,7 @@ CASES: dict[str, Callable[[], Recorded]] = {
             hf.Dinov2WithRegistersConfig(use_swiglu_ffn=True, num_register_tokens=2, num_labels=3, **DINO)
         )
     ),
-    "clip": lambda: towers(
-        hf.CLIPModel, hf.CLIPConfig(text_config=TOWER, vision_config=VISION, projection_dim=24)
-    ),
+    "clip": lambda: towers(hf.CLIPModel, hf.CLIPConfig(text_config=TOWER, vision_config=VISION, projection_dim=24)),
     "clip-old": lambda: towers(
         hf.CLIPModel,
         hf.CLIPConfig(text_config={**TOWER, "eos_token_id": 2}, vision_config=VISION, projection_dim=24),
@@ -261,6 +284,8 @@ CASES: dict[str, Callable[[], Recorded]] = {
     "efficientnet": lambda: classifier(
         hf.EfficientNetForImageClassification(hf.EfficientNetConfig(depthwise_padding=[4], **EFFICIENT)), 30, 32
     ),
+    "mamba": lambda: state_space(hf.MambaConfig(time_step_rank=3, use_bias=True, **MAMBA)),
+    "mamba2": lambda: state_space(hf.Mamba2Config(num_heads=4, head_dim=16, n_groups=2, chunk_size=16, **MAMBA)),
     "umt5": lambda: seq2seq("umt5", feed_forward_proj="gated-gelu", **T5),
 }
 

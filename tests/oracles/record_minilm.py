@@ -51,7 +51,9 @@ def main() -> None:
     recorded = {
         "about": f"transformers {transformers.__version__}, torch {torch.__version__}, float32",
         "sentences": SENTENCES,
-        "tokens": [row[keep == 1].tolist() for row, keep in zip(given["input_ids"], given["attention_mask"], strict=True)],
+        "tokens": [
+            row[keep == 1].tolist() for row, keep in zip(given["input_ids"], given["attention_mask"], strict=True)
+        ],
         "similarities": [[round(x, 8) for x in row] for row in (vectors @ vectors.T).tolist()],
         "first": [[round(x, 8) for x in row[:8]] for row in vectors.tolist()],
     }

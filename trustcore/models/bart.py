@@ -1,11 +1,11 @@
 """The encoder-decoder of BART's shape: positions that are added, layer norms, attention over the encoder's states.
 
-    BART    norms after each sum, and behind the embeddings          Lewis et al., arXiv 1910.13461
-    mBART   norms before each sum, behind the embeddings, at the end Liu et al., arXiv 2001.08210
-    Marian  norms after each sum, sinusoids                          Junczys-Dowmunt et al., arXiv 1804.00344
-    Pegasus norms before each sum and at the end, sinusoids          Zhang et al., arXiv 1912.08777
-    Whisper as Pegasus; reads log-mel frames through two convolutions, of which the second halves their number; its
-            decoder's positions are a table                          Radford et al., arXiv 2212.04356
+BART    norms after each sum, and behind the embeddings          Lewis et al., arXiv 1910.13461
+mBART   norms before each sum, behind the embeddings, at the end Liu et al., arXiv 2001.08210
+Marian  norms after each sum, sinusoids                          Junczys-Dowmunt et al., arXiv 1804.00344
+Pegasus norms before each sum and at the end, sinusoids          Zhang et al., arXiv 1912.08777
+Whisper as Pegasus; reads log-mel frames through two convolutions, of which the second halves their number; its
+        decoder's positions are a table                          Radford et al., arXiv 2212.04356
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ class Bart(Model):
         return DecoderState((empty,) * config.decoder_layers, views, key_mask(mask), jnp.zeros((), jnp.int32))
 
     def decode(self, tokens: Int[Array, "B T"], state: DecoderState) -> tuple[Float[Array, "B T V"], DecoderState]:
-        """Returns float32 logits behind each of the tokens, which follow those that the state has seen, and the state."""
+        """Returns float32 logits behind each token, and the state; tokens follow those that the state has seen."""
         x = self._words(tokens) + self._places(self.decoder_positions, state.length, tokens.shape[1])
         x = x if self.decoder_embedding_norm is None else self.decoder_embedding_norm(x)
         layers = []

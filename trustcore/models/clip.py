@@ -116,7 +116,8 @@ class ClipConfig:
         image = VitConfig.from_hugging_face({**parts["vision_config"], "model_type": f"{family}_vision_model"})
         if siglip and text.projected != image.features:
             raise ModelError(
-                f"config.json: vectors of texts have {text.projected} channels, of images {image.features}; they must agree."
+                f"config.json: vectors of texts have {text.projected} channels, of images {image.features}; they must "
+                "agree."
             )
         projected = image.features if siglip else values.integer("projection_dim", 512)
         return cls(text, image, projected, family)

@@ -8,6 +8,7 @@ Liu et al., arXiv 2201.03545. Images are `[B, height, width, channels]`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -92,9 +93,7 @@ class ConvNextConfig:
 class Block(nnx.Module):
     """One layer of a stage."""
 
-    def __init__(
-        self, config: ConvNextConfig, width: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
-    ):
+    def __init__(self, config: ConvNextConfig, width: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         made = {"dtype": dtype, "rngs": rngs}
         options = {"padding": 3, "feature_group_count": width, "dtype": dtype, "param_dtype": dtype}
         self.conv = made_module(lambda r: nnx.Conv(width, width, (7, 7), rngs=r, **options), rngs)
@@ -136,7 +135,7 @@ class ConvNext(Model):
         widths, patch = config.widths, (config.patch, config.patch)
         self.patches = make_patches(config.channels, widths[0], patch, True, dtype, rngs)
         self.patch_norm = LayerNorm(widths[0], eps=_EPS, **made)
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.downsamples = nnx.List([Downsample(narrow, wide, **made) for narrow, wide in pairs])
         sizes = zip(widths, config.depths, strict=True)
         stages = [nnx.List([Block(config, width, **made) for _ in range(depth)]) for width, depth in sizes]

@@ -283,7 +283,9 @@ class Deberta(TextEncoder):
         length = tokens.shape[1]
         if self.positions is not None and length > self.config.positions:
             raise ModelError(f"{length} tokens are more than the {self.config.positions} this model reads.")
-        counts = jnp.ones(tokens.shape, self.dtype) if mask is None else jnp.asarray(mask).astype(bool).astype(self.dtype)
+        counts = (
+            jnp.ones(tokens.shape, self.dtype) if mask is None else jnp.asarray(mask).astype(bool).astype(self.dtype)
+        )
         x = self.words(tokens)
         if self.positions is not None:
             place = jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)

@@ -102,7 +102,9 @@ class EfficientNetConfig:
         width, depth = values.number("width_coefficient", 2.0), values.number("depth_coefficient", 3.1)
         divisor = values.integer("depth_divisor", 8)
         if not 0 < width < 1e4 or not 0 < depth < 1e4:
-            raise ModelError(f"config.json: width_coefficient is {width}, depth_coefficient {depth}; expected up to 1e4.")
+            raise ModelError(
+                f"config.json: width_coefficient is {width}, depth_coefficient {depth}; expected up to 1e4."
+            )
 
         def rounded(count: int) -> int:
             wide = count * width
@@ -134,7 +136,9 @@ class EfficientNetConfig:
                 blocks.append(BlockShape(wide, outputs, window, stride, expand, even, j > 0))
         top = rounded(1280)
         if values.integer("hidden_dim", top) != top:
-            raise ModelError(f"config.json: hidden_dim is {config['hidden_dim']}; width_coefficient {width} makes {top}.")
+            raise ModelError(
+                f"config.json: hidden_dim is {config['hidden_dim']}; width_coefficient {width} makes {top}."
+            )
         return cls(
             stem=rounded(32),
             blocks=tuple(blocks),

@@ -65,6 +65,8 @@ HOMES: Mapping[str, str] = {
     "resnet": "resnet",
     "convnext": "convnext",
     "efficientnet": "efficientnet",
+    "mamba": "mamba",
+    "mamba2": "mamba",
 }
 
 
@@ -103,7 +105,9 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
     compute = _compute_dtype(dtype)
     family = family_of(described.get("model_type"))
     if described.get("quantization_config") is not None:
-        raise ModelError("config.json: quantization_config: packed weights of this family are not read; take its floats.")
+        raise ModelError(
+            "config.json: quantization_config: packed weights of this family are not read; take its floats."
+        )
     config = family.config(described, checkpoint.keys())
     if _layers(config) > len(checkpoint):  # bounds the work below by the file's own size
         raise ModelError(

@@ -202,7 +202,8 @@ class ResNet(Model):
         """
         check_channels(images, self.config.channels)
         x = activation(self.config.activation)(self.stem(images.astype(self.dtype)))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        edges: Any = ((1, 1), (1, 1))
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=edges)
         for block in self.blocks:
             x = block(x)
         return x

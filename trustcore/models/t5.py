@@ -252,7 +252,7 @@ class T5(TextEncoder):
         return DecoderState((empty,) * config.decoder_layers, views, key_mask(mask), jnp.zeros((), jnp.int32))
 
     def decode(self, tokens: Int[Array, "B T"], state: DecoderState) -> tuple[Float[Array, "B T V"], DecoderState]:
-        """Returns float32 logits behind each of the tokens, which follow those that the state has seen, and the state."""
+        """Returns float32 logits behind each token, and the state; tokens follow those that the state has seen."""
         assert self.decoder_norm is not None
         x = self.words(tokens).astype(self.dtype)
         places = state.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)

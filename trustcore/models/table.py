@@ -1,4 +1,4 @@
-"""Tables of names: where each parameter of a module lies in a checkpoint, and in which layout. Read and written by them.
+"""Tables of names: where each parameter of a module lies in a checkpoint, and how; for reading and for writing.
 
     stored tensor --(part, layout)--> parameter            layouts:  plain   as it lies
                                                                      kernel  [out, in] -> [in, out]
@@ -41,6 +41,7 @@ class Entry:
         layout: how the tensor lies there; see the header of this file.
         part: (i, n): the parameter is the i-th of n equal parts of the tensor, along its first axis.
         others: further names that files give it.
+        wide: whether it is float32 (float64) like a vector, whatever matrices are.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Entry:
     layout: Layout = "plain"
     part: tuple[int, int] = (0, 1)
     others: tuple[str, ...] = ()
+    wide: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,5 +257,5 @@ def _read(entry: Entry, tensor: LazyArray, axes: int, dtype: Any) -> jax.Array:
     elif entry.layout == "conv":
         array = np.moveaxis(array, (0, 1), (-1, -2))
     vectors = np.float64 if jnp.dtype(dtype) == np.float64 else np.float32
-    array = array.astype(dtype if axes > 1 else vectors)
+    array = array.astype(vectors if axes < 2 or entry.wide else dtype)
     return jax.device_put(np.ascontiguousarray(array).reshape(array.shape), may_alias=True)

@@ -1,6 +1,7 @@
 """The vision transformer: an image as a row of patches, norms before each sum.
 
-    x = [class token, registers, patches(image)] + positions;  x += a(attention(norm(x))), x += b(mlp(norm(x)))  per block
+    x = [class token, registers, patches(image)] + positions
+    x += a * attention(norm(x)), x += b * mlp(norm(x))  for each block
 
 ViT (Dosovitskiy et al., arXiv 2010.11929), DINOv2 (Oquab et al., arXiv 2304.07193: a and b are learned scales, the
 feed-forward layer may be gated; with registers: Darcet et al., arXiv 2309.16588), and the image towers of CLIP (Radford
@@ -162,7 +163,8 @@ def _pair(values: Values, key: str, default: int) -> tuple[int, int]:
             raise ModelError(f"config.json: {key} is {given!r}; expected a number of pixels, or two of them.")
         inner = Values({"height": given[0], "width": given[1]}, f"config.json: {key}")
         return inner.integer("height"), inner.integer("width")
-    return (values.integer(key, default),) * 2
+    size = values.integer(key, default)
+    return size, size
 
 
 class Block(nnx.Module):

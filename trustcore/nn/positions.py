@@ -81,9 +81,7 @@ class RelativeBias(nnx.Module):
         self.table = parameter(jax.nn.initializers.normal(0.02), (buckets, heads), dtype, rngs)
         self.buckets, self.distance, self.two_sided = buckets, distance, two_sided
 
-    def __call__(
-        self, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]
-    ) -> Float[Array, "1 N T S"]:
+    def __call__(self, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]) -> Float[Array, "1 N T S"]:
         """Returns the bias; differentiable in the table."""
         ahead = key_positions[None, :] - query_positions[:, None]
         values = jnp.take(self.table.get_value(), self._bucket(ahead), axis=0, mode="clip")  # [T, S, N]

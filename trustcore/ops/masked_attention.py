@@ -38,33 +38,36 @@ def masked_attention(
 
     Differentiable in query, key, value and bias. Vaswani et al., arXiv 1706.03762, eq. 1.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     length = query.shape[1]
     if length <= QUERY_BLOCK:
-        return _attend(query, key, value, mask, bias, scale)
+        return _attend(query, key, value, mask, bias, factor)
     blocks = -(-length // QUERY_BLOCK)
-    parts = [_blocks(part, axis, length, blocks) for part, axis in ((query, 1), (mask, 2), (bias, 2))]
+
+    padded = _padded(query, 1, blocks * QUERY_BLOCK)
+    wide = [None if part is None else _padded(part, 2, blocks * QUERY_BLOCK) for part in (mask, bias)]
+
+    def block_of(x: jax.Array, axis: int, i: jax.Array) -> jax.Array:
+        return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, i * QUERY_BLOCK, QUERY_BLOCK, axis)
 
     @jax.checkpoint
     def one(i: jax.Array) -> jax.Array:
-        q, m, b = (part if part is None else part(i) for part in parts)
-        return _attend(q, key, value, m, b, scale)
+        q = block_of(padded, 1, i)
+        m, b = (None if part is None else block_of(part, 2, i) for part in wide)
+        return _attend(q, key, value, m, b, factor)
 
     out = jax.lax.map(one, jnp.arange(blocks))  # [blocks, B, block, N, H]
     out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], blocks * QUERY_BLOCK, *query.shape[2:])
     return out[:, :length]
 
 
-def _blocks(x: jax.Array | None, axis: int, length: int, blocks: int):
-    """A function from a block's number to that block of x; x itself where it does not depend on the query."""
-    if x is None:
-        return None
+def _padded(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """x with its queries filled up to `length`; as it is where it does not depend on the query."""
     if x.shape[axis] == 1:
-        return lambda i: x
+        return x
     pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, blocks * QUERY_BLOCK - length)
-    padded = jnp.pad(x, pad)
-    return lambda i: jax.lax.dynamic_slice_in_dim(padded, i * QUERY_BLOCK, QUERY_BLOCK, axis)
+    pad[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, pad)
 
 
 def _attend(
