@@ -13,7 +13,7 @@ import trustcore
 from tests.models import families
 from tests.models.test_sentence import Letters
 from trustcore import catalogue
-from trustcore.models.embed import embed
+from trustcore.models.sentence_vectors import embed
 
 TEXTS = ["a cat", "a kitten", "quite another thing"]
 

@@ -14,8 +14,8 @@ import pytest
 import trustcore
 from tests.models import families
 from trustcore.errors import ModelError
-from trustcore.models.embed import embed
 from trustcore.models.sentence import SentencePooling, pool, read_pooling
+from trustcore.models.sentence_vectors import embed
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_text(encoding="utf-8"))
 

@@ -30,7 +30,7 @@ def embed(
 ) -> None:
     """Turn texts into vectors, or show how similar they are."""
     from trustcore.generation.programs import keep_programs
-    from trustcore.models.embed import embed as vectors_of
+    from trustcore.models.sentence_vectors import embed as vectors_of
 
     content = _texts(texts, file)
     loaded = load_model(model, dtype)

@@ -48,7 +48,7 @@ class Model(nnx.Module):
 
 
 class TextEncoder(Model):
-    """A model that gives each token of a text a state: `model(tokens, mask)` is `[B, T, D]`, see `embed`."""
+    """A model that gives each token of a text a state: `model(tokens, mask)` is `[B, T, D]`. `embed` takes these."""
 
 
 @jax.jit
