@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trustcore.evaluation import compare, perplexity
     from trustcore.generation import Sampling, Stats, Stream, chat, generate, generate_tokens
     from trustcore.loading import load
-    from trustcore.models import Decoder, DecoderConfig
+    from trustcore.models import Decoder, DecoderConfig, embed
     from trustcore.quant import QuantizedArray, quantize
     from trustcore.saving import save
     from trustcore.text import Tokenizer
@@ -39,6 +39,7 @@ _HOMES = {
     "TrustcoreError": "trustcore.errors",
     "chat": "trustcore.generation",
     "compare": "trustcore.evaluation",
+    "embed": "trustcore.models",
     "generate": "trustcore.generation",
     "generate_tokens": "trustcore.generation",
     "load": "trustcore.loading",
@@ -54,6 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "load",
     "generate",
     "chat",
+    "embed",
     "generate_tokens",
     "pull",
     "quantize",

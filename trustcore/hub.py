@@ -18,7 +18,8 @@ from pathlib import Path
 
 from trustcore.errors import CatalogueError
 
-# Read beside safetensors weights: the configuration, and every form in which a tokenizer or chat template is stored.
+# Read beside safetensors weights: the configuration, every form in which a tokenizer or chat template is stored, and
+# how states of tokens become one vector.
 SIDE_FILES: frozenset[str] = frozenset(
     {
         "config.json",
@@ -33,6 +34,9 @@ SIDE_FILES: frozenset[str] = frozenset(
         "merges.txt",
         "chat_template.json",
         "chat_template.jinja",
+        "modules.json",
+        "sentence_bert_config.json",
+        "1_Pooling/config.json",
     }
 )
 
@@ -170,7 +174,7 @@ def choose_files(source: HubSource, names: Sequence[str]) -> tuple[list[str], st
             f"{source.text}: the repository holds neither GGUF nor safetensors files; it holds {held}. "
             "trustcore loads no pickles (.bin, .pt); look for a conversion of this model."
         )
-    return tensors + [name for name in top if name in SIDE_FILES], None
+    return tensors + [name for name in names if name in SIDE_FILES], None
 
 
 def _choose_gguf(source: HubSource, models: list[str]) -> str:

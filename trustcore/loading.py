@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from trustcore.heap import trim_heap
-from trustcore.models import Decoder, decoder_from_checkpoint
+from trustcore.models import decoder_from_checkpoint
+from trustcore.models.registry import is_known, model_from_checkpoint
 
 
 def load(
     source: str | os.PathLike[str], *, dtype: Any = None, progress: Callable[[int, int], None] | None = None
-) -> Decoder:
-    """Returns the model that `source` names, with its tokenizer.
+) -> Any:
+    """Returns the model that `source` names, with its tokenizer: a `Decoder`, or a `trustcore.models.Model`.
 
     Args:
         source: a name of the catalogue ("smollm2"), a GGUF or safetensors file, a folder with a model, or a Hugging
@@ -38,6 +39,8 @@ def load(
 
     checkpoint = open_checkpoint(resolve(source))
     with checkpoint:
+        if is_known(checkpoint.metadata.get("config", {}).get("model_type")):
+            return _other_family(checkpoint, dtype, progress)
         model = decoder_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
         if checkpoint.metadata.get("tokenizer.ggml.model") == "none":
             model.tokenizer = None  # a file of weights alone: it takes and gives token ids
@@ -46,6 +49,15 @@ def load(
         else:
             model.tokenizer = _tokenizer_beside(checkpoint.path.parent)
     del checkpoint
+    trim_heap()
+    return model
+
+
+def _other_family(checkpoint: Any, dtype: Any, progress: Callable[[int, int], None] | None) -> Any:
+    """A model that is no decoder; some of them read no text and have no tokenizer."""
+    model = model_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+    folder = checkpoint.path.parent
+    model.tokenizer = _tokenizer_beside(folder) if (folder / "tokenizer.json").is_file() else None
     trim_heap()
     return model
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trustcore.cli import chat, doctor, generate, info, perplexity, pull, quantize
+from trustcore.cli import chat, doctor, embed, generate, info, perplexity, pull, quantize
 from trustcore.errors import TrustcoreError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("embed")(embed.embed)
 app.command("info")(info.info)
 app.command("pull")(pull.pull)
 app.command("quantize")(quantize.quantize)

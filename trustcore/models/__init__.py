@@ -5,14 +5,21 @@ from trustcore.models.decoder import Decoder
 from trustcore.models.from_checkpoint import decoder_from_checkpoint
 from trustcore.models.importance import importance_by_path, importance_by_tensor
 from trustcore.models.links import decoder_links, decoder_stream, untie
+from trustcore.models.model import Model, TextEncoder
+from trustcore.models.registry import model_from_checkpoint
+from trustcore.models.sentence_vectors import embed
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "Model",
+    "TextEncoder",
     "decoder_from_checkpoint",
     "decoder_links",
     "decoder_stream",
+    "embed",
     "importance_by_path",
     "importance_by_tensor",
+    "model_from_checkpoint",
     "untie",
 ]

@@ -55,3 +55,17 @@ class Values:
         if value is None:
             raise ModelError(f"{self._where}: {key} is missing.")
         return value.item() if hasattr(value, "item") else value
+
+
+def integers(values: Values, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a list of at most 1024 positive integers.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    given = values.get(key)
+    given = list(default) if given is None else given
+    good = isinstance(given, list) and 0 < len(given) <= 1024
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < LARGEST for n in given):
+        raise ModelError(f"config.json: {key} is {given!r}; expected a list of positive integers.")
+    return tuple(given)

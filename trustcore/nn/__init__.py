@@ -6,9 +6,33 @@ A layer built with `rngs` holds initialized parameters. One built without is abs
 
 from trustcore.nn.attention import Attention
 from trustcore.nn.cache import KVCache
+from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.embedding import Embedding
+from trustcore.nn.encoder_attention import EncoderAttention
+from trustcore.nn.feed_forward import FeedForward
+from trustcore.nn.layer_norm import LayerNorm
 from trustcore.nn.linear import Linear
+from trustcore.nn.mamba import Mamba, Mamba2
 from trustcore.nn.mlp import GatedMLP
 from trustcore.nn.norm import RMSNorm
+from trustcore.nn.positions import RelativeBias
+from trustcore.nn.recurrent import Recurrent
+from trustcore.nn.separable import SeparableConv
 
-__all__ = ["Attention", "Embedding", "GatedMLP", "KVCache", "Linear", "RMSNorm"]
+__all__ = [
+    "Attention",
+    "Embedding",
+    "EncoderAttention",
+    "FeedForward",
+    "GatedMLP",
+    "KVCache",
+    "LayerNorm",
+    "Linear",
+    "Mamba",
+    "Mamba2",
+    "RMSNorm",
+    "Recurrent",
+    "RelativeBias",
+    "SeparableConv",
+    "SpatialDropout",
+]

@@ -1,0 +1,438 @@
+"""The vision transformer: an image as a row of patches, norms before each sum.
+
+    x = [class token, registers, patches(image)] + positions
+    x += a * attention(norm(x)), x += b * mlp(norm(x))  for each block
+
+ViT (Dosovitskiy et al., arXiv 2010.11929), DINOv2 (Oquab et al., arXiv 2304.07193: a and b are learned scales, the
+feed-forward layer may be gated; with registers: Darcet et al., arXiv 2309.16588), and the image towers of CLIP (Radford
+et al., arXiv 2103.00020: a norm before the first block) and SigLIP (Zhai et al., arXiv 2303.15343: no class token, an
+attention pools the patches). Images are `[B, height, width, channels]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from trustcore.errors import ModelError
+from trustcore.models.model import Model, run
+from trustcore.models.registry import Family
+from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
+from trustcore.models.values import Values
+from trustcore.nn.activation import activation
+from trustcore.nn.encoder_attention import EncoderAttention
+from trustcore.nn.feed_forward import FeedForward
+from trustcore.nn.layer_norm import LayerNorm
+from trustcore.nn.linear import Linear
+from trustcore.nn.module import made_module
+from trustcore.nn.parameter import parameter
+
+_CLIP = ("clip_vision_model", "siglip_vision_model")
+_DINO = ("dinov2", "dinov2_with_registers")
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """Shape of a vision transformer.
+
+    Attributes:
+        features: D.
+        layers: L.
+        heads: N, a divisor of D.
+        hidden: F.
+        image: (height, width) it was trained with, in pixels.
+        patch: (height, width) of a patch.
+        channels: of an image.
+        class_token: whether one stands before the patches.
+        registers: further tokens behind it.
+        early_norm: whether there is a norm before the first block.
+        patch_bias, qkv_bias: which products have one.
+        scaled: whether what a layer adds has a learned scale.
+        gated: whether the feed-forward layer has a gate.
+        pooler: "" none, "dense" behind the class token, "attention".
+        labels: of a classifier; 0: there is none.
+        activation: of the feed-forward layer.
+        norm_eps: epsilon of the norms.
+        family: config.json's `model_type`.
+    """
+
+    features: int
+    layers: int
+    heads: int
+    hidden: int
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int = 3
+    class_token: bool = True
+    registers: int = 0
+    early_norm: bool = False
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    scaled: bool = False
+    gated: bool = False
+    pooler: str = ""
+    labels: int = 0
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    family: str = "vit"
+
+    def __post_init__(self) -> None:
+        if self.features % self.heads:
+            raise ModelError(f"config: {self.heads} heads do not divide a width of {self.features}.")
+        if self.image[0] < self.patch[0] or self.image[1] < self.patch[1]:
+            raise ModelError(f"config: an image of {self.image} pixels has no patch of {self.patch}.")
+        activation(self.activation)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of an image, down and across."""
+        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @classmethod
+    def from_hugging_face(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> VitConfig:
+        """Returns the configuration that a config.json describes; `names` of tensors tell what is there.
+
+        Raises:
+            ModelError: a value is missing, impossible, or asks for what is not supported.
+        """
+        values = Values(config, "config.json")
+        family = values.text("model_type", "vit")
+        dino, clip, siglip = family in _DINO, family == _CLIP[0], family == _CLIP[1]
+        features = values.integer("hidden_size", 768)
+        gated = values.flag("use_swiglu_ffn", False) if dino else False
+        hidden = 4 * features
+        if dino:
+            hidden = int(features * values.number("mlp_ratio", 4))
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
+        elif values.get("intermediate_size") is not None:
+            hidden = values.integer("intermediate_size")
+        pooler = "dense" if family == "vit" and any(n.endswith("pooler.dense.weight") for n in names) else ""
+        if siglip and values.flag("vision_use_head", True):
+            pooler = "attention"
+        return cls(
+            features=features,
+            layers=values.integer("num_hidden_layers", 12),
+            heads=values.integer("num_attention_heads", 12),
+            hidden=hidden,
+            image=_pair(values, "image_size", 224),
+            patch=_pair(values, "patch_size", {_CLIP[0]: 32, **dict.fromkeys(_DINO, 14)}.get(family, 16)),
+            channels=values.integer("num_channels", 3),
+            class_token=not siglip,
+            registers=values.integer("num_register_tokens", 4, least=0) if family == _DINO[1] else 0,
+            early_norm=clip,
+            patch_bias=not clip,
+            qkv_bias=True if clip or siglip else values.flag("qkv_bias", True),
+            scaled=dino,
+            gated=gated,
+            pooler=pooler,
+            labels=labels(config, names),
+            activation="silu" if gated else values.text("hidden_act", _ACTIVATIONS.get(family, "gelu")),
+            norm_eps=values.number("layer_norm_eps", {"vit": 1e-12, _CLIP[0]: 1e-5}.get(family, 1e-6)),
+            family=family,
+        )
+
+
+_ACTIVATIONS = {"clip_vision_model": "quick_gelu", "siglip_vision_model": "gelu_pytorch_tanh"}
+
+
+def labels(config: Mapping[str, Any], names: Collection[str]) -> int:
+    """Returns how many labels the classifier of a checkpoint tells apart; 0 where it has none.
+
+    Raises:
+        ModelError: config.json does not say how many.
+    """
+    if not any(name.startswith("classifier.") and name.endswith("weight") for name in names):
+        return 0
+    named = config.get("id2label")
+    if isinstance(named, Mapping) and named:
+        return len(named)
+    return Values(config, "config.json").integer("num_labels", 2)
+
+
+def _pair(values: Values, key: str, default: int) -> tuple[int, int]:
+    given = values.get(key)
+    if isinstance(given, list):
+        if len(given) != 2:
+            raise ModelError(f"config.json: {key} is {given!r}; expected a number of pixels, or two of them.")
+        inner = Values({"height": given[0], "width": given[1]}, f"config.json: {key}")
+        return inner.integer("height"), inner.integer("width")
+    size = values.integer(key, default)
+    return size, size
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        hidden: int,
+        *,
+        activation: str,
+        norm_eps: float,
+        gated: bool = False,
+        qkv_bias: bool = True,
+        scaled: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        made = {"dtype": dtype, "rngs": rngs}
+        self.attention_norm = LayerNorm(features, eps=norm_eps, **made)
+        self.attention = EncoderAttention(features, heads, features // heads, bias=qkv_bias, out_bias=True, **made)
+        self.mlp_norm = LayerNorm(features, eps=norm_eps, **made)
+        self.mlp = FeedForward(features, hidden, activation=activation, gated=gated, **made)
+        ones = jax.nn.initializers.ones
+        self.attention_scale = parameter(ones, (features,), dtype, rngs) if scaled else None
+        self.mlp_scale = parameter(ones, (features,), dtype, rngs) if scaled else None
+
+    def __call__(self, x: Float[Array, "B T D"], mask: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """Returns the stream after this layer."""
+        x = x + _scaled(self.attention(self.attention_norm(x), mask=mask), self.attention_scale)
+        return x + _scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale)
+
+
+def _scaled(x: jax.Array, scale: nnx.Param[Any] | None) -> jax.Array:
+    return x if scale is None else x * jnp.broadcast_to(scale.get_value().astype(x.dtype), x.shape)
+
+
+class AttentionPool(nnx.Module):
+    """One learned query looks at all patches: SigLIP's image vector."""
+
+    def __init__(self, config: VitConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
+        made = {"dtype": dtype, "rngs": rngs}
+        features, heads = config.features, config.heads
+        self.probe = parameter(jax.nn.initializers.normal(1.0), (1, 1, features), dtype, rngs)
+        self.attention = EncoderAttention(features, heads, features // heads, **made)
+        self.norm = LayerNorm(features, eps=config.norm_eps, **made)
+        self.mlp = FeedForward(features, config.hidden, activation=config.activation, **made)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """Returns one vector an image."""
+        probe = self.probe.get_value().astype(x.dtype)
+        y = self.attention(jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[2])), x)
+        return (y + self.mlp(self.norm(y)))[:, 0]
+
+
+class Vit(Model):
+    """A vision transformer.
+
+    Args:
+        config: its shape.
+        dtype: of activations, and of the parameters that `rngs` draws.
+        rngs: None leaves the parameters abstract, for a loader to fill.
+    """
+
+    def __init__(self, config: VitConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
+        super().__init__(config, dtype)
+        made = {"dtype": dtype, "rngs": rngs}
+        features, clip = config.features, config.family in _CLIP
+        self.patches = make_patches(config.channels, features, config.patch, config.patch_bias, dtype, rngs)
+        small = jax.nn.initializers.normal(0.02)
+        single = (features,) if clip else (1, 1, features)
+        self.class_token = parameter(small, single, dtype, rngs) if config.class_token else None
+        registers = (1, config.registers, features)
+        self.registers = parameter(small, registers, dtype, rngs) if config.registers else None
+        places = config.grid[0] * config.grid[1] + config.class_token
+        self.positions = parameter(small, (places, features) if clip else (1, places, features), dtype, rngs)
+        eps = config.norm_eps
+        self.early_norm = LayerNorm(features, eps=eps, **made) if config.early_norm else None
+        options = {
+            "activation": config.activation,
+            "norm_eps": eps,
+            "gated": config.gated,
+            "qkv_bias": config.qkv_bias,
+            "scaled": config.scaled,
+            **made,
+        }
+        shape = (features, config.heads, config.hidden)
+        self.blocks = nnx.List([Block(*shape, **options) for _ in range(config.layers)])
+        self.norm = LayerNorm(features, eps=eps, **made)
+        self.pooler = Linear(features, features, bias=True, **made) if config.pooler == "dense" else None
+        self.attention_pool = AttentionPool(config, **made) if config.pooler == "attention" else None
+        width = features * (2 if config.family in _DINO else 1)
+        self.classifier = Linear(width, config.labels, bias=True, **made) if config.labels else None
+
+    def __call__(self, images: Float[Array, "B h w c"]) -> Float[Array, "B T D"]:
+        """Returns the states of class token, registers and patches.
+
+        Args:
+            images: normalized as the model was trained with. For sizes other than `config.image`, positions are
+                interpolated (bicubic).
+
+        The last norm is part of it, except for CLIP, which norms the class token alone (`pool`). Differentiable in the
+        float weights and the images.
+
+        Raises:
+            ModelError: an image is smaller than a patch, or has other channels.
+        """
+        config = self.config
+        height, width = images.shape[1] // config.patch[0], images.shape[2] // config.patch[1]
+        if not height or not width or images.shape[3] != config.channels:
+            raise ModelError(
+                f"images of {images.shape[1]} x {images.shape[2]} pixels and {images.shape[3]} channels; expected at "
+                f"least {config.patch[0]} x {config.patch[1]}, and {config.channels} channels in the last axis."
+            )
+        x = self.patches(images.astype(self.dtype))
+        x = x.reshape(x.shape[0], -1, config.features)
+        heads = self._tokens(self.class_token, x)
+        x = jnp.concatenate([*heads, x], axis=1) + self._places(height, width).astype(self.dtype)
+        x = jnp.concatenate([x[:, : len(heads)], *self._tokens(self.registers, x), x[:, len(heads) :]], axis=1)
+        x = x if self.early_norm is None else self.early_norm(x)
+        for block in self.blocks:
+            x = run(block, x)
+        return x if config.family == _CLIP[0] else self.norm(x)
+
+    def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """Returns one vector an image: the class token's state, through the pooler where there is one."""
+        if self.attention_pool is not None:
+            return self.attention_pool(hidden)
+        first = hidden[:, 0]
+        first = self.norm(first) if self.config.family == _CLIP[0] else first
+        return first if self.pooler is None else jnp.tanh(self.pooler(first))
+
+    def classify(self, images: Float[Array, "B h w c"]) -> Float[Array, "B labels"]:
+        """Returns float32 logits of the labels.
+
+        Raises:
+            ModelError: the checkpoint had no classifier.
+        """
+        if self.classifier is None:
+            raise ModelError("this model has no classifier; its states are model(images).")
+        hidden = self(images)
+        first = hidden[:, 0]
+        if self.config.family in _DINO:
+            patches = jnp.mean(hidden[:, 1 + self.config.registers :], axis=1)
+            first = jnp.concatenate([first, patches], axis=-1)
+        return self.classifier(first).astype(jnp.float32)
+
+    def _tokens(self, token: nnx.Param[Any] | None, x: jax.Array) -> list[jax.Array]:
+        if token is None:
+            return []
+        rows = token.get_value().astype(x.dtype).reshape(1, -1, x.shape[2])
+        return [jnp.broadcast_to(rows, (x.shape[0], *rows.shape[1:]))]
+
+    def _places(self, height: int, width: int) -> jax.Array:
+        table = self.positions.get_value().reshape(1, -1, self.config.features)
+        if (height, width) == self.config.grid:
+            return table
+        first, grid = jnp.split(table.astype(jnp.float32), [int(self.config.class_token)], axis=1)
+        down, across = (bicubic(old, new) for old, new in zip(self.config.grid, (height, width), strict=True))
+        grid = grid.reshape(*self.config.grid, -1)
+        grid = jnp.einsum("ih,jw,hwd->ijd", jnp.asarray(down), jnp.asarray(across), grid, precision="highest")
+        return jnp.concatenate([first, grid.reshape(1, height * width, -1)], axis=1)
+
+
+def make_patches(
+    channels: int, features: int, patch: tuple[int, int], bias: bool, dtype: Any, rngs: nnx.Rngs | None
+) -> nnx.Conv:
+    """Returns the convolution that makes one vector of each patch, `[B, h, w, c]` to `[B, rows, columns, D]`."""
+    options = {"strides": patch, "padding": "VALID", "use_bias": bias, "dtype": dtype, "param_dtype": dtype}
+    return made_module(lambda r: nnx.Conv(channels, features, patch, rngs=r, **options), rngs)
+
+
+def bicubic(old: int, new: int) -> np.ndarray:
+    """Returns float32 `[new, old]`, the matrix that interpolates `old` samples at `new` places, centres in the middle.
+
+    Keys' kernel with a = -0.75, borders repeated: PyTorch's, with which these models were made to other sizes.
+    """
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(places).astype(int)
+    matrix = np.zeros((new, old))
+    a = -0.75
+    for tap in range(-1, 3):
+        t = np.abs(places - (first + tap))
+        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+        far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(t <= 1, near, far))
+    return matrix.astype(np.float32)
+
+
+def tower_entries(config: VitConfig, path: str, name: str) -> tuple[Entry, ...]:
+    """Returns the entries of CLIP's or SigLIP's image tower, which stands at `path` of a module (with its dot)."""
+    head = f"{name}head"
+    packed = (f"{head}.attention.in_proj_weight", f"{head}.attention.in_proj_bias")
+    pool = f"{path}attention_pool"
+    third = tuple(
+        entry
+        for i, part in enumerate(("query", "key", "value"))
+        for entry in (
+            Entry(f"{pool}.attention.{part}.kernel", packed[0], "kernel", (i, 3)),
+            Entry(f"{pool}.attention.{part}.bias", packed[1], part=(i, 3)),
+        )
+    )
+    return (
+        *conv(f"{path}patches", f"{name}embeddings.patch_embedding"),
+        Entry(f"{path}class_token", f"{name}embeddings.class_embedding"),
+        Entry(f"{path}positions", f"{name}embeddings.position_embedding.weight"),
+        *norm(f"{path}early_norm", f"{name}pre_layrnorm"),
+        *numbered(config.layers, clip_block(f"{path}blocks.{{}}", f"{name}encoder.layers.{{}}")),
+        *norm(f"{path}norm", f"{name}post_layernorm"),
+        Entry(f"{pool}.probe", f"{head}.probe"),
+        *third,
+        *linear(f"{pool}.attention.out", f"{head}.attention.out_proj"),
+        *norm(f"{pool}.norm", f"{head}.layernorm"),
+        *linear(f"{pool}.mlp.up", f"{head}.mlp.fc1"),
+        *linear(f"{pool}.mlp.down", f"{head}.mlp.fc2"),
+    )
+
+
+def clip_block(path: str, name: str) -> tuple[Entry, ...]:
+    """Returns the entries of a block of CLIP's or SigLIP's towers."""
+    return (
+        *norm(f"{path}.attention_norm", f"{name}.layer_norm1"),
+        *linear(f"{path}.attention.query", f"{name}.self_attn.q_proj"),
+        *linear(f"{path}.attention.key", f"{name}.self_attn.k_proj"),
+        *linear(f"{path}.attention.value", f"{name}.self_attn.v_proj"),
+        *linear(f"{path}.attention.out", f"{name}.self_attn.out_proj"),
+        *norm(f"{path}.mlp_norm", f"{name}.layer_norm2"),
+        *linear(f"{path}.mlp.up", f"{name}.mlp.fc1"),
+        *linear(f"{path}.mlp.down", f"{name}.mlp.fc2"),
+    )
+
+
+def table(config: VitConfig) -> Table:
+    """Returns the names of the weights in checkpoints."""
+    if config.family in _CLIP:
+        return Table(tower_entries(config, "", ""), ("", "vision_model."), ("*.position_ids", "visual_projection.*"))
+    at = "encoder.layer.{}"
+    dino = config.family in _DINO
+    mlp = (f"{at}.mlp.fc1", f"{at}.mlp.fc2") if dino else (f"{at}.intermediate.dense", f"{at}.output.dense")
+    up = linear("blocks.{}.mlp.up", mlp[0])
+    if config.gated:
+        mlp = (f"{at}.mlp.weights_in", f"{at}.mlp.weights_out")
+        up = (*linear("blocks.{}.mlp.gate", mlp[0], (0, 2)), *linear("blocks.{}.mlp.up", mlp[0], (1, 2)))
+    norms = ("norm1", "norm2") if dino else ("layernorm_before", "layernorm_after")
+    block = (
+        *norm("blocks.{}.attention_norm", f"{at}.{norms[0]}"),
+        *linear("blocks.{}.attention.query", f"{at}.attention.attention.query"),
+        *linear("blocks.{}.attention.key", f"{at}.attention.attention.key"),
+        *linear("blocks.{}.attention.value", f"{at}.attention.attention.value"),
+        *linear("blocks.{}.attention.out", f"{at}.attention.output.dense"),
+        Entry("blocks.{}.attention_scale", f"{at}.layer_scale1.lambda1"),
+        *norm("blocks.{}.mlp_norm", f"{at}.{norms[1]}"),
+        *up,
+        *linear("blocks.{}.mlp.down", mlp[1]),
+        Entry("blocks.{}.mlp_scale", f"{at}.layer_scale2.lambda1"),
+    )
+    entries = (
+        *conv("patches", "embeddings.patch_embeddings.projection"),
+        Entry("class_token", "embeddings.cls_token"),
+        Entry("registers", "embeddings.register_tokens"),
+        Entry("positions", "embeddings.position_embeddings"),
+        *numbered(config.layers, block),
+        *norm("norm", "layernorm"),
+        *linear("pooler", "pooler.dense"),
+        *linear("classifier", "classifier"),
+    )
+    return Table(entries, ("", "vit.", "dinov2.", "dinov2_with_registers."), ("embeddings.mask_token", "decoder.*"))
+
+
+FAMILY = Family(VitConfig.from_hugging_face, Vit, table)
