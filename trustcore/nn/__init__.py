@@ -7,8 +7,23 @@ A layer built with `rngs` holds initialized parameters. One built without is abs
 from trustcore.nn.attention import Attention
 from trustcore.nn.cache import KVCache
 from trustcore.nn.embedding import Embedding
+from trustcore.nn.experts import Experts, ExpertsConfig
+from trustcore.nn.latent import LatentAttention, LatentConfig
 from trustcore.nn.linear import Linear
-from trustcore.nn.mlp import GatedMLP
-from trustcore.nn.norm import RMSNorm
+from trustcore.nn.mlp import MLP, GatedMLP
+from trustcore.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["Attention", "Embedding", "GatedMLP", "KVCache", "Linear", "RMSNorm"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Embedding",
+    "Experts",
+    "ExpertsConfig",
+    "GatedMLP",
+    "KVCache",
+    "LatentAttention",
+    "LatentConfig",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+]
