@@ -42,7 +42,9 @@ def names(config):
     """Returns the names of the weights of a decoder whose files hold each as a tensor of its own."""
     theirs = FAMILIES[config.family].names_for(config)
     stored = {rule.paths[0]: rule.stored for rule in rules_of(config, theirs)}
-    return [Name(rule.paths[0], rule.stored, stored.get(rule.paths[0])) for rule in rules_of(config, gguf_of(config).names)]
+    return [
+        Name(rule.paths[0], rule.stored, stored.get(rule.paths[0])) for rule in rules_of(config, gguf_of(config).names)
+    ]
 
 
 def random_decoder(config=CONFIG, seed=0):

@@ -1,4 +1,4 @@
-"""Every family against transformers: the same logits from the files it saves, padded on either side, and step by step."""
+"""Every family against transformers: the same logits from the files it saves, padded on either side, step by step."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from trustcore.models import decoder_from_checkpoint
+from trustcore.models import DecoderConfig, decoder_from_checkpoint
+from trustcore.saving import save
 from trustcore.weights import open_checkpoint
 
 DATA = Path(__file__).parents[1] / "data" / "decoders"
@@ -58,3 +59,17 @@ def test_logits_of_the_original_library(tmp_path, name):
         logits, cache = step(model, cache, tokens[:, begin:end], jnp.asarray(here))
         np.testing.assert_allclose(logits[here], case["left"][:, begin:end][here], atol=TOLERANCE, err_msg=f"to {end}")
     assert cache.length.tolist() == mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_model_holds_the_tensors_it_was_read_from(tmp_path, name):
+    """The name map in both directions: names, shapes and numbers, but for the last bit of norms stored less one."""
+    case = recorded(name)
+    path = write(tmp_path, case)
+    save(load(path), tmp_path / "saved")
+    kept, written = load_file(path), load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(written) == set(kept)
+    for key, array in kept.items():
+        np.testing.assert_allclose(written[key], array, rtol=0, atol=1.2e-7 if name.startswith("gemma") else 0)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert DecoderConfig.from_hugging_face(config) == DecoderConfig.from_hugging_face(json.loads(str(case["config"])))

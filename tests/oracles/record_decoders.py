@@ -7,8 +7,8 @@ The oracles are no test dependencies. In a virtual environment of its own (CPU):
     python tests/oracles/record_decoders.py --out tests/data/decoders --check     compares instead of writing
 
 A file holds the tensors as `save_pretrained` stores them (`weights/NAME`), its config.json (`config`), the tokens
-`[B, T]`, and float32 logits `[B, T, V]`: of all tokens (`plain`), and of rows padded on the left and on the right, where
-`left_mask` and `right_mask` say which tokens count. Positions count the tokens that do, as in generation. Weights are
+`[B, T]`, and float32 logits `[B, T, V]`: of all tokens (`plain`), and of rows padded on the left and on the right,
+where `left_mask` and `right_mask` say which tokens count. Positions count the tokens that do, as in generation. Weights are
 rounded to bfloat16, which halves the files; vectors are random too, so that a swapped pair shows.
 """
 
@@ -123,7 +123,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "logits_scaling": 2.0, "tie_word_embeddings": True,
         },
     ),
-    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**LLAMA, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm": (
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        {**LLAMA, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    ),
     "stablelm_parallel": (
         "StableLmForCausalLM",
         "StableLmConfig",
@@ -211,7 +215,9 @@ def record(model_class: str, config_class: str, options: dict[str, Any]) -> dict
             if value.ndim == 1:
                 value += 0.3 * torch.randn_like(value)
             else:
-                value.copy_(torch.randn_like(value) * (0.5 if "embed" in key or "wte" in key else 1.2 / value.shape[-1] ** 0.5))
+                value.copy_(
+                    torch.randn_like(value) * (0.5 if "embed" in key or "wte" in key else 1.2 / value.shape[-1] ** 0.5)
+                )
             value.copy_(value.bfloat16().float())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

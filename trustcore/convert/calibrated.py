@@ -3,8 +3,8 @@
     model (float32), text -> chunks -> what goes into each matrix -> importance | GPTQ's codes | AWQ's scaled weights
                                                                   -> the cost of each format -> formats under a budget
 
-Everything here works on the matrices of a decoder's blocks, held as floats; embedding and
-output layer, and what GGUF files hold as one tensor of several, are packed as without a text. Results go by GGUF names, their rows in GGUF's order.
+Everything here works on the matrices of a decoder's blocks, held as floats; embedding and output layer, and what GGUF
+files hold as one tensor of several, are packed as without a text. Results go by GGUF names, rows in GGUF's order.
 """
 
 from __future__ import annotations

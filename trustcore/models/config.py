@@ -178,7 +178,12 @@ class DecoderConfig:
 
     @staticmethod
     def from_gguf(
-        metadata: Mapping[str, Any], *, vocab_size: int, tied: bool, rope_divisors: tuple[float, ...] = ()
+        metadata: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        tied: bool,
+        rope_divisors: tuple[float, ...] = (),
+        long_divisors: tuple[float, ...] = (),
     ) -> DecoderConfig:
         """Returns the configuration that GGUF metadata describe.
 
@@ -186,14 +191,16 @@ class DecoderConfig:
             metadata: key-value pairs of the file.
             vocab_size: rows of the embedding table, which the metadata need not tell.
             tied: whether the file has no output table of its own.
-            rope_divisors: contents of its `rope_freqs.weight`, if there.
+            rope_divisors: contents of its `rope_freqs.weight` or `rope_factors_short.weight`, if there.
+            long_divisors: contents of its `rope_factors_long.weight`, if there.
 
         Raises:
             ModelError: the architecture is not supported, or a value is missing or out of range.
         """
         from trustcore.models.families import read_gguf  # families make configurations: they are above this file
 
-        return read_gguf(metadata, vocab_size=vocab_size, tied=tied, rope_divisors=rope_divisors)
+        divisors = (rope_divisors, long_divisors)
+        return read_gguf(metadata, vocab_size=vocab_size, tied=tied, divisors=divisors)
 
     @staticmethod
     def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:

@@ -1,6 +1,6 @@
 """One decoder for all families: a stack of blocks whose parts a configuration chooses.
 
-    h = embed(tokens) (+ positions);  h += attention(norm(h)), h += mlp(norm(h))  for each block;  logits = output(norm(h))
+    h = embed(tokens);  h += attention(norm(h)), h += mlp(norm(h))  for each block;  logits = output(norm(h))
 
 Norms stand before the products, behind them or both; attention and feed-forward follow each other or read the same
 stream; positions turn queries and keys, are added, or lower scores; the feed-forward is plain, gated, or experts. The
@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
         x = self._embed(tokens, positions)
         layers = []
         for i, block in enumerate(self.blocks):
-            turn = turns.get(block.attention.rope)
+            turn = None if block.attention.rope is None else turns[block.attention.rope]
             x, layer = _run_block(block, x, turn, positions, None if cache is None else cache.layers[i])
             layers.append(layer)
         x = _through(self.norm, x)

@@ -117,12 +117,14 @@ def _read_config(checkpoint: Checkpoint, from_gguf: bool) -> DecoderConfig:
     table = checkpoint.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise ModelError(f"{checkpoint.path}: token_embd.weight [V, D] is missing; this is not a decoder's file.")
-    divisors = checkpoint.get("rope_freqs.weight")
+    divisors = [checkpoint.get(f"rope_{name}.weight") for name in ("freqs", "factors_short", "factors_long")]
+    plain, short, long = (() if d is None else tuple(float(x) for x in d.numpy().reshape(-1)) for d in divisors)
     return DecoderConfig.from_gguf(
         checkpoint.metadata,
         vocab_size=table.shape[0],
         tied="output.weight" not in checkpoint,
-        rope_divisors=() if divisors is None else tuple(float(x) for x in divisors.numpy().reshape(-1)),
+        rope_divisors=plain or short,
+        long_divisors=long,
     )
 
 
@@ -148,7 +150,7 @@ class _Entry:
 
 @dataclasses.dataclass
 class _Matching:
-    """What was found on the way: faults, names of tensors that are used, modules that are packed (True: as they should)."""
+    """What was found on the way: faults, tensors that are used, modules that are packed (True: as they should)."""
 
     faults: list[str] = dataclasses.field(default_factory=list)
     used: set[str] = dataclasses.field(default_factory=set)

@@ -1,7 +1,7 @@
 """Name maps: how the parameters of a model stand in files, as rules that are read in either direction.
 
-A rule joins one or more parameters to one tensor of a file (or to one for each piece of a stack). Its kind is named by the
-function that makes it:
+A rule joins one or more parameters to one tensor of a file (or to one for each piece of a stack). Its kind is named by
+the function that makes it:
 
     plain       the tensor is the parameter: norms, biases, tables, and kernels that files hold [in, out]
     kernel      a matrix that files hold [out, in] and layers [in, out]

@@ -136,7 +136,7 @@ def rope(
         config: frequencies and pairing.
         context: tokens the call may see in all, for "dynamic" scaling.
 
-    Angles and products are float32 (products of float64 are float64); the result has the dtype of x. Differentiable in x.
+    Angles are float32, products too (float64 for float64); the result has the dtype of x. Differentiable in x.
     """
     return rotate(x, angles(positions, config, context=context), config)
 

@@ -21,9 +21,7 @@ from trustcore.ops.rope import RopeConfig
 __all__ = ["FAMILIES", "Family", "Gguf", "Names", "gguf_of", "read_gguf", "read_hugging_face", "rules_of"]
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for file in (llama, gemma, experts, deepseek, gpt)
-    for family in file.FAMILIES
+    family.name: family for file in (llama, gemma, experts, deepseek, gpt) for family in file.FAMILIES
 }
 
 
@@ -49,9 +47,13 @@ def read_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def read_gguf(
-    metadata: Mapping[str, Any], *, vocab_size: int, tied: bool, rope_divisors: tuple[float, ...] = ()
+    metadata: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    tied: bool,
+    divisors: tuple[tuple[float, ...], tuple[float, ...]] = ((), ()),
 ) -> DecoderConfig:
-    """See `DecoderConfig.from_gguf`."""
+    """See `DecoderConfig.from_gguf`; `divisors` of rotary frequencies: all, or of short and of long contexts."""
     architecture = metadata.get("general.architecture")
     known = {f.gguf.name: f for f in FAMILIES.values() if f.gguf is not None and f.gguf.own}
     family = known.get(architecture) if isinstance(architecture, str) else None
@@ -73,7 +75,7 @@ def read_gguf(
         "head_dim": head_dim,
         "hidden": values.integer("feed_forward_length"),
         "context": context,
-        "rope": _gguf_rope(values, head_dim, context, family.gguf.interleaved, rope_divisors),
+        "rope": _gguf_rope(values, head_dim, context, family.gguf.interleaved, divisors),
         "norm_eps": values.number("attention.layer_norm_rms_epsilon", 1e-5),
         "tied": tied,
         "window": values.integer("attention.sliding_window", 0, least=0) or None,
@@ -83,7 +85,11 @@ def read_gguf(
 
 
 def _gguf_rope(
-    values: Values, head_dim: int, context: int, interleaved: bool, divisors: tuple[float, ...]
+    values: Values,
+    head_dim: int,
+    context: int,
+    interleaved: bool,
+    divisors: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> RopeConfig:
     kind = values.text("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
@@ -94,17 +100,21 @@ def _gguf_rope(
     attention_factor = None
     if kind == "yarn":  # attn_factor multiplies YaRN's own magnitude
         attention_factor = values.number("rope.scaling.attn_factor", 1.0) * magnitude(factor, 1.0)
+    plain, long = divisors
+    if long:
+        kind, attention_factor = "longrope", values.number("rope.scaling.attn_factor", 1.0)
     return RopeConfig(
         size=values.integer("rope.dimension_count", head_dim),
         theta=values.number("rope.freq_base", 10000.0),
         interleaved=interleaved,
         scaling=kind,  # type: ignore[arg-type]
-        factor=factor if kind != "none" else 1.0,
+        factor=factor if kind in ("linear", "yarn") else 1.0,
         original_context=values.integer("rope.scaling.original_context_length", context),
         beta_fast=values.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=values.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=attention_factor,
-        divisors=divisors,
+        divisors=plain,
+        long_divisors=long,
     )
 
 

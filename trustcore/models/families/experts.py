@@ -39,7 +39,10 @@ _GPT_OSS = (
     kernel("mlp.router.kernel", "mlp.router.weight"),
     plain("mlp.router.bias", "mlp.router.bias"),
     fused(
-        ["mlp.experts.gate.kernel", "mlp.experts.up.kernel"], "mlp.experts.gate_up_proj", groups="expert_hidden", rows_first=False
+        ["mlp.experts.gate.kernel", "mlp.experts.up.kernel"],
+        "mlp.experts.gate_up_proj",
+        groups="expert_hidden",
+        rows_first=False,
     ),
     fused(["mlp.experts.gate.bias", "mlp.experts.up.bias"], "mlp.experts.gate_up_proj_bias", groups="expert_hidden"),
     plain("mlp.experts.down.kernel", "mlp.experts.down_proj"),
@@ -51,7 +54,10 @@ _GPT_OSS = (
 def _read_mixtral(values: Values) -> Mapping[str, Any]:
     fields = common(values, default_eps=1e-5, rope={"theta": 1e6})
     experts = ExpertsConfig(
-        values.integer("num_local_experts", 8), values.integer("num_experts_per_tok", 2), fields["hidden"], normalize=True
+        values.integer("num_local_experts", 8),
+        values.integer("num_experts_per_tok", 2),
+        fields["hidden"],
+        normalize=True,
     )
     return {**fields, **window_of(values, fields["layers"]), "experts": experts}
 
@@ -100,9 +106,7 @@ def _read_gpt_oss(values: Values) -> Mapping[str, Any]:
 
 
 FAMILIES = (
-    Family(
-        "mixtral", "Mixtral", "MixtralForCausalLM", _read_mixtral, llama_names((*NORMS, *QKV, *OUT, *_MIXTRAL))
-    ),
+    Family("mixtral", "Mixtral", "MixtralForCausalLM", _read_mixtral, llama_names((*NORMS, *QKV, *OUT, *_MIXTRAL))),
     Family(
         "qwen2_moe",
         "Qwen1.5-MoE, Qwen2-MoE",
@@ -117,7 +121,5 @@ FAMILIES = (
         _read_qwen3_moe,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM, *QWEN)),
     ),
-    Family(
-        "gpt_oss", "gpt-oss", "GptOssForCausalLM", _read_gpt_oss, llama_names((*NORMS, *QKV, *OUT, *_GPT_OSS))
-    ),
+    Family("gpt_oss", "gpt-oss", "GptOssForCausalLM", _read_gpt_oss, llama_names((*NORMS, *QKV, *OUT, *_GPT_OSS))),
 )

@@ -1,7 +1,7 @@
 """Gemma: embeddings scaled by sqrt(D), norms that multiply by 1 + what is stored, GeGLU.
 
-Gemma 2 adds norms behind the products, soft caps and a window in every other layer; Gemma 3 norms of queries and keys in
-place of the caps, and rotary positions of their own in the layers with a window. arXiv 2403.08295, 2408.00118,
+Gemma 2 adds norms behind the products, soft caps and a window in every other layer; Gemma 3 norms of queries and keys
+in place of the caps, and rotary positions of their own in the layers with a window. arXiv 2403.08295, 2408.00118,
 2503.19786.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import ACTIVATIONS, common, rope_of, window_of
+from trustcore.models.families.gguf import gguf
 from trustcore.models.families.llama import MLP, OUT, QKV, llama_names
 from trustcore.models.name_map import plain, shifted
 from trustcore.models.values import Values
@@ -91,13 +92,21 @@ def _cap(values: Values, key: str, default: float) -> float | None:
 
 
 FAMILIES = (
-    Family("gemma", "Gemma 1", "GemmaForCausalLM", _read_gemma, llama_names((*_NORMS, *QKV, *OUT, *MLP), model=_MODEL)),
+    Family(
+        "gemma",
+        "Gemma 1",
+        "GemmaForCausalLM",
+        _read_gemma,
+        llama_names((*_NORMS, *QKV, *OUT, *MLP), model=_MODEL),
+        gguf=gguf("gemma"),
+    ),
     Family(
         "gemma2",
         "Gemma 2",
         "Gemma2ForCausalLM",
         _read_gemma2,
         llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP), model=_MODEL),
+        gguf=gguf("gemma2"),
     ),
     Family(
         "gemma3_text",
@@ -105,5 +114,6 @@ FAMILIES = (
         "Gemma3ForCausalLM",
         _read_gemma3,
         llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP, *_QK_NORM), model=_MODEL),
+        gguf=gguf("gemma3"),
     ),
 )

@@ -5,14 +5,22 @@ Names and keys are those of the public `gguf` package's constants (tensor names 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.families.family import Gguf, Names
+from trustcore.models.families.fields import over_layers
 from trustcore.models.name_map import Rule, fused, kernel, plain
 from trustcore.models.values import Values
+from trustcore.ops.rope import RopeConfig
 
+Fields = Mapping[str, Any]
+
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight", ".attn_rot_embd.weight")
 _MODEL = (
     plain("embedding.table", "token_embd.weight"),
     plain("norm.weight", "output_norm.weight"),
@@ -57,10 +65,12 @@ _DOWN = _product("mlp.down", "ffn_down")
 
 def _names(layer: Sequence[Rule]) -> Names:
     layers = tuple(
-        Rule(tuple(f"blocks.{{}}.{path}" for path in rule.paths), f"blk.{{}}.{rule.stored}", rule.rows_first, rule.groups)
+        dataclasses.replace(
+            rule, paths=tuple(f"blocks.{{}}.{path}" for path in rule.paths), stored=f"blk.{{}}.{rule.stored}"
+        )
         for rule in layer
     )
-    return Names(_MODEL, layers, ignored=("rope_freqs.weight", ".attn_rot_embd.weight"))
+    return Names(_MODEL, layers, ignored=NOT_WEIGHTS)
 
 
 SEPARATE = _names((*_NORMS, *_QKV, *_OUT, *_GATE, *_UP, *_DOWN))
@@ -70,15 +80,105 @@ _FUSED = {
 }
 
 
-def _qwen2(values: Values, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+# Layers by which llama.cpp knows the largest Gemma 2 and 3, whose scores are scaled by the width of the model.
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+
+
+def _qwen2(values: Values, fields: Fields) -> Fields:
     return {"qkv_bias": True}
 
 
-def _qwen3(values: Values, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _qwen3(values: Values, fields: Fields) -> Fields:
     return {"qk_norm": "head"}
 
 
-_READ = {"qwen2": _qwen2, "qwen3": _qwen3}
+def _gemma(values: Values, fields: Fields) -> Fields:
+    return {"activation": "gelu_tanh", "embedding_scale": math.sqrt(fields["features"])}
+
+
+def _gemma2(values: Values, fields: Fields) -> Fields:
+    return {
+        **_gemma(values, fields),
+        "norm_place": "both",
+        "windowed": None if fields["window"] is None else _every_other(fields["layers"]),
+        "score_cap": values.number("attn_logit_softcapping", 50.0) or None,
+        "logit_cap": values.number("final_logit_softcapping", 30.0) or None,
+        "attention_scale": _gemma_scale("gemma2", fields),
+    }
+
+
+def _gemma3(values: Values, fields: Fields) -> Fields:
+    theta = values.number("rope.freq_base_swa", 10000.0)
+    near = RopeConfig(fields["rope"].size, theta=theta, original_context=fields["rope"].original_context)
+    return {
+        **_gemma(values, fields),
+        "norm_place": "both",
+        "qk_norm": "head",
+        "windowed": None if fields["window"] is None else _five_of_six(fields["layers"]),
+        "window_rope": near,
+        "logit_cap": values.number("final_logit_softcapping", 0.0) or None,
+        "attention_scale": _gemma_scale("gemma3", fields),
+    }
+
+
+def _every_other(layers: int) -> tuple[bool, ...] | None:
+    return over_layers(layers, lambda i: i % 2 == 0)
+
+
+def _five_of_six(layers: int) -> tuple[bool, ...] | None:
+    return over_layers(layers, lambda i: i % 6 != 5)
+
+
+def _gemma_scale(name: str, fields: Fields) -> float:
+    wide = fields["layers"] == _LARGEST[name]
+    return (fields["features"] // fields["heads"] if wide else fields["head_dim"]) ** -0.5
+
+
+def _gpt2(values: Values, fields: Fields) -> Fields:
+    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "norm_bias"), True)
+    return {
+        "norm": "layer",
+        "norm_eps": values.number("attention.layer_norm_epsilon", 1e-5),
+        "rope": None,
+        "learned_positions": fields["context"],
+        "gated": False,
+        "activation": "gelu_tanh",
+        **biases,
+    }
+
+
+def _write_gemma2(config: DecoderConfig) -> Fields:
+    _hold(config, "gemma2", _every_other(config.layers))
+    if config.score_cap is None or config.logit_cap is None:
+        raise ModelError("GGUF files of gemma2 always have soft caps of scores and of logits; this model lacks one.")
+    return {"attn_logit_softcapping": config.score_cap, "final_logit_softcapping": config.logit_cap}
+
+
+def _write_gemma3(config: DecoderConfig) -> Fields:
+    _hold(config, "gemma3", _five_of_six(config.layers))
+    near = config.window_rope
+    if config.score_cap is not None or near is None or near.scaling != "none":
+        raise ModelError("GGUF files of gemma3 know no soft cap of scores, and no scaling in layers with a window.")
+    cap = {} if config.logit_cap is None else {"final_logit_softcapping": config.logit_cap}
+    return {"rope.freq_base_swa": near.theta, **cap}
+
+
+def _hold(config: DecoderConfig, name: str, pattern: tuple[bool, ...] | None) -> None:
+    """Refuses what readers do not take from the file but know by the architecture's name."""
+    scale = _gemma_scale(name, vars(config))
+    if config.attention_scale is None or not math.isclose(config.attention_scale, scale, rel_tol=1e-6):
+        raise ModelError(
+            f"GGUF files of {name} cannot say that scores are scaled by {config.attention_scale}; for {config.layers} "
+            f"layers it is {scale:.6g}."
+        )
+    if config.window is None or config.windowed != pattern:
+        raise ModelError(f"GGUF files of {name} cannot say that other layers than the usual ones have a window.")
+
+
+_READ = {
+    "qwen2": _qwen2, "qwen3": _qwen3, "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "gpt2": _gpt2,
+}  # fmt: skip
+_WRITE = {"gemma2": _write_gemma2, "gemma3": _write_gemma3}
 
 
 def gguf(name: str, *, interleaved: bool = False, own: bool = True) -> Gguf:
@@ -88,5 +188,6 @@ def gguf(name: str, *, interleaved: bool = False, own: bool = True) -> Gguf:
         _FUSED.get(name, SEPARATE),
         interleaved=interleaved,
         read=_READ.get(name, lambda values, fields: {}),
+        write=_WRITE.get(name, lambda config: {}),
         own=own,
     )

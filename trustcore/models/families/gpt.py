@@ -1,5 +1,6 @@
-"""Families before Llama: layer norms with biases, a feed-forward without a gate, matrices of queries, keys and values in
-one tensor. GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Falcon.
+"""Families before Llama: layer norms with biases, a feed-forward without a gate, fused queries, keys and values.
+
+GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Falcon.
 """
 
 from __future__ import annotations
@@ -117,7 +118,6 @@ def _falcon_names(config: DecoderConfig) -> Names:
     )
 
 
-
 def _shape(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
     """Fields of a decoder whose every head has keys of its own; `names` are the keys of the file."""
     heads, features = values.integer(names["heads"]), values.integer(names["features"])
@@ -189,8 +189,8 @@ def _read_opt(values: Values) -> Mapping[str, Any]:
     fields = _shape(values, {**_LLAMA_KEYS, "hidden": "ffn_dim"})
     if values.integer("word_embed_proj_dim", fields["features"]) != fields["features"]:
         raise ModelError(
-            f"config.json: word_embed_proj_dim is {values.get('word_embed_proj_dim')}; embeddings of another width than "
-            "the model's are not supported."
+            f"config.json: word_embed_proj_dim is {values.get('word_embed_proj_dim')}; embeddings of another width "
+            "than the model's are not supported."
         )
     if not values.flag("do_layer_norm_before", True):
         raise ModelError("config.json: do_layer_norm_before is false; norms on the stream itself are not supported.")

@@ -1,7 +1,7 @@
 """Families with Llama's shape and names: RMS norms before the products, rotary positions, a gated feed-forward.
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo 2 (norms behind the products), Phi-3 (fused matrices),
-    StableLM and Cohere (layer norms, parallel blocks)
+Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo 2 (norms behind the products), Phi-3 (fused matrices),
+StableLM and Cohere (layer norms, parallel blocks)
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trustcore.models.config import DecoderConfig
 from trustcore.models.families.family import Family, Names, names_of
 from trustcore.models.families.fields import SCALINGS, common, over_layers, window_of
 from trustcore.models.families.gguf import gguf
-from trustcore.models.config import DecoderConfig
 from trustcore.models.name_map import Rule, fused, kernel, plain, stacked
 from trustcore.models.values import Values
 
@@ -98,7 +98,7 @@ def _read_smollm3(values: Values) -> Mapping[str, Any]:
     every = values.integer("no_rope_layer_interval", 4)
     over_layers(fields["layers"], lambda i: True)
     given = values.sequence("no_rope_layers", int, fields["layers"])  # 1 where there are positions
-    positioned = over_layers(fields["layers"], lambda i: given[i] if given else (i + 1) % every)
+    positioned = over_layers(fields["layers"], lambda i: bool(given[i]) if given else (i + 1) % every != 0)
     tied = values.flag("tie_word_embeddings", True)
     return {**fields, "positioned": positioned, "tied": tied}
 
