@@ -7,9 +7,9 @@ The oracles are no test dependencies. In a virtual environment of its own (CPU):
     python tests/oracles/record_decoders.py --out tests/data/decoders --check     compares instead of writing
 
 A file holds the tensors as `save_pretrained` stores them (`weights/NAME`), its config.json (`config`), the tokens
-`[B, T]`, and float32 logits `[B, T, V]`: of all tokens (`plain`), and of rows padded on the left and on the right,
-where `left_mask` and `right_mask` say which tokens count. Positions count the tokens that do, as in generation. Weights are
-rounded to bfloat16, which halves the files; vectors are random too, so that a swapped pair shows.
+`[B, T]`, and float32 logits `[B, T, V]`: of all tokens (`plain`), and of rows padded on the left and on the right, for
+which `left_mask` and `right_mask` say which tokens count. Positions count the tokens that do, as in generation. Weights
+are rounded to bfloat16, which halves the files; vectors are random too, so that a swapped pair shows.
 """
 
 from __future__ import annotations

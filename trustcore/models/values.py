@@ -25,9 +25,8 @@ class Values:
         return key in self._values
 
     def with_defaults(self, **defaults: Any) -> Values:
-        """Returns the same values, and these where there is none, or null."""
-        missing = {key: value for key, value in defaults.items() if self._values.get(key) is None}
-        return Values({**self._values, **missing}, self._where)
+        """Returns the same values, and these where a key is not there."""
+        return Values({**defaults, **self._values}, self._where)
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """Returns an integer from `least` to `LARGEST` - 1."""

@@ -166,10 +166,11 @@ def _write_gemma3(config: DecoderConfig) -> Fields:
 def _hold(config: DecoderConfig, name: str, pattern: tuple[bool, ...] | None) -> None:
     """Refuses what readers do not take from the file but know by the architecture's name."""
     scale = _gemma_scale(name, vars(config))
-    if config.attention_scale is None or not math.isclose(config.attention_scale, scale, rel_tol=1e-6):
+    given = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    if not math.isclose(given, scale, rel_tol=1e-6):
         raise ModelError(
-            f"GGUF files of {name} cannot say that scores are scaled by {config.attention_scale}; for {config.layers} "
-            f"layers it is {scale:.6g}."
+            f"GGUF files of {name} cannot say that scores are scaled by {given:.6g}; for {config.layers} layers it is "
+            f"{scale:.6g}."
         )
     if config.window is None or config.windowed != pattern:
         raise ModelError(f"GGUF files of {name} cannot say that other layers than the usual ones have a window.")
