@@ -22,8 +22,10 @@ import numpy as np
 
 from trustcore.errors import CheckpointError, ModelError
 from trustcore.models import Decoder, DecoderConfig
-from trustcore.models.hugging_face import half_order, hugging_face_config, outputs_in
-from trustcore.models.names import Name, decoder_names
+from trustcore.models.decoder import parameters_of
+from trustcore.models.families import FAMILIES, rules_of
+from trustcore.models.hugging_face import half_order, hugging_face_config
+from trustcore.models.name_map import Rule, outputs_in
 from trustcore.models.schemes.write import WRITERS, Writer
 from trustcore.models.schemes.write.integers import float_values
 from trustcore.models.schemes.write.own import OwnWriter
@@ -124,32 +126,36 @@ def _units(model: Decoder, writer: Writer) -> tuple[Units, list[str], list[str]]
     plain: list[str] = []
     faults: list[str] = []
     scales = dict(model.input_scales) if isinstance(writer, OwnWriter) else {}
-    for name in decoder_names(model.config.layers):
-        value = _value(model, name.path)
-        if value is None:
+    parameters = parameters_of(model)
+    for rule in rules_of(model.config, FAMILIES[model.config.family].names_for(model.config)):
+        values = [parameters[path].get_value() for path in rule.paths if path in parameters]
+        if not values:
             continue
-        module = name.hugging_face.removesuffix(".weight")
-        table = not name.path.endswith("kernel") and len(value.shape) == 2
+        path = rule.paths[0]
+        modules = [name.removesuffix(".weight") for name in rule.names]
         try:
-            order = half_order(model.config, name.path)
-            if isinstance(value, QuantizedArray) and value.format not in _PLAIN:
-                if table and not isinstance(writer, OwnWriter):
-                    units[name.hugging_face] = {name.hugging_face: _decoded(value)}
+            order = half_order(model.config, path)
+            strange = next((v for v in values if isinstance(v, Weight) and not isinstance(v, QuantizedArray)), None)
+            if strange is not None:
+                raise ModelError(f"is a {type(strange).__name__}, which has no place in a file")
+            if all(isinstance(value, QuantizedArray) and value.format not in _PLAIN for value in values):
+                if rule.is_table and not isinstance(writer, OwnWriter):
+                    units[rule.stored] = {rule.stored: _decoded(values[0])}
                     continue
-                turned = value if order is None else outputs_in(value, order)
-                units[name.hugging_face] = writer.tensors(module, turned)
-                packed.append(module)
-            elif isinstance(value, Weight) and not isinstance(value, QuantizedArray):
-                raise ModelError(f"is a {type(value).__name__}, which has no place in a file")
+                turned = values if order is None else [outputs_in(values[0], order)]
+                for name, module, weight in zip(rule.names, modules, rule.join_packed(turned), strict=True):
+                    units[name] = writer.tensors(module, weight)
+                packed += modules
             else:
-                units[name.hugging_face] = {name.hugging_face: _array(name, value, order)}
-                if not table and len(value.shape) == 2:
-                    plain.append(module)
+                for name, planned in zip(rule.names, _arrays(rule, values, order), strict=True):
+                    units[name] = {name: planned}
+                if rule.is_matrix and not rule.is_table:
+                    plain += modules
         except ModelError as error:
-            faults.append(f"{name.path} {error}")
-        if name.path in scales:
-            scale = np.full(1, scales[name.path], np.float32)
-            units[name.hugging_face][f"{module}.input_scale"] = Planned.of(scale)
+            faults.append(f"{path} {error}")
+        if path in scales and rule.stored in units:
+            scale = np.full(1, scales[path], np.float32)
+            units[rule.stored][f"{modules[0]}.input_scale"] = Planned.of(scale)
     if faults:
         more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise ModelError(
@@ -159,42 +165,41 @@ def _units(model: Decoder, writer: Writer) -> tuple[Units, list[str], list[str]]
     return units, packed, plain
 
 
-def _value(model: Decoder, path: str) -> Any:
-    node: Any = model
-    for part in path.split("."):
-        if node is None:
-            return None
-        node = node[int(part)] if part.isdigit() else getattr(node, part)
-    return None if node is None else node.get_value()
-
-
 def _decoded(table: QuantizedArray) -> Planned:
     """A packed table as float16, decoded when its turn comes."""
     return Planned(tuple(table.shape), np.dtype(np.float16), lambda: float_values(table, np.float16))
 
 
-def _array(name: Name, value: Any, order: np.ndarray | None) -> Planned:
-    """A weight that every tool has as one tensor, outputs first."""
-    if isinstance(value, QuantizedArray):  # 16-bit floats, [K, N] as they are stored
-        stored, turned = value.fields["values"], True
-    else:
-        stored, turned = value, name.path.endswith("kernel")
-    if isinstance(stored, jax.ShapeDtypeStruct):
+def _arrays(rule: Rule, values: list[Any], order: np.ndarray | None) -> list[Planned]:
+    """The tensors of weights that every tool has as numbers, in the order of the file."""
+    if any(isinstance(value, jax.ShapeDtypeStruct) for value in values):
         raise ModelError("is abstract; load or initialize the weights first")
+    expected = rule.shape([tuple(value.shape) for value in values])
+    kinds = {_stored(value).dtype for value in values}
+    dtype = np.dtype(kinds.pop()) if len(kinds) == 1 else np.dtype(np.float32)
 
-    def make() -> np.ndarray:
-        array = np.asarray(stored)
-        array = array.T if turned else array
-        return array if order is None else array[order]
+    def make(piece: int) -> np.ndarray:
+        arrays = [np.asarray(_stored(value)).astype(dtype) for value in values]
+        if order is not None:
+            arrays = [array[..., order] for array in arrays]
+        return rule.join(arrays)[piece]
 
-    shape = tuple(reversed(stored.shape)) if turned else tuple(stored.shape)
-    return Planned(shape, np.dtype(stored.dtype), make)
+    return [Planned(expected, dtype, lambda piece=piece: make(piece)) for piece in range(len(rule.names))]
+
+
+def _stored(value: Any) -> Any:
+    """A weight as numbers: 16-bit floats as they are stored, all other packed ones decoded."""
+    if not isinstance(value, QuantizedArray):
+        return value
+    if value.format not in _PLAIN:
+        return value.dequantize()
+    return value.fields["values"].T if value.transposed else value.fields["values"]
 
 
 def _config(model: Decoder) -> dict[str, Any]:
     """The config.json the model came with, where that still describes it; else one made of its configuration."""
     origin = Path(model.origin).with_name("config.json") if model.origin else None
-    if origin is not None and origin.is_file() and not model.config.rope.interleaved:
+    if origin is not None and origin.is_file() and half_order(model.config, "blocks.0.attention.query.kernel") is None:
         found = read_object(origin, "config", MAX_CONFIG_BYTES, unique=False)
         try:
             same = DecoderConfig.from_hugging_face(found) == model.config

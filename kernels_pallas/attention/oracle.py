@@ -17,22 +17,27 @@ def attention_oracle(
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Returns attention outputs `[B, T, N, H]` in float32.
 
-        scores = soft_cap * tanh(scale * q . k / soft_cap)
+        scores = soft_cap * tanh(scale * q . k / soft_cap) + slope * (key position - query position)
         visible: key position <= query position, and > query position - window
+        weights = exp(scores) / (sum of exp(scores) over visible keys + exp(sink))
 
     Args:
         query: `[B, T, N, H]`.
         key: `[B, S, K, H]`; query head n attends with key head `n // (N // K)`.
-        value: `[B, S, K, H]`.
+        value: `[B, S, K, H]`; its heads may have another size than those of the keys, which is the output's then.
         query_positions: int `[B, T]`; None: 0 .. T - 1.
         key_positions: int `[B, S]`; None: 0 .. S - 1. A negative position is never visible.
         causal: False lets every query see every key (and ignores `window`).
         window: keys a query sees, itself included; None: all before it.
         scale: None is `H ** -0.5`.
         soft_cap: None applies none.
+        slopes: `[N]`, of ALiBi (Press et al., arXiv 2108.12409); None: scores do not depend on the distance.
+        sinks: `[N]`, a score of each head that takes part in the softmax and has no value; None: none.
 
     A query that sees no key gives zeros.
     """
@@ -53,7 +58,14 @@ def attention_oracle(
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * (size**-0.5 if scale is None else scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if slopes is not None:
+        distance = (key_positions - query_positions).astype(jnp.float32)  # [B, T, S]
+        scores = scores + slopes.astype(jnp.float32)[None, :, None, None] * distance[:, None]
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:3], 1))
+        shares = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+        return jnp.einsum("bnts,bsnh->btnh", shares, v, precision="highest")
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(visible[:, None], jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)

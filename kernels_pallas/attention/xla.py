@@ -33,17 +33,21 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Returns attention outputs `[B, T, N, H]` in the dtype of `query`; arguments as in `attention_oracle`.
 
-    Differentiable in query, key and value. O(QUERY_BLOCK * S) memory beyond the operands.
+    Differentiable in query, key, value, slopes and sinks. O(QUERY_BLOCK * S) memory beyond the operands.
 
     Raises:
         ValueError: the shapes do not fit each other.
     """
     _check(query, key.shape[0], key.shape[2], key.shape[3], "key [B, S, K, H]", key.shape)
-    if key.shape != value.shape:
-        raise ValueError(f"attention: key {list(key.shape)} and value {list(value.shape)} must have one shape.")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"attention: key {list(key.shape)} and value {list(value.shape)} must agree in all but their last axis."
+        )
     batch, length = query.shape[:2]
     query_positions = default_positions(query_positions, batch, length)
     key_positions = default_positions(key_positions, batch, key.shape[1])
@@ -59,6 +63,8 @@ def attention(
         window,
         size_scale(query, scale),
         soft_cap,
+        slopes,
+        sinks,
     )
 
 
@@ -71,6 +77,8 @@ def cached_attention(
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Returns causal attention of T tokens over a cache that already holds them, `[B, T, N, H]`.
 
@@ -79,13 +87,14 @@ def cached_attention(
         keys: `[B, K, H, S]`, float.
         values: `[B, K, S, H]`, float.
         start: int32 `[B]`.
-        window, scale, soft_cap: as in `attention_oracle`.
+        window, scale, soft_cap, slopes, sinks: as in `attention_oracle`.
     """
     batch, length = query.shape[:2]
     _check(query, keys.shape[0], keys.shape[1], keys.shape[2], "keys [B, K, H, S]", keys.shape)
     positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
     slots = default_positions(None, batch, keys.shape[3])
-    return _by_blocks(query, keys, values, positions, slots, window, size_scale(query, scale), soft_cap)
+    scale = size_scale(query, scale)
+    return _by_blocks(query, keys, values, positions, slots, window, scale, soft_cap, slopes, sinks)
 
 
 def extend_cache(cache: jax.Array, tokens: jax.Array, start: jax.Array, *, axis: int) -> jax.Array:
@@ -138,12 +147,15 @@ def _by_blocks(
     window: int | None,
     scale: float,
     soft_cap: float | None,
+    slopes: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     batch, length, heads, size = query.shape
     kv_heads = keys.shape[1]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
     one = functools.partial(_attend, keys=keys, values=values, key_positions=key_positions)
-    one = functools.partial(one, window=window, scale=scale, soft_cap=soft_cap)
+    slopes, sinks = (None if x is None else x.reshape(kv_heads, -1) for x in (slopes, sinks))
+    one = functools.partial(one, window=window, scale=scale, soft_cap=soft_cap, slopes=slopes, sinks=sinks)
     if length <= QUERY_BLOCK:
         out = one(grouped, query_positions)
     else:
@@ -154,8 +166,8 @@ def _by_blocks(
         q = jnp.moveaxis(q.reshape(batch, blocks, QUERY_BLOCK, *grouped.shape[2:]), 1, 0)
         p = jnp.moveaxis(p.reshape(batch, blocks, QUERY_BLOCK), 1, 0)
         out = jax.lax.map(jax.checkpoint(lambda qp: one(*qp)), (q, p))
-        out = jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *grouped.shape[2:])[:, :length]
-    return out.reshape(query.shape).astype(query.dtype)
+        out = jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *out.shape[3:])[:, :length]
+    return out.reshape(*query.shape[:3], values.shape[3]).astype(query.dtype)
 
 
 def _attend(
@@ -168,20 +180,31 @@ def _attend(
     window: int | None,
     scale: float,
     soft_cap: float | None,
+    slopes: jax.Array | None,  # [K, G]
+    sinks: jax.Array | None,  # [K, G]
 ) -> jax.Array:
-    # On the CPU narrow products are slower than float32 ones; elsewhere the matrix units take them as they are.
-    narrow = jnp.float32 if jax.default_backend() == "cpu" else query.dtype
+    # Sums of float64 stay float64. On the CPU narrow products are slower than float32 ones; elsewhere the matrix units
+    # take them as they are.
+    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    narrow = wide if jax.default_backend() == "cpu" else query.dtype
     q, k, v = query.astype(narrow), keys.astype(narrow), values.astype(narrow)
-    scores = jnp.einsum("btkgh,bkhs->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btkgh,bkhs->bkgts", q, k, preferred_element_type=wide) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     here, there = positions[:, :, None], key_positions[:, None, :]
     visible = (there <= here) & (there >= 0)
     if window is not None:
         visible = visible & (there > here - window)
+    if slopes is not None:
+        distance = (there - here).astype(wide)[:, None, None]
+        scores = scores + slopes.astype(wide)[None, :, :, None, None] * distance
     visible = visible[:, None, None]  # [B, 1, 1, T, S]
     scores = jnp.where(visible, scores, _MASKED)
-    weights = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    sink = None if sinks is None else sinks.astype(wide)[None, :, :, None, None]
+    top = top if sink is None else jnp.maximum(top, sink)
+    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
     total = jnp.sum(weights, axis=-1)  # [B, K, G, T]
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(narrow), v, preferred_element_type=jnp.float32)
+    total = total if sink is None else total + jnp.exp(sink - top)[..., 0]
+    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(narrow), v, preferred_element_type=wide)
     return out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]

@@ -250,7 +250,7 @@ def test_errors_name_shapes_and_reasons():
     q = jnp.ones((1, 2, 3, 16))
     with pytest.raises(ValueError, match=r"query \[B, T, N, H\] \[1, 2, 3, 16\] does not fit key .* \[1, 4, 2, 16\]"):
         kernels.attention(q, jnp.ones((1, 4, 2, 16)), jnp.ones((1, 4, 2, 16)))
-    with pytest.raises(ValueError, match=r"key \[1, 4, 3, 16\] and value \[1, 5, 3, 16\] must have one shape"):
+    with pytest.raises(ValueError, match=r"key \[1, 4, 3, 16\] and value \[1, 5, 3, 16\] must agree"):
         kernels.attention(q, jnp.ones((1, 4, 3, 16)), jnp.ones((1, 5, 3, 16)))
     cache = LayerCache.zeros(1, 3, 1, 16, "float32")
     with pytest.raises(ValueError, match="2 tokens do not fit a cache of 1 slots"):

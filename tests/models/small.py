@@ -1,6 +1,7 @@
 """A small decoder, as a module, as a GGUF file and as a safetensors folder that hold the same weights."""
 
 import json
+from typing import NamedTuple
 
 import gguf
 import jax
@@ -10,7 +11,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from trustcore.models import Decoder, DecoderConfig
-from trustcore.models.names import decoder_names
+from trustcore.models.decoder import parameters_of
+from trustcore.models.families import FAMILIES, gguf_of, rules_of
 from trustcore.ops.rope import RopeConfig
 from trustcore.weights.gguf_writer import write_gguf
 
@@ -28,6 +30,23 @@ CONFIG = DecoderConfig(
 )
 
 
+class Name(NamedTuple):
+    """One weight: its path in the module, in GGUF files, in Hugging Face's files."""
+
+    path: str
+    gguf: str
+    hugging_face: str
+
+
+def names(config):
+    """Returns the names of the weights of a decoder whose files hold each as a tensor of its own."""
+    theirs = FAMILIES[config.family].names_for(config)
+    stored = {rule.paths[0]: rule.stored for rule in rules_of(config, theirs)}
+    return [
+        Name(rule.paths[0], rule.stored, stored.get(rule.paths[0])) for rule in rules_of(config, gguf_of(config).names)
+    ]
+
+
 def random_decoder(config=CONFIG, seed=0):
     model = Decoder(config, rngs=nnx.Rngs(seed))
     # Norms that are not all one, so that a swapped pair shows.
@@ -39,15 +58,10 @@ def random_decoder(config=CONFIG, seed=0):
 
 def arrays(model):
     """Returns {name entry: float32 array as files hold it}."""
-    found = {}
-    for name in decoder_names(model.config.layers):
-        value = model
-        for part in name.path.split("."):
-            value = value[int(part)] if part.isdigit() else getattr(value, part)
-            if value is None:
-                break
-        if value is not None:
-            array = np.asarray(value.get_value(), np.float32)
+    found, parameters = {}, parameters_of(model)
+    for name in names(model.config):
+        if name.path in parameters:
+            array = np.asarray(parameters[name.path].get_value(), np.float32)
             found[name] = np.ascontiguousarray(array.T if name.path.endswith("kernel") else array)
     return found
 

@@ -91,7 +91,7 @@ def test_rope_scaling_of_both_files():
         (gguf, {"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'; supported: none"),
         (gguf, {"llama.attention.value_length": 8}, "attention.value_length differs"),
         (hugging_face, {"model_type": "gpt9"}, "model_type is 'gpt9'; supported: llama, mistral, qwen2"),
-        (hugging_face, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (hugging_face, {"hidden_act": "softmax"}, "hidden_act is 'softmax'; supported: silu"),
         (hugging_face, {"hidden_size": True}, "hidden_size is True"),
         (hugging_face, {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
         (hugging_face, {"rope_scaling": "big"}, "rope_scaling is 'big'; expected an object"),

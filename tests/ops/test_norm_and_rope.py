@@ -115,7 +115,7 @@ def test_divisors_divide_the_frequencies():
     (
         ({"size": 7}, "7 turned channels"),
         ({"size": 8, "theta": float("nan")}, "theta is nan"),
-        ({"size": 8, "scaling": "longrope"}, "scaling 'longrope' is not none, linear"),
+        ({"size": 8, "scaling": "wide"}, "scaling 'wide' is not one of none, linear"),
         ({"size": 8, "scaling": "yarn", "factor": 2.0}, "yarn scaling needs the original context"),
         ({"size": 8, "scaling": "linear", "factor": 0.0}, "scaling factor is 0.0"),
         ({"size": 8, "divisors": (1.0,)}, "1 frequency divisors for 4 pairs"),

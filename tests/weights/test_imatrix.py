@@ -92,13 +92,13 @@ def test_from_a_model_to_a_file_and_back(tmp_path):
     model, tokens = random_decoder(), some_tokens()
     collect = capture(None, model, MeanSquare())
     importance = collect.finish(collect(tokens))
-    write_imatrix(tmp_path / "m.gguf", Imatrix.of(importance_by_tensor(importance, 2), rows=tokens.size))
-    read = importance_by_path(read_imatrix(tmp_path / "m.gguf").importance, 2)
+    write_imatrix(tmp_path / "m.gguf", Imatrix.of(importance_by_tensor(importance, model.config), rows=tokens.size))
+    read = importance_by_path(read_imatrix(tmp_path / "m.gguf").importance, model.config)
     assert set(read) == set(importance) and "blocks.1.mlp.down.kernel" in read
     packed = quantize(model, "q4_0", importance=read)
     assert packed.blocks[0].mlp.down.kernel.get_value().format == "q4_0"
     with pytest.raises(ModelError, match=r"blk\.9\.attn_q\.weight is no weight of a decoder of 2 layers"):
-        importance_by_path({"blk.9.attn_q.weight": np.ones(4)}, 2)
+        importance_by_path({"blk.9.attn_q.weight": np.ones(4)}, model.config)
 
 
 @pytest.mark.parametrize(

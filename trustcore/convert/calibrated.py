@@ -3,13 +3,14 @@
     model (float32), text -> chunks -> what goes into each matrix -> importance | GPTQ's codes | AWQ's scaled weights
                                                                   -> the cost of each format -> formats under a budget
 
-Everything here works on the matrices of a decoder's blocks, held as floats; embedding and
-output layer are packed as without a text. Results go by GGUF names, their rows in GGUF's order.
+Everything here works on the matrices of a decoder's blocks, held as floats; embedding and output layer, and what GGUF
+files hold as one tensor of several, are packed as without a text. Results go by GGUF names, rows in GGUF's order.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from trustcore.convert.mixes import Facts, fallback, formats_of
 from trustcore.convert.source import read_source
 from trustcore.errors import QuantizationError
 from trustcore.models import Decoder, decoder_links, importance_by_tensor
-from trustcore.models.names import decoder_names
+from trustcore.models.importance import gguf_names
 from trustcore.ops.weight import Weight
 from trustcore.quant import Sample, allocate, awq, gptq, sensitivity
 from trustcore.quant.calibration import MeanSquare, capture
@@ -93,11 +94,13 @@ def prepare(
         shapes = {name: tensor.shape for name, tensor in content.tensors.items()}
         facts = Facts.of(content.metadata, list(shapes), with_importance=True)
         orders = {name: tensor.order for name, tensor in content.tensors.items()}
-    paths = tuple(name.path for name in decoder_names(model.config.layers) if _is_block_matrix(name.path))
-    names = {name.path: name.gguf for name in decoder_names(model.config.layers)}
+    named = gguf_names(model.config)
+    count, held = Counter(named.values()), _leaves(model)
+    names = {path: name for path, name in named.items() if count[name] == 1 and path in held}
+    paths = tuple(path for path in names if _is_block_matrix(path))
 
     importance = _collected(model, batches, paths, MeanSquare(), progress)
-    weights = importance_by_tensor(importance, model.config.layers)
+    weights = importance_by_tensor(importance, model.config)
     wanted: Any = format or "q6_k"
     formats = formats_of(wanted, shapes, facts, pure=pure)
     if bits_per_weight is not None:
@@ -116,7 +119,7 @@ def prepare(
         model, lambda path, leaf: targets.get(path), decoder_links(model), samples, where=_of(paths), pack=False
     )
     again = _collected(scaled, batches, paths, MeanSquare(), progress)
-    return Prepared(wanted, importance_by_tensor(again, model.config.layers), _changed(model, scaled, names, orders))
+    return Prepared(wanted, importance_by_tensor(again, model.config), _changed(model, scaled, names, orders))
 
 
 def _is_block_matrix(path: str) -> bool:

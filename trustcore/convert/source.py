@@ -16,7 +16,7 @@ import numpy as np
 
 from trustcore.errors import ModelError, QuantizationError
 from trustcore.models.config import DecoderConfig
-from trustcore.models.to_gguf import gguf_divisors, gguf_metadata, gguf_tensors
+from trustcore.models.to_gguf import Computed, gguf_divisors, gguf_metadata, gguf_tensors
 from trustcore.quant import QuantizedArray
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.text.to_gguf import gguf_tokenizer
@@ -36,14 +36,14 @@ class SourceTensor:
         name: in GGUF files.
         shape: `[..., N, K]`.
         encoding: as it is stored.
-        array: on disk, or in memory where the tensor was computed.
+        array: on disk, computed when it is asked for, or in memory.
         order: which row of the array is written where; None: as they lie.
     """
 
     name: str
     shape: tuple[int, ...]
     encoding: str
-    array: LazyArray | np.ndarray
+    array: LazyArray | Computed | np.ndarray
     order: np.ndarray | None = None
 
     @property
@@ -64,7 +64,10 @@ class SourceTensor:
     def stored(self, start: int, stop: int) -> np.ndarray:
         """Returns rows as they are stored: numbers `[rows, K]`, or the bytes of blocks, uint8 `[rows, bytes]`."""
         array = self.array
-        whole = array if isinstance(array, np.ndarray) else array.raw() if self.is_packed else array.numpy()
+        if isinstance(array, LazyArray) and self.is_packed:
+            whole = array.raw()
+        else:
+            whole = array if isinstance(array, np.ndarray) else array.numpy()
         rows = whole.reshape(self.rows, whole.shape[-1] if whole.ndim else 1)
         return rows[start:stop] if self.order is None else rows[self.order[start:stop]]
 
@@ -77,7 +80,7 @@ class SourceTensor:
 
     def release(self) -> None:
         """Hands the pages of the file back; see `LazyArray.release`."""
-        if isinstance(self.array, LazyArray):
+        if not isinstance(self.array, np.ndarray):
             self.array.release()
 
 
@@ -129,9 +132,7 @@ def _of_safetensors(checkpoint: Checkpoint) -> Source:
         for name, (tensor, rows) in gguf_tensors(config, checkpoint).items()
     }
     divisors = gguf_divisors(config)
-    if divisors is not None:
-        name = "rope_freqs.weight"
-        tensors = {name: SourceTensor(name, divisors.shape, "f32", divisors), **tensors}
+    tensors = {**{name: SourceTensor(name, d.shape, "f32", d) for name, d in divisors.items()}, **tensors}
     tokenizer = _tokenizer(checkpoint.path.parent, config.vocab_size)
     given = described.get("_name_or_path") or checkpoint.path.resolve().parent.name
     metadata = {"general.name": str(given).rstrip("/").rsplit("/", 1)[-1], **metadata}

@@ -1,7 +1,7 @@
-"""What a decoder is made of, read from GGUF metadata or from Hugging Face's config.json.
+"""What a decoder is made of, in the project's own words.
 
-The names of those files end here: `DecoderConfig` speaks the project's own words. A family is an entry of `FAMILIES`;
-a checkpoint of another family is refused by name. Values come from files, so each is checked where it is read.
+`DecoderConfig` is read from GGUF metadata or Hugging Face's config.json by the entries of `trustcore.models.families`,
+where the names of those files end. Most families set a few of its switches; the others stand at what Llama has.
 """
 
 from __future__ import annotations
@@ -9,43 +9,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from trustcore.errors import ModelError
-from trustcore.models.values import LARGEST, Values
+from trustcore.models.values import LARGEST
+from trustcore.nn.attention import QKNorm
+from trustcore.nn.experts import ExpertsConfig
+from trustcore.nn.latent import LatentConfig
+from trustcore.ops.activate import ACTIVATIONS
 from trustcore.ops.rope import RopeConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What tells one family of the decoder's shape from another.
+class LayerConfig(NamedTuple):
+    """What may differ from layer to layer: the window, the rotary positions (None: none), whether it has experts."""
 
-    Attributes:
-        name: GGUF's `general.architecture` and Hugging Face's `model_type`.
-        qkv_bias: whether queries, keys and values always have a bias; None: the file says.
-        gguf_interleaved: whether GGUF files hold query and key rows for interleaved rotary pairs.
-        gguf: whether GGUF files use this name (Mistral's call themselves "llama").
-    """
-
-    name: str
-    qkv_bias: bool | None = None
-    gguf_interleaved: bool = False
-    gguf: bool = True
-
-
-FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in (
-        Family("llama", gguf_interleaved=True),
-        Family("mistral", gguf=False),
-        Family("qwen2", qkv_bias=True),
-    )
-}
+    window: int | None
+    rope: RopeConfig | None
+    experts: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder of the Llama family.
+    """Shape of a decoder.
 
     Attributes:
         vocab_size: V.
@@ -56,14 +41,39 @@ class DecoderConfig:
         head_dim: H.
         hidden: F, width of the feed-forward layer.
         context: tokens the model was made for.
-        rope: rotary positions.
+        rope: rotary positions; None: there are none.
         norm_eps: epsilon of the norms.
         tied: whether the output layer is the embedding table.
         qkv_bias: whether queries, keys and values have a bias.
         out_bias: whether attention's output product has one.
         mlp_bias: whether the feed-forward products have one.
         window: tokens a query sees, itself included; None: all.
-        family: the entry of `FAMILIES` it was read as.
+        family: the entry of `trustcore.models.families.FAMILIES` it was read as.
+        norm: "rms" or "layer", of the stream.
+        norm_bias: whether layer norms have a bias.
+        norm_place: of a layer's norms: "before" its products, "after" them, or "both".
+        last_norm: whether there is a norm before the output layer.
+        embedding_norm: whether there is one behind the embedding.
+        parallel: whether attention and feed-forward read the same stream and are added together.
+        shared_norm: with `parallel`, whether one norm serves both.
+        qk_norm: of queries and keys; see `trustcore.nn.Attention`.
+        activation: of the feed-forward layer, a name in `trustcore.ops.activate.ACTIVATIONS`.
+        gated: whether the feed-forward layer has a gate.
+        learned_positions: rows of a table that is added to the embedding; 0: there is none.
+        position_offset: row of that table for position 0.
+        alibi: what multiplies the slopes of ALiBi; None: there are none.
+        windowed: which layers have the window; None: all of them.
+        positioned: which layers have positions; None: all of them.
+        window_rope: rotary positions of the layers with a window; None: those of the others.
+        score_cap, logit_cap: soft caps of scores and logits; None: none.
+        embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a layer adds to the stream, of
+            logits.
+        attention_scale: of the scores; None: `H ** -0.5`.
+        sinks: whether heads have an attention sink.
+        experts: of the layers that have them; None: no layer has.
+        expert_layers: which layers have experts; None: all of them.
+        latent: sizes of latent attention; None: keys and values are made directly. `head_dim` is then that of the keys.
+        latent_norm_eps: epsilon of the norms of latents.
     """
 
     vocab_size: int
@@ -74,7 +84,7 @@ class DecoderConfig:
     head_dim: int
     hidden: int
     context: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     norm_eps: float = 1e-5
     tied: bool = False
     qkv_bias: bool = False
@@ -82,6 +92,33 @@ class DecoderConfig:
     mlp_bias: bool = False
     window: int | None = None
     family: str = "llama"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_place: Literal["before", "after", "both"] = "before"
+    last_norm: bool = True
+    embedding_norm: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    qk_norm: QKNorm | None = None
+    activation: str = "silu"
+    gated: bool = True
+    learned_positions: int = 0
+    position_offset: int = 0
+    alibi: float | None = None
+    windowed: tuple[bool, ...] | None = None
+    positioned: tuple[bool, ...] | None = None
+    window_rope: RopeConfig | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float | None = None
+    sinks: bool = False
+    experts: ExpertsConfig | None = None
+    expert_layers: tuple[bool, ...] | None = None
+    latent: LatentConfig | None = None
+    latent_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "features", "layers", "heads", "kv_heads", "head_dim", "hidden", "context"):
@@ -90,16 +127,63 @@ class DecoderConfig:
                 raise ModelError(f"config: {name} is {value!r}; it must be a positive integer.")
         if self.heads % self.kv_heads:
             raise ModelError(f"config: {self.kv_heads} key-value heads do not divide {self.heads} query heads.")
-        if self.rope.size > self.head_dim:
-            raise ModelError(f"config: rope turns {self.rope.size} channels of heads that have {self.head_dim}.")
+        for rope in self.ropes:
+            if rope.size > self.head_dim:
+                raise ModelError(f"config: rope turns {rope.size} channels of heads that have {self.head_dim}.")
         if self.window is not None and self.window <= 0:
             raise ModelError(f"config: the attention window is {self.window}; it must be positive, or None.")
         if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
             raise ModelError(f"config: norm_eps is {self.norm_eps}; it must be a small number, not negative.")
+        if self.activation not in ACTIVATIONS:
+            raise ModelError(f"config: activation is {self.activation!r}; choose from {', '.join(ACTIVATIONS)}.")
+        if self.shared_norm and not self.parallel:
+            raise ModelError("config: one norm for attention and feed-forward needs them to be parallel.")
+        for name in ("score_cap", "logit_cap", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ModelError(f"config: {name} is {value}; it must be positive, or None.")
+        for name in ("windowed", "positioned", "expert_layers"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.layers:
+                raise ModelError(f"config: {name} speaks of {len(value)} layers; the model has {self.layers}.")
+        if self.learned_positions and self.learned_positions - self.position_offset < self.context:
+            raise ModelError(
+                f"config: a table of {self.learned_positions} positions, the first {self.position_offset} unused, does "
+                f"not reach a context of {self.context}."
+            )
+
+    def layer(self, index: int) -> LayerConfig:
+        """Returns what layer `index` has of what differs between layers."""
+        windowed = self.window is not None and (self.windowed is None or self.windowed[index])
+        rope = self.window_rope if windowed and self.window_rope is not None else self.rope
+        positioned = self.positioned is None or self.positioned[index]
+        experts = self.experts is not None and (self.expert_layers is None or self.expert_layers[index])
+        return LayerConfig(self.window if windowed else None, rope if positioned else None, experts)
+
+    @property
+    def expert_count(self) -> int:
+        """E, 0 where there are no experts."""
+        return 0 if self.experts is None else self.experts.count
+
+    @property
+    def expert_hidden(self) -> int:
+        """F of an expert, 0 where there are none."""
+        return 0 if self.experts is None else self.experts.hidden
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary positions that layers use, each once."""
+        found = (self.rope, self.window_rope if self.window is not None else None)
+        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
 
     @staticmethod
     def from_gguf(
-        metadata: Mapping[str, Any], *, vocab_size: int, tied: bool, rope_divisors: tuple[float, ...] = ()
+        metadata: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        tied: bool,
+        rope_divisors: tuple[float, ...] = (),
+        long_divisors: tuple[float, ...] = (),
     ) -> DecoderConfig:
         """Returns the configuration that GGUF metadata describe.
 
@@ -107,58 +191,16 @@ class DecoderConfig:
             metadata: key-value pairs of the file.
             vocab_size: rows of the embedding table, which the metadata need not tell.
             tied: whether the file has no output table of its own.
-            rope_divisors: contents of its `rope_freqs.weight`, if there.
+            rope_divisors: contents of its `rope_freqs.weight` or `rope_factors_short.weight`, if there.
+            long_divisors: contents of its `rope_factors_long.weight`, if there.
 
         Raises:
             ModelError: the architecture is not supported, or a value is missing or out of range.
         """
-        architecture = metadata.get("general.architecture")
-        family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
-        if family is None or not family.gguf:
-            known = ", ".join(f.name for f in FAMILIES.values() if f.gguf)
-            raise ModelError(f"general.architecture is {architecture!r}; supported GGUF architectures: {known}.")
-        values = Values({k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}, "metadata")
-        heads = values.integer("attention.head_count")
-        features = values.integer("embedding_length")
-        head_dim = values.integer("attention.key_length", features // heads)
-        if values.integer("attention.value_length", head_dim) != head_dim:
-            raise ModelError("attention.value_length differs from attention.key_length; such heads are not supported.")
-        context = values.integer("context_length")
-        kind = values.text("rope.scaling.type", "none")
-        if kind not in ("none", "linear", "yarn"):
-            raise ModelError(f"rope.scaling.type is {kind!r}; supported: none, linear, yarn.")
-        factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
-        if kind == "none" and factor != 1.0:
-            kind = "linear"  # files from before rope.scaling.type gave the factor alone
-        rope = RopeConfig(
-            size=values.integer("rope.dimension_count", head_dim),
-            theta=values.number("rope.freq_base", 10000.0),
-            interleaved=family.gguf_interleaved,
-            scaling=kind,  # type: ignore[arg-type]
-            factor=factor if kind != "none" else 1.0,
-            original_context=values.integer("rope.scaling.original_context_length", context),
-            beta_fast=values.number("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=values.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=_yarn_magnitude(values, factor) if kind == "yarn" else None,
-            divisors=rope_divisors,
-        )
-        window = values.integer("attention.sliding_window", 0, least=0)
-        return DecoderConfig(
-            vocab_size=vocab_size,
-            features=features,
-            layers=values.integer("block_count"),
-            heads=heads,
-            kv_heads=values.integer("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            hidden=values.integer("feed_forward_length"),
-            context=context,
-            rope=rope,
-            norm_eps=values.number("attention.layer_norm_rms_epsilon", 1e-5),
-            tied=tied,
-            qkv_bias=bool(family.qkv_bias),
-            window=window or None,
-            family=family.name,
-        )
+        from trustcore.models.families import read_gguf  # families make configurations: they are above this file
+
+        divisors = (rope_divisors, long_divisors)
+        return read_gguf(metadata, vocab_size=vocab_size, tied=tied, divisors=divisors)
 
     @staticmethod
     def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
@@ -167,75 +209,6 @@ class DecoderConfig:
         Raises:
             ModelError: the model type is not supported, or a value is missing or out of range.
         """
-        model_type = config.get("model_type")
-        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-        if family is None:
-            raise ModelError(f"config.json: model_type is {model_type!r}; supported: {', '.join(FAMILIES)}.")
-        values = Values(config, "config.json")
-        activation = values.text("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise ModelError(f"config.json: hidden_act is {activation!r}; this family has silu.")
-        heads = values.integer("num_attention_heads")
-        features = values.integer("hidden_size")
-        head_dim = values.integer("head_dim", features // heads)
-        context = values.integer("max_position_embeddings", 2048)
-        windowed = config.get("use_sliding_window", family.name != "qwen2")
-        bias = values.flag("attention_bias", False)
-        return DecoderConfig(
-            vocab_size=values.integer("vocab_size"),
-            features=features,
-            layers=values.integer("num_hidden_layers"),
-            heads=heads,
-            kv_heads=values.integer("num_key_value_heads", heads),
-            head_dim=head_dim,
-            hidden=values.integer("intermediate_size"),
-            context=context,
-            rope=_hugging_face_rope(values, head_dim, context),
-            norm_eps=values.number("rms_norm_eps", 1e-6),
-            tied=values.flag("tie_word_embeddings", False),
-            qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
-            out_bias=bias and family.qkv_bias is None,
-            mlp_bias=values.flag("mlp_bias", False),
-            window=(values.integer("sliding_window", 0, least=0) or None) if windowed else None,
-            family=family.name,
-        )
+        from trustcore.models.families import read_hugging_face
 
-
-def _hugging_face_rope(values: Values, head_dim: int, context: int) -> RopeConfig:
-    given = values.get("rope_parameters", values.get("rope_scaling")) or {}
-    if not isinstance(given, Mapping):
-        raise ModelError(f"config.json: rope_scaling is {given!r}; expected an object or null.")
-    scaling = Values(given, "config.json: rope_scaling")
-    kind = scaling.text("rope_type", scaling.text("type", "none"))
-    kind = "none" if kind == "default" else kind
-    if kind not in ("none", "linear", "dynamic", "yarn", "llama3"):
-        raise ModelError(
-            f"config.json: rope_scaling type is {kind!r}; supported: default, linear, dynamic, yarn, llama3."
-        )
-    factor = scaling.number("factor", 1.0)
-    size = int(head_dim * values.number("partial_rotary_factor", 1.0))
-    attention_factor = scaling.number("attention_factor", 0.0) or None
-    if kind == "yarn" and attention_factor is None and scaling.get("mscale_all_dim"):
-        share = _magnitude(factor, scaling.number("mscale", 1.0))
-        attention_factor = share / _magnitude(factor, scaling.number("mscale_all_dim", 1.0))
-    return RopeConfig(
-        size=size,
-        theta=scaling.number("rope_theta", values.number("rope_theta", 10000.0)),
-        scaling=kind,  # type: ignore[arg-type]
-        factor=factor if kind != "none" else 1.0,
-        original_context=scaling.integer("original_max_position_embeddings", context),
-        low_frequency=scaling.number("low_freq_factor", 1.0),
-        high_frequency=scaling.number("high_freq_factor", 4.0),
-        beta_fast=scaling.number("beta_fast", 32.0),
-        beta_slow=scaling.number("beta_slow", 1.0),
-        attention_factor=attention_factor,
-    )
-
-
-def _yarn_magnitude(values: Values, factor: float) -> float:
-    """GGUF's `attn_factor` multiplies YaRN's own magnitude."""
-    return values.number("rope.scaling.attn_factor", 1.0) * _magnitude(factor, 1.0)
-
-
-def _magnitude(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return read_hugging_face(config)

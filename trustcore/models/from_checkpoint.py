@@ -7,8 +7,9 @@ which `trustcore.models.schemes` finds and reads.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,9 +21,11 @@ from flax import nnx
 from trustcore.dtypes import named_dtype
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
-from trustcore.models.decoder import Decoder
-from trustcore.models.names import NOT_WEIGHTS, Name, decoder_names
+from trustcore.models.decoder import Decoder, parameters_of
+from trustcore.models.families import FAMILIES, gguf_of, rules_of
+from trustcore.models.name_map import Rule
 from trustcore.models.schemes import Packed, Scheme, scheme_of
+from trustcore.models.schemes.float4 import GptOss
 from trustcore.models.schemes.float8 import input_scale
 from trustcore.models.schemes.own import Own
 from trustcore.quant import QuantizedArray
@@ -33,6 +36,8 @@ from trustcore.weights.packed_layout import packed_tensors
 Progress = Callable[[int, int], None]
 
 _PLAIN = ("f32", "f64")  # encodings that are read as arrays; those of BLOCK_FORMATS stay packed
+
+_FLOAT16 = ("f16", "bf16")
 
 # Beside packed matrices in files, and not needed: scales of a cache of keys and values in 8-bit floats.
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
@@ -74,18 +79,20 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
         )
     model = Decoder(config, dtype=compute)
     scheme = None if from_gguf else _scheme(checkpoint)
-    plan = _match(model, checkpoint, decoder_names(config.layers), from_gguf, scheme)
+    entries = _match(model, checkpoint, from_gguf, scheme)
 
-    total, done = sum(tensor.nbytes for _, _, tensor in plan), 0
+    total, done = sum(entry.nbytes for entry in entries), 0
     # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        values = pool.map(lambda item: _read(item[0], item[2], dtype is not None, compute), plan)
-        for (_, parameter, tensor), value in zip(plan, values, strict=True):
-            parameter.set_value(value)
-            done += tensor.nbytes
+        loaded = pool.map(lambda entry: _read(entry, dtype is not None, compute), entries)
+        for entry, values in zip(entries, loaded, strict=True):
+            for parameter, value in zip(entry.parameters, values, strict=True):
+                parameter.set_value(value)
+            done += entry.nbytes
             if progress is not None:
                 progress(done, total)
-    scales = ((path, input_scale(tensor)) for path, _, tensor in plan if isinstance(tensor, Packed))
+    packed = ((e.rule.paths[0], e.sources[0]) for e in entries if len(e.rule.paths) == len(e.sources) == 1)
+    scales = ((path, input_scale(tensor)) for path, tensor in packed if isinstance(tensor, Packed))
     model.input_scales = tuple((path, scale) for path, scale in scales if scale is not None)
     model.source, model.origin = checkpoint.path.name, str(checkpoint.path.absolute())
     return model
@@ -110,12 +117,14 @@ def _read_config(checkpoint: Checkpoint, from_gguf: bool) -> DecoderConfig:
     table = checkpoint.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise ModelError(f"{checkpoint.path}: token_embd.weight [V, D] is missing; this is not a decoder's file.")
-    divisors = checkpoint.get("rope_freqs.weight")
+    divisors = [checkpoint.get(f"rope_{name}.weight") for name in ("freqs", "factors_short", "factors_long")]
+    plain, short, long = (() if d is None else tuple(float(x) for x in d.numpy().reshape(-1)) for d in divisors)
     return DecoderConfig.from_gguf(
         checkpoint.metadata,
         vocab_size=table.shape[0],
         tied="output.weight" not in checkpoint,
-        rope_divisors=() if divisors is None else tuple(float(x) for x in divisors.numpy().reshape(-1)),
+        rope_divisors=plain or short,
+        long_divisors=long,
     )
 
 
@@ -125,57 +134,106 @@ def _scheme(checkpoint: Checkpoint) -> Scheme | None:
     return Own(packed) if packed else scheme_of(checkpoint.metadata["config"])
 
 
-def _match(
-    model: Decoder, checkpoint: Checkpoint, names: tuple[Name, ...], from_gguf: bool, scheme: Scheme | None
-) -> list[tuple[str, nnx.Param[Any], LazyArray | Packed]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entry:
+    """A rule that the model and the checkpoint agree on: its parameters, and what holds each of its tensors."""
+
+    rule: Rule
+    parameters: tuple[nnx.Param[Any], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sources: tuple[LazyArray | Packed, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.nbytes for source in self.sources)
+
+
+@dataclasses.dataclass
+class _Matching:
+    """What was found on the way: faults, tensors that are used, modules that are packed (True: as they should)."""
+
+    faults: list[str] = dataclasses.field(default_factory=list)
+    used: set[str] = dataclasses.field(default_factory=set)
+    packed: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+
+def _match(model: Decoder, checkpoint: Checkpoint, from_gguf: bool, scheme: Scheme | None) -> list[_Entry]:
     """Pairs parameters with tensors, or tells every disagreement at once."""
-    plan: list[tuple[str, nnx.Param[Any], LazyArray | Packed]] = []
-    faults: list[str] = []
-    used = {"lm_head.weight", "output.weight"} if model.output is None else set[str]()  # a tied table may stand twice
-    packed: dict[str, bool] = {}  # modules that are packed: whether they are as they should be
-    for name in names:
-        parameter = _find(model, name.path)
-        given = name.gguf if from_gguf else name.hugging_face
-        if parameter is None:
+    family = FAMILIES[model.config.family]
+    names = gguf_of(model.config).names if from_gguf else family.names_for(model.config).adapted(checkpoint)
+    entries: list[_Entry] = []
+    state, found, placed = _Matching(), parameters_of(model), 0
+    for rule in rules_of(model.config, names):
+        parameters = tuple(found[path] for path in rule.paths if path in found)
+        if not parameters:
+            if rule.paths == ("output.kernel",):
+                state.used.update(rule.names)  # a tied table may stand twice
             continue
-        shape = parameter.get_value().shape
-        if scheme is not None and len(shape) == 2:
-            module = given.removesuffix(".weight")
-            k, n = shape if name.path.endswith("kernel") else reversed(shape)
-            try:
-                found = scheme.find(checkpoint, module, k, n)
-            except ModelError as error:
-                if any(other.startswith(module) for other in checkpoint):
-                    faults.append(str(error))
-                    packed[module] = False
-                    continue
-                found = None
-            if found is not None:
-                used.update(part.name for part in (*found.tensors, *found.extras))
-                packed[module] = True
-                plan.append((name.path, parameter, found))
-                continue
-        tensor = checkpoint.get(given)
-        if tensor is None:
-            near = difflib.get_close_matches(given, list(checkpoint), n=1)
-            faults.append(f"{given} is missing" + (f" (nearest: {near[0]})" if near else ""))
-            continue
-        used.add(given)
-        expected = tuple(reversed(shape)) if name.path.endswith("kernel") else tuple(shape)
-        if tuple(tensor.shape) != expected:
-            faults.append(f"{given} has shape {list(tensor.shape)}, expected {list(expected)}")
-        elif tensor.encoding not in BLOCK_FORMATS and tensor.encoding not in _PLAIN:
-            known = ", ".join((*_PLAIN, *BLOCK_FORMATS))
-            faults.append(f"{given} is stored as {tensor.encoding}; readable encodings: {known}")
-        plan.append((name.path, parameter, tensor))
-    left = [checkpoint[given] for given in checkpoint if given not in used and not given.endswith(NOT_WEIGHTS)]
-    faults += [f"{tensor.name} is unexpected" for tensor in left if not _explained(tensor, scheme, packed)]
+        assert len(parameters) == len(rule.paths), f"{rule.stored}: the model has only some of {rule.paths}"
+        placed += len(parameters)
+        shapes = tuple(tuple(parameter.get_value().shape) for parameter in parameters)
+        sources = [_source(name, rule, shapes, checkpoint, scheme, state) for name in rule.names]
+        entries.append(_Entry(rule, parameters, shapes, tuple(s for s in sources if s is not None)))
+    assert placed == len(found), f"names of {model.config.family} cover {placed} of {len(found)} parameters"
+    faults = state.faults
+    left = [checkpoint[given] for given in checkpoint if given not in state.used and not given.endswith(names.ignored)]
+    faults += [f"{tensor.name} is unexpected" for tensor in left if not _explained(tensor, scheme, state.packed)]
     if faults:
         if scheme is None and any(given.endswith(_PACKED_NAMES) for given in checkpoint):
             faults.insert(0, "matrices are packed as another package does, but config.json has no quantization_config")
         shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise ModelError(f"{checkpoint.path}: the tensors do not fit a {model.config.family} model: {shown}.")
-    return plan
+    return entries
+
+
+def _source(
+    name: str,
+    rule: Rule,
+    shapes: Sequence[tuple[int, ...]],
+    checkpoint: Checkpoint,
+    scheme: Scheme | None,
+    state: _Matching,
+) -> LazyArray | Packed | None:
+    """What holds one tensor of a rule; None, and a fault, where nothing does."""
+    expected = rule.shape(shapes)
+    if scheme is not None and rule.is_matrix and len(expected) >= 2:
+        module = name.removesuffix(".weight")
+        *lead, k, n = expected
+        if rule.rows_first or rule.is_table:
+            k, n = n, k
+        try:
+            packed = _find_packed(scheme, checkpoint, module, tuple(lead), k, n)
+        except ModelError as error:
+            if any(other.startswith(module) for other in checkpoint):
+                state.faults.append(str(error))
+                state.packed[module] = False
+                return None
+            packed = None
+        if packed is not None:
+            state.used.update(part.name for part in (*packed.tensors, *packed.extras))
+            state.packed[module] = True
+            return packed
+    tensor = checkpoint.get(name)
+    if tensor is None:
+        near = difflib.get_close_matches(name, list(checkpoint), n=1)
+        state.faults.append(f"{name} is missing" + (f" (nearest: {near[0]})" if near else ""))
+        return None
+    state.used.add(name)
+    if tuple(tensor.shape) != expected:
+        state.faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")
+    elif tensor.encoding not in BLOCK_FORMATS and tensor.encoding not in _PLAIN:
+        known = ", ".join((*_PLAIN, *BLOCK_FORMATS))
+        state.faults.append(f"{name} is stored as {tensor.encoding}; readable encodings: {known}")
+    return tensor
+
+
+def _find_packed(
+    scheme: Scheme, checkpoint: Mapping[str, LazyArray], module: str, lead: tuple[int, ...], k: int, n: int
+) -> Packed | None:
+    """What a matrix, or a stack of them, is made of in the scheme; None: it is a plain tensor."""
+    if not lead:
+        return scheme.find(checkpoint, module, k, n)
+    return scheme.find_stack(checkpoint, module, lead, k, n) if isinstance(scheme, GptOss) else None
 
 
 def _explained(tensor: LazyArray, scheme: Scheme | None, packed: dict[str, bool]) -> bool:
@@ -190,29 +248,33 @@ def _explained(tensor: LazyArray, scheme: Scheme | None, packed: dict[str, bool]
     return any(packed.get(owner) is False for owner in owners)  # its fault has been told
 
 
-def _find(module: Any, path: str) -> nnx.Param[Any] | None:
-    for part in path.split("."):
-        if module is None:
-            return None
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    return module
-
-
-def _read(path: str, tensor: LazyArray | Packed, decode: bool, compute: Any) -> Any:
-    """Returns the tensor in the orientation of the module: packed where it is a packed matrix, else an array."""
-    transposed = not path.endswith("kernel")
-    if isinstance(tensor, Packed):
-        value = tensor.read(transposed=transposed)
+def _read(entry: _Entry, decode: bool, compute: Any) -> list[Any]:
+    """Returns the parameters in the orientation of the module: packed where the tensors are, else arrays."""
+    rule = entry.rule
+    held = [_held(source, rule) for source in entry.sources]
+    if all(isinstance(value, QuantizedArray) for value in held):
+        values: list[Any] = rule.split_packed(held, entry.shapes)
         if decode:
-            value = value.dequantize().astype(compute)
-    elif tensor.encoding in BLOCK_FORMATS and len(tensor.shape) == 2:
-        value: Any = QuantizedArray.from_blocks(tensor.encoding, tensor.raw(), transposed=transposed)
-        if decode:
-            value = value.dequantize().astype(compute)
+            values = [value.dequantize().astype(compute) for value in values]
     else:
-        array = tensor.numpy()
         # Norms and biases are added in float32, whatever the matrices are.
-        array = array.astype(np.float32 if array.ndim == 1 else compute)
-        value = jax.device_put(np.ascontiguousarray(array if transposed else array.T), may_alias=True)
-    tensor.release()
-    return value
+        kept = compute if rule.is_matrix else np.float32
+        arrays = [np.asarray(v.dequantize()) if isinstance(v, QuantizedArray) else v for v in held]
+        arrays = rule.split([array.astype(kept) for array in arrays], entry.shapes)
+        values = [jax.device_put(np.ascontiguousarray(array), may_alias=True) for array in arrays]
+    for source in entry.sources:
+        source.release()
+    return values
+
+
+def _held(source: LazyArray | Packed, rule: Rule) -> Any:
+    """One tensor: packed matrices as such `[..., in, out]` (tables `[V, D]`), all else as an array as it lies."""
+    if isinstance(source, Packed):
+        return source.read(transposed=rule.is_table)
+    if source.encoding not in BLOCK_FORMATS or not rule.is_matrix or len(source.shape) < 2:
+        return source.numpy()
+    if rule.rows_first or rule.is_table:
+        return QuantizedArray.from_blocks(source.encoding, source.raw(), transposed=rule.is_table)
+    if source.encoding in _FLOAT16:  # files that hold [in, out] have no blocks along the inputs
+        return QuantizedArray(source.encoding, {"values": jnp.array(source.numpy())})
+    return QuantizedArray.from_blocks(source.encoding, source.raw()).dequantize()

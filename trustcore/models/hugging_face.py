@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
+from trustcore.models.families import FAMILIES
 from trustcore.ops.rope import RopeConfig
-from trustcore.quant import QuantizedArray
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 # What files of Llama 3.1 and later say, whose GGUF files hold the frequencies' divisors in place of it.
 _LLAMA3 = {"low_frequency": 1.0, "high_frequency": 4.0, "original_context": 8192}
@@ -29,11 +26,12 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         ModelError: the family, or its rotary positions, have no place in such a file.
     """
-    if config.family not in ARCHITECTURES:
-        raise ModelError(f"config.json has no place for family {config.family!r}; known: {', '.join(ARCHITECTURES)}.")
-    rope = config.rope
+    family, rope = FAMILIES[config.family], config.rope
+    if family.describe is None or rope is None:
+        known = ", ".join(f.name for f in FAMILIES.values() if f.describe is not None)
+        raise ModelError(f"config.json is written for {known}; a {config.family} model is saved with the one it has.")
     described: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.family]],
+        "architectures": [family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.features,
@@ -42,7 +40,7 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.hidden,
-        "hidden_act": "silu",
+        "hidden_act": config.activation,
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": rope.theta,
@@ -52,12 +50,13 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "sliding_window": config.window,
         "use_sliding_window": config.window is not None,
+        **family.describe(config),
     }
     if rope.size != config.head_dim:
         described["partial_rotary_factor"] = rope.size / config.head_dim
-    plain = dataclasses.replace(rope, interleaved=False, divisors=())
     back = DecoderConfig.from_hugging_face(described)
-    same = np.allclose(back.rope.frequencies(), rope.frequencies(), rtol=1e-4) and back.rope.size == plain.size
+    assert back.rope is not None
+    same = back.rope.size == rope.size and np.allclose(back.rope.frequencies(), rope.frequencies(), rtol=1e-4)
     if not same or back.rope.magnitude != rope.magnitude or dataclasses.replace(back, rope=rope) != config:
         raise ModelError(f"config.json cannot say all of {config}; the model stays in the file that it came from.")
     return described
@@ -86,25 +85,8 @@ def half_order(config: DecoderConfig, path: str) -> np.ndarray | None:
     """Returns which output of a product each output of it in the file is; None: the same."""
     turned = {"query": config.heads, "key": config.kv_heads}
     heads = next((count for name, count in turned.items() if f".attention.{name}." in path), 0)
-    if not config.rope.interleaved or not heads:
+    if config.rope is None or config.rope.interleaved == FAMILIES[config.family].interleaved or not heads:
         return None
     size, width = config.rope.size, config.head_dim
     head = np.concatenate((np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, width)))
     return (np.arange(heads)[:, None] * width + head).reshape(-1)
-
-
-def outputs_in(weight: QuantizedArray, order: np.ndarray) -> QuantizedArray:
-    """Returns a packed `[K, N]` matrix with its outputs in another order; codes and scales stay what they are.
-
-    Raises:
-        ModelError: outputs that share a scale would no longer stand together.
-    """
-    fields = {}
-    for name, span in weight.spec.spans(weight.fields).items():
-        if span == 1:
-            fields[name] = jnp.take(weight.fields[name], order, axis=-1)
-        elif span > 1 and not np.array_equal(order // span, np.arange(order.size) // span):
-            raise ModelError(f"has outputs that share their {name} and are to be put apart; quantize it anew")
-        else:
-            fields[name] = weight.fields[name]
-    return QuantizedArray(weight.format, fields)

@@ -1,30 +1,65 @@
 """The other direction: a decoder of Hugging Face's layout as GGUF files describe and store it.
 
-    config -> metadata;   tensor of the checkpoint -> GGUF name, and the order in which its rows are written
+    config -> metadata;   tensors of the checkpoint -> GGUF name, and how its rows come about
 
 GGUF files of the Llama family hold the rows of queries and keys for interleaved rotary pairs, Hugging Face's for halves
 (`trustcore.ops.rope`): within each head, row `2 i + j` of the one is row `j R / 2 + i` of the other, where R channels
-turn. Rows are only moved, so blocks along them stay what they were.
+turn. Rows are only moved, so blocks along them stay what they were. Where the two kinds of files fuse, transpose or
+shift differently, a tensor is computed when it is asked for (`Computed`).
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from trustcore.errors import ModelError
-from trustcore.models.config import FAMILIES, DecoderConfig
-from trustcore.models.names import NOT_WEIGHTS, decoder_names
+from trustcore.models.config import DecoderConfig
+from trustcore.models.decoder import Decoder
+from trustcore.models.families import FAMILIES, gguf_of, rules_of
+from trustcore.models.name_map import Rule
 from trustcore.ops.rope import RopeConfig
+from trustcore.quant.quantize import path_name
 from trustcore.weights import Checkpoint, LazyArray
+
+
+class Computed:
+    """A tensor that is made of others when its numbers are asked for, and held until it is released.
+
+    Attributes:
+        shape: of the tensor.
+        encoding: "f32".
+        nbytes: of what it is made of, on disk.
+    """
+
+    encoding = "f32"
+
+    def __init__(self, shape: tuple[int, ...], sources: tuple[LazyArray, ...], make: Callable[[], np.ndarray]):
+        self.shape, self._sources, self._make = shape, sources, make
+        self.nbytes = sum(source.nbytes for source in sources)
+        self._held: np.ndarray | None = None
+
+    def numpy(self) -> np.ndarray:
+        """Returns the numbers, float32."""
+        if self._held is None:
+            self._held = self._make()
+        return self._held
+
+    def release(self) -> None:
+        """Lets go of the numbers and of the pages they came from."""
+        self._held = None
+        for source in self._sources:
+            source.release()
 
 
 class Placed(NamedTuple):
     """A tensor of a checkpoint under its GGUF name; `rows` says which row is written where, None: as they lie."""
 
-    tensor: LazyArray
+    tensor: LazyArray | Computed
     rows: np.ndarray | None
 
 
@@ -34,7 +69,8 @@ def gguf_metadata(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         ModelError: GGUF has no words for how positions are scaled.
     """
-    arch = _architecture(config)
+    file = gguf_of(config)
+    arch = file.name
     values: dict[str, Any] = {
         "general.architecture": arch,
         "general.type": "model",
@@ -45,25 +81,31 @@ def gguf_metadata(config: DecoderConfig) -> dict[str, Any]:
         f"{arch}.feed_forward_length": config.hidden,
         f"{arch}.attention.head_count": config.heads,
         f"{arch}.attention.head_count_kv": config.kv_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.norm_eps,
-        f"{arch}.rope.dimension_count": config.rope.size,
-        f"{arch}.rope.freq_base": config.rope.theta,
+        f"{arch}.attention.layer_norm{'_rms' if config.norm == 'rms' else ''}_epsilon": config.norm_eps,
     }
     if config.head_dim * config.heads != config.features:
         values[f"{arch}.attention.key_length"] = values[f"{arch}.attention.value_length"] = config.head_dim
     if config.window is not None:
         values[f"{arch}.attention.sliding_window"] = config.window
-    rope = config.rope
+    if config.rope is not None:
+        values |= {f"{arch}.rope.{key}": value for key, value in _rope(config.rope).items()}
+    return {**values, **{f"{arch}.{key}": value for key, value in file.write(config).items()}}
+
+
+def _rope(rope: RopeConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {"dimension_count": rope.size, "freq_base": rope.theta}
     if rope.scaling in ("linear", "yarn"):
-        values[f"{arch}.rope.scaling.type"] = rope.scaling
-        values[f"{arch}.rope.scaling.factor"] = rope.factor
+        values |= {"scaling.type": rope.scaling, "scaling.factor": rope.factor}
     if rope.scaling == "yarn":
-        values[f"{arch}.rope.scaling.original_context_length"] = rope.original_context
-        values[f"{arch}.rope.scaling.yarn_beta_fast"] = rope.beta_fast
-        values[f"{arch}.rope.scaling.yarn_beta_slow"] = rope.beta_slow
+        values["scaling.original_context_length"] = rope.original_context
+        values |= {"scaling.yarn_beta_fast": rope.beta_fast, "scaling.yarn_beta_slow": rope.beta_slow}
         own = RopeConfig(rope.size, scaling="yarn", factor=rope.factor, original_context=1).magnitude
         if rope.magnitude != own:
-            values[f"{arch}.rope.scaling.attn_factor"] = rope.magnitude / own
+            values["scaling.attn_factor"] = rope.magnitude / own
+        if not rope.truncate:
+            raise ModelError("GGUF files cannot say that YaRN's ramp begins and ends between pairs (truncate: false).")
+    elif rope.scaling == "longrope":
+        values |= {"scaling.original_context_length": rope.original_context, "scaling.attn_factor": rope.magnitude}
     elif rope.scaling == "dynamic":
         raise ModelError(
             "GGUF files cannot say that rotary positions are scaled dynamically. Set rope_scaling in config.json to "
@@ -72,12 +114,20 @@ def gguf_metadata(config: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def gguf_divisors(config: DecoderConfig) -> np.ndarray | None:
-    """Returns the contents of `rope_freqs.weight`, float32 `[R / 2]`, which Llama 3's scaling is stored as; or None."""
-    if config.rope.scaling != "llama3":
-        return None
-    plain = RopeConfig(config.rope.size, theta=config.rope.theta).frequencies()
-    return (plain / config.rope.frequencies()).astype(np.float32)
+def gguf_divisors(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """Returns the tensors, float32 `[R / 2]`, that hold what Llama 3 and LongRoPE divide frequencies by, by name."""
+    rope = config.rope
+    if rope is None:
+        return {}
+    if rope.scaling == "llama3":
+        plain = RopeConfig(rope.size, theta=rope.theta).frequencies()
+        return {"rope_freqs.weight": (plain / rope.frequencies()).astype(np.float32)}
+    if rope.scaling == "longrope":
+        return {
+            "rope_factors_long.weight": np.array(rope.long_divisors, np.float32),
+            "rope_factors_short.weight": np.array(rope.divisors, np.float32),
+        }
+    return {}
 
 
 def gguf_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> dict[str, Placed]:
@@ -86,38 +136,61 @@ def gguf_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> dict[str, Pla
     Raises:
         ModelError: tensors are missing, unexpected or of the wrong shape: all of them in one message.
     """
-    family = FAMILIES[config.family]
-    interleaved = family.gguf_interleaved or not family.gguf  # a family without a GGUF name of its own goes as llama
-    shapes = _shapes(config)
-    placed, faults, used = {}, [], set()
-    for name in decoder_names(config.layers):
-        expected = shapes.get(_kind(name.path))
-        if expected is None:
-            continue
-        tensor = checkpoint.get(name.hugging_face)
-        if tensor is None:
-            near = difflib.get_close_matches(name.hugging_face, list(checkpoint), n=1)
-            faults.append(f"{name.hugging_face} is missing" + (f" (nearest: {near[0]})" if near else ""))
-            continue
-        used.add(name.hugging_face)
-        if tuple(tensor.shape) != expected:
-            faults.append(f"{name.hugging_face} has shape {list(tensor.shape)}, expected {list(expected)}")
-        rows = None
-        if interleaved and ".attention.query." in name.path:
-            rows = interleaved_rows(config.heads, config.head_dim, config.rope.size)
-        elif interleaved and ".attention.key." in name.path:
-            rows = interleaved_rows(config.kv_heads, config.head_dim, config.rope.size)
-        placed[name.gguf] = Placed(tensor, rows)
-    twice = {"lm_head.weight"} if config.tied else set()
+    family, file = FAMILIES[config.family], gguf_of(config)
+    leaves = jax.tree_util.tree_flatten_with_path(Decoder(config))[0]
+    shapes = {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+    names = family.names_for(config).adapted(checkpoint)
+    theirs = [rule for rule in rules_of(config, names) if rule.paths[0] in shapes]
+    ours = [rule for rule in rules_of(config, file.names) if rule.paths[0] in shapes]
+    homeless = set(shapes) - {path for rule in ours for path in rule.paths}
+    if homeless:
+        raise ModelError(f"GGUF files of {file.name} have no place for {', '.join(sorted(homeless)[:5])}.")
+    faults: list[str] = []
+    for rule in theirs:
+        expected = rule.shape([shapes[path] for path in rule.paths])
+        for name in rule.names:
+            tensor = checkpoint.get(name)
+            if tensor is None:
+                near = difflib.get_close_matches(name, list(checkpoint), n=1)
+                faults.append(f"{name} is missing" + (f" (nearest: {near[0]})" if near else ""))
+            elif tuple(tensor.shape) != expected:
+                faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")
+    used = {name for rule in theirs for name in rule.names}
+    tied = {rule.stored for rule in names.model if rule.paths == ("output.kernel",)} if config.tied else set[str]()
     faults += [
-        f"{name} is unexpected"
-        for name in checkpoint
-        if name not in used and name not in twice and not name.endswith(NOT_WEIGHTS)
+        f"{name} is unexpected" for name in checkpoint if name not in used | tied and not name.endswith(names.ignored)
     ]
     if faults:
         shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise ModelError(f"{checkpoint.path}: the tensors do not fit a {config.family} model: {shown}.")
-    return placed
+    by_path = {path: rule for rule in theirs for path in rule.paths}
+    return {rule.stored: _placed(rule, by_path, config, checkpoint, shapes) for rule in ours}
+
+
+def _placed(
+    rule: Rule, by_path: dict[str, Rule], config: DecoderConfig, checkpoint: Checkpoint, shapes: dict[str, Any]
+) -> Placed:
+    there = by_path[rule.paths[0]]
+    rows = None
+    if gguf_of(config).interleaved and not FAMILIES[config.family].interleaved and config.rope is not None:
+        heads = {"attention.query.": config.heads, "attention.key.": config.kv_heads}
+        count = next((n for part, n in heads.items() if part in rule.paths[0]), None)
+        rows = None if count is None else interleaved_rows(count, config.head_dim, config.rope.size)
+    if (there.paths, there.rows_first, there.groups, there.pieces, there.shift) == (
+        (rule.paths, rule.rows_first, rule.groups, rule.pieces, rule.shift)
+    ):
+        return Placed(checkpoint[there.stored], rows)
+    rules = list(dict.fromkeys(by_path[path] for path in rule.paths))
+    sources = tuple(checkpoint[name] for other in rules for name in other.names)
+
+    def make() -> np.ndarray:
+        found: dict[str, np.ndarray] = {}
+        for other in rules:
+            arrays = [checkpoint[name].numpy().astype(np.float32) for name in other.names]
+            found |= dict(zip(other.paths, other.split(arrays, [shapes[p] for p in other.paths]), strict=True))
+        return np.ascontiguousarray(rule.join([found[path] for path in rule.paths])[0])
+
+    return Placed(Computed(rule.shape([shapes[path] for path in rule.paths]), sources, make), rows)
 
 
 def interleaved_rows(heads: int, head_dim: int, turned: int) -> np.ndarray:
@@ -125,40 +198,3 @@ def interleaved_rows(heads: int, head_dim: int, turned: int) -> np.ndarray:
     head = np.arange(head_dim)
     head[:turned] = head[:turned].reshape(2, -1).T.reshape(-1)
     return (np.arange(heads)[:, None] * head_dim + head).reshape(-1)
-
-
-def _architecture(config: DecoderConfig) -> str:
-    family = FAMILIES[config.family]
-    return family.name if family.gguf else "llama"
-
-
-def _kind(path: str) -> str:
-    return path.split(".", 2)[2] if path.startswith("blocks.") else path
-
-
-def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes in files, by the path within a block or a model; what the model does not have is not there."""
-    c = config
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.table": (c.vocab_size, c.features),
-        "norm.weight": (c.features,),
-        "attention_norm.weight": (c.features,),
-        "attention.query.kernel": (queries, c.features),
-        "attention.key.kernel": (keys, c.features),
-        "attention.value.kernel": (keys, c.features),
-        "attention.out.kernel": (c.features, queries),
-        "mlp_norm.weight": (c.features,),
-        "mlp.gate.kernel": (c.hidden, c.features),
-        "mlp.up.kernel": (c.hidden, c.features),
-        "mlp.down.kernel": (c.features, c.hidden),
-    }
-    if not c.tied:
-        shapes["output.kernel"] = (c.vocab_size, c.features)
-    if c.qkv_bias:
-        shapes |= {f"attention.{n}.bias": (keys,) for n in ("key", "value")} | {"attention.query.bias": (queries,)}
-    if c.out_bias:
-        shapes["attention.out.bias"] = (c.features,)
-    if c.mlp_bias:
-        shapes |= {"mlp.gate.bias": (c.hidden,), "mlp.up.bias": (c.hidden,), "mlp.down.bias": (c.features,)}
-    return shapes

@@ -21,6 +21,13 @@ class Values:
         """Returns the value as it stands."""
         return self._values.get(key, default)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def with_defaults(self, **defaults: Any) -> Values:
+        """Returns the same values, and these where a key is not there."""
+        return Values({**defaults, **self._values}, self._where)
+
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """Returns an integer from `least` to `LARGEST` - 1."""
         value = self._read(key, default)
@@ -41,6 +48,25 @@ class Values:
         if not isinstance(value, str):
             raise ModelError(f"{self._where}: {key} is {value!r}; expected a string.")
         return value
+
+    def choice(self, key: str, default: str | None, allowed: Mapping[str, Any]) -> Any:
+        """Returns what `allowed` has under the name that stands there."""
+        value = self._read(key, default)
+        if not isinstance(value, str) or value not in allowed:
+            raise ModelError(f"{self._where}: {key} is {value!r}; supported: {', '.join(allowed)}.")
+        return allowed[value]
+
+    def sequence(self, key: str, kind: type | tuple[type, ...], length: int) -> tuple[Any, ...] | None:
+        """Returns a list of `length` values of that type as a tuple; None where there is none."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, list | tuple) or len(value) != length or not all(isinstance(x, kind) for x in value):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(k.__name__ for k in kinds)
+            raise ModelError(f"{self._where}: {key} is {str(value)[:64]!r}; expected a list of {length} of {wanted}.")
+        return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns a truth value."""

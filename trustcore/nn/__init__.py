@@ -9,23 +9,27 @@ from trustcore.nn.cache import KVCache
 from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
+from trustcore.nn.experts import Experts, ExpertsConfig
+from trustcore.nn.latent import LatentAttention, LatentConfig
 from trustcore.nn.linear import Linear
 from trustcore.nn.mamba import Mamba, Mamba2
-from trustcore.nn.mlp import GatedMLP
-from trustcore.nn.norm import RMSNorm
+from trustcore.nn.mlp import MLP, GatedMLP
+from trustcore.nn.norm import LayerNorm, RMSNorm
 from trustcore.nn.positions import RelativeBias
 from trustcore.nn.recurrent import Recurrent
 from trustcore.nn.separable import SeparableConv
 
 __all__ = [
+    "MLP",
     "Attention",
     "Embedding",
     "EncoderAttention",
-    "FeedForward",
+    "Experts",
+    "ExpertsConfig",
     "GatedMLP",
     "KVCache",
+    "LatentAttention",
+    "LatentConfig",
     "LayerNorm",
     "Linear",
     "Mamba",

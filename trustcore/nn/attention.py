@@ -1,8 +1,8 @@
-"""Self-attention with grouped key-value heads and rotary positions."""
+"""Self-attention with grouped key-value heads, and what families add to it: norms of queries and keys, sinks, ALiBi."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.nn.linear import Linear, project
-from trustcore.ops.attention import LayerCache, attention, cached_attention
+from trustcore.nn.norm import LayerNorm, RMSNorm
+from trustcore.nn.parameter import parameter
+from trustcore.ops.attention import LayerCache, alibi_slopes, attention, cached_attention
 from trustcore.ops.rope import RopeConfig, rotate
 
 Turn = tuple[jax.Array, jax.Array]
+QKNorm = Literal["head", "whole", "each"]
 
 
 class Attention(nnx.Module):
@@ -24,10 +27,20 @@ class Attention(nnx.Module):
         heads: N.
         kv_heads: K, a divisor of N.
         head_dim: H.
-        rope: how positions turn queries and keys.
+        rope: how positions turn queries and keys; None: they do not.
         bias: whether queries, keys and values have one.
         out_bias: whether the output product has one.
         window: tokens a query sees, itself included; None: all.
+        scale: of the scores; None: `H ** -0.5`.
+        soft_cap: of the scores, `soft_cap * tanh(score / soft_cap)` (Gemma 2, arXiv 2408.00118); None: none.
+        qk_norm: how queries and keys are normalized before they turn (Henry et al., arXiv 2010.04245): "head": RMS of
+            each head, with one gain for all; "whole": RMS over all heads at once; "each": layer norm of each head with
+            a gain of its own.
+        norm_eps: of those norms.
+        alibi: None, or what multiplies the slopes by which scores fall with the distance (Press et al., arXiv
+            2108.12409).
+        sinks: whether each head has a score that takes part in the softmax and has no value (Xiao et al., arXiv
+            2309.17453).
         dtype: of the parameters.
         rngs: None leaves them abstract.
     """
@@ -39,10 +52,16 @@ class Attention(nnx.Module):
         kv_heads: int,
         head_dim: int,
         *,
-        rope: RopeConfig,
+        rope: RopeConfig | None,
         bias: bool = False,
         out_bias: bool = False,
         window: int | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        qk_norm: QKNorm | None = None,
+        norm_eps: float = 1e-6,
+        alibi: float | None = None,
+        sinks: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
@@ -50,14 +69,23 @@ class Attention(nnx.Module):
         self.key = Linear(features, kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.value = Linear(features, kv_heads * head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.out = Linear(heads * head_dim, features, bias=out_bias, dtype=dtype, rngs=rngs)
+        made = {"eps": norm_eps, "dtype": dtype, "rngs": rngs}
+        self.query_norm = _qk_norm(qk_norm, heads, head_dim, made)
+        self.key_norm = _qk_norm(qk_norm, kv_heads, head_dim, made)
+        self.sinks = parameter(jax.nn.initializers.zeros, (heads,), jnp.float32, rngs) if sinks else None
+        self.heads = heads
         self.head_dim = head_dim
         self.rope = rope
         self.window = window
+        self.scale = scale
+        self.soft_cap = soft_cap
+        self.norm_all_heads = qk_norm == "whole"
+        self.alibi = alibi
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turn: Turn,
+        turn: Turn | None,
         positions: Int[Array, "B T"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
@@ -65,16 +93,37 @@ class Attention(nnx.Module):
 
         Args:
             x: T tokens of B rows.
-            turn: `trustcore.ops.rope.angles(positions, rope)`, shared by all layers.
+            turn: `trustcore.ops.rope.angles(positions, rope)`, shared by all layers of that rope.
             positions: of the tokens; with a cache they follow each other from `positions[b, 0]` on.
             cache: of this layer.
         """
-        query, key, value = (
-            y.reshape(*y.shape[:-1], -1, self.head_dim) for y in project(x, self.query, self.key, self.value)
-        )
-        query, key = rotate(query, turn, self.rope), rotate(key, turn, self.rope)
+        query, key, value = project(x, self.query, self.key, self.value)
+        if self.norm_all_heads:
+            query, key = self._normed(query, key)
+        query, key, value = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (query, key, value))
+        if not self.norm_all_heads:
+            query, key = self._normed(query, key)
+        if self.rope is not None:
+            assert turn is not None
+            query, key = rotate(query, turn, self.rope), rotate(key, turn, self.rope)
+        options: dict[str, Any] = {"window": self.window, "scale": self.scale, "soft_cap": self.soft_cap}
+        options["slopes"] = None if self.alibi is None else jnp.asarray(alibi_slopes(self.heads) * self.alibi)
+        options["sinks"] = None if self.sinks is None else self.sinks.get_value()
         if cache is None:
-            y = attention(query, key, value, query_positions=positions, key_positions=positions, window=self.window)
+            y = attention(query, key, value, query_positions=positions, key_positions=positions, **options)
         else:
-            y, cache = cached_attention(query, key, value, cache, positions[:, 0], window=self.window)
+            y, cache = cached_attention(query, key, value, cache, positions[:, 0], **options)
         return self.out(y.reshape(*y.shape[:2], -1)), cache
+
+    def _normed(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        return self.query_norm(query), self.key_norm(key)
+
+
+def _qk_norm(kind: QKNorm | None, heads: int, head_dim: int, made: dict[str, Any]) -> RMSNorm | LayerNorm | None:
+    if kind is None:
+        return None
+    if kind == "each":
+        return LayerNorm(head_dim, groups=heads, bias=False, **made)
+    return RMSNorm(heads * head_dim if kind == "whole" else head_dim, **made)

@@ -28,10 +28,22 @@ class KVCache(NamedTuple):
 
     @staticmethod
     def zeros(
-        batch: int, slots: int, *, layers: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32
+        batch: int,
+        slots: int,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: Any = jnp.float32,
     ) -> KVCache:
-        """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`."""
-        made = tuple(LayerCache.zeros(batch, kv_heads, slots, head_dim, dtype) for _ in range(layers))
+        """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`.
+
+        `value_dim` is the head size of values, None: `head_dim`.
+        """
+        made = tuple(
+            LayerCache.zeros(batch, kv_heads, slots, head_dim, dtype, value_size=value_dim) for _ in range(layers)
+        )
         return KVCache(made, jnp.zeros((batch,), jnp.int32))
 
     @property

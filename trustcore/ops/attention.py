@@ -48,19 +48,22 @@ class LayerCache(NamedTuple):
     value_scale: jax.Array | None = None
 
     @staticmethod
-    def zeros(batch: int, kv_heads: int, slots: int, size: int, dtype: Any) -> LayerCache:
-        """Returns an empty cache, with scales where codes have them.
+    def zeros(
+        batch: int, kv_heads: int, slots: int, size: int, dtype: Any, *, value_size: int | None = None
+    ) -> LayerCache:
+        """Returns an empty cache, with scales where codes have them; `value_size`: H of the values, None: as the keys'.
 
         Raises:
             ImplementationError: int4 codes lie two a byte and the head size is odd.
         """
-        dtype = jnp.dtype(dtype)
+        dtype, value_size = jnp.dtype(dtype), value_size or size
         if dtype == jnp.int4:
-            if size % 2:
-                raise ImplementationError(f"a cache of int4 packs channels in pairs and the head size is {size}.")
-            dtype, size = jnp.dtype(jnp.uint8), size // 2
+            if size % 2 or value_size % 2:
+                odd = size if size % 2 else value_size
+                raise ImplementationError(f"a cache of int4 packs channels in pairs and the head size is {odd}.")
+            dtype, size, value_size = jnp.dtype(jnp.uint8), size // 2, value_size // 2
         keys = jnp.zeros((batch, kv_heads, size, slots), dtype)
-        values = jnp.zeros((batch, kv_heads, slots, size), dtype)
+        values = jnp.zeros((batch, kv_heads, slots, value_size), dtype)
         if dtype == jnp.uint8:
             scales = (jnp.zeros((batch, kv_heads, 2, slots), jnp.bfloat16) for _ in range(2))
         elif dtype in _TOP:
@@ -82,7 +85,7 @@ _TOP = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H_v"],
     *,
     query_positions: Int[Array, "B T"] | None = None,
     key_positions: Int[Array, "B S"] | None = None,
@@ -90,10 +93,12 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns `softmax(scale * q k^T + mask) v` with grouped heads; see `kernels_pallas.attention`.
+    slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H_v"]:
+    """Returns `softmax(scale * q k^T + bias + mask) v` with grouped heads; see `kernels_pallas.attention`.
 
-    Differentiable in query, key and value. Scores and sums are float32; O(512 * S) memory.
+    Differentiable in query, key, value, slopes and sinks. Scores and sums are float32; O(512 * S) memory.
     """
     return kernels.attention(
         query,
@@ -105,21 +110,37 @@ def attention(
         window=window,
         scale=scale,
         soft_cap=soft_cap,
+        slopes=slopes,
+        sinks=sinks,
     )
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Returns float32 `[N]`: the slope of each head, `2 ** (-8 i / N)` for i = 1 .. N where N is a power of two.
+
+    Otherwise the heads beyond the power of two P below N take every other slope of 2 P heads. Press et al., arXiv
+    2108.12409, section 3, and their code.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power), 2) / power)
+    return np.concatenate([slopes, between]).astype(np.float32)
 
 
 def cached_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H_v"],
     cache: LayerCache,
     start: Int[Array, " B"],
     *,
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    slopes: Float[Array, " N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T N H"], LayerCache]:
+) -> tuple[Float[Array, "B T N H_v"], LayerCache]:
     """Returns causal attention over the cache extended by these T tokens, and that cache.
 
     Args:
@@ -130,6 +151,7 @@ def cached_attention(
         window: keys a query sees, itself included; None: all before it.
         scale: None is `H ** -0.5`.
         soft_cap: `soft_cap * tanh(score / soft_cap)`; None applies none.
+        slopes, sinks: see `kernels_pallas.attention`; "xla" alone has them.
         implementation: None, "native" (the CPU handler) or "xla".
 
     Raises:
@@ -141,24 +163,31 @@ def cached_attention(
         raise ImplementationError(
             f"cached_attention: implementation {implementation!r} is not known; choose native or xla, or pass None."
         )
-    refusal = _native_refusal(query, cache) if implementation != "xla" else "-"
+    refusal = _native_refusal(query, value, cache, slopes, sinks) if implementation != "xla" else "-"
     if implementation == "native" and refusal:
         raise ImplementationError(f"cached_attention: 'native' cannot compute this call: {refusal}")
     options = (window, kernels.size_scale(query, scale), soft_cap)
-    run = cast("Callable[..., tuple[jax.Array, LayerCache]]", _xla if refusal else _native)
+    more = functools.partial(_xla, slopes=slopes, sinks=sinks)
+    run = cast("Callable[..., tuple[jax.Array, LayerCache]]", more if refusal else _native)
     if cache.packed:
         query, key, value = (_hadamard(x) for x in (query, key, value))
     out, extended = run(options, query, key, value, cache, start)
     return _hadamard(out) if cache.packed else out, extended
 
 
-def _native_refusal(query: jax.Array, cache: LayerCache) -> str:
+def _native_refusal(query: jax.Array, value: jax.Array, cache: LayerCache, slopes: Any, sinks: Any) -> str:
     if jax.default_backend() != "cpu":
         return f"it runs on the CPU and the default backend is {jax.default_backend()}."
     if cache.keys.dtype not in (jnp.float32, jnp.bfloat16, jnp.uint8, *_TOP):
         return f"a cache of {cache.keys.dtype} is not float32, bfloat16, int8, float8_e4m3fn or int4."
     if cpu.why_not():
         return cpu.why_not()
+    if slopes is not None or sinks is not None:
+        return f"it has no {'slopes' if sinks is None else 'sinks'}."
+    if value.shape[-1] != query.shape[-1]:
+        return f"values of size {value.shape[-1]} beside keys of size {query.shape[-1]}."
+    if query.dtype == jnp.float64:
+        return "it computes in float32 and the query is float64."
     lanes = cpu.vector_lanes() * (2 if cache.packed else 1)
     if query.shape[-1] % lanes:
         return f"head size {query.shape[-1]} is not a multiple of {lanes}{', as int4 needs' if cache.packed else ''}."
@@ -166,7 +195,14 @@ def _native_refusal(query: jax.Array, cache: LayerCache) -> str:
 
 
 def _xla(
-    options: Any, query: jax.Array, key: jax.Array, value: jax.Array, cache: LayerCache, start: jax.Array
+    options: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: LayerCache,
+    start: jax.Array,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     window, scale, soft_cap = options
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
@@ -190,7 +226,9 @@ def _xla(
         assert cache.key_scale is not None and cache.value_scale is not None
         keys = decode(cache.keys, cache.key_scale, axis=2)
         values = decode(cache.values, cache.value_scale, axis=3)
-    out = kernels.cached_attention(query, keys, values, start, window=window, scale=scale, soft_cap=soft_cap)
+    out = kernels.cached_attention(
+        query, keys, values, start, window=window, scale=scale, soft_cap=soft_cap, slopes=slopes, sinks=sinks
+    )
     return out, cache
 
 

@@ -1,4 +1,4 @@
-"""Normalization over the last axis, accumulated in float32."""
+"""Normalization over the last axis, accumulated in float32 (float64 for float64)."""
 
 from __future__ import annotations
 
@@ -17,3 +17,29 @@ def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, eps: flo
     wide = x.astype(accumulation_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale * jnp.broadcast_to(weight.astype(wide.dtype), wide.shape)).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*rows D"],
+    weight: Float[Array, "*groups D"],
+    bias: Float[Array, "*groups D"] | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Float[Array, "*rows D"]:
+    """Returns `weight * (x - mean(x)) / sqrt(var(x) + eps) + bias` in the dtype of x.
+
+    Args:
+        x: rows that are normalized each on its own.
+        weight: a gain for each channel, or `[N, D]`, one for each head of an x that ends in `[N, D]`.
+        bias: the same shape; None: zero.
+        eps: keeps a constant row finite.
+
+    Differentiable in x, weight and bias. Ba et al., arXiv 1607.06450, eq. 4.
+    """
+    wide = x.astype(accumulation_dtype(x.dtype))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    y = centred * scale * jnp.broadcast_to(weight.astype(wide.dtype), wide.shape)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(wide.dtype), wide.shape)
+    return y.astype(x.dtype)

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from trustcore.dtypes import accumulation_dtype
 from trustcore.errors import ModelError
 
-Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
+SCALINGS: tuple[str, ...] = get_args(Scaling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +33,17 @@ class RopeConfig:
         theta: base of the frequencies `theta ** (-2 i / R)`.
         interleaved: which pairing; see the header of this file.
         scaling: "none"; "linear" (positions divided by `factor`); "dynamic" (NTK: theta grows once a context exceeds
-            `original_context`); "yarn" (Peng et al., arXiv 2309.00071); "llama3" (Llama 3.1's three bands).
+            `original_context`); "yarn" (Peng et al., arXiv 2309.00071); "llama3" (Llama 3.1's three bands);
+            "longrope" (Ding et al., arXiv 2402.13753: frequencies divided by `long_divisors` once a context exceeds
+            `original_context`, by `divisors` before).
         factor: of the context's extension.
         original_context: T the model was trained with before extension, in tokens.
         low_frequency, high_frequency: "llama3": bands are cut at wavelengths `original_context / value`.
         beta_fast, beta_slow: "yarn": rotations within the original context where the ramp begins and ends.
-        attention_factor: "yarn": factor of cosine and sine; None: `0.1 ln(factor) + 1`.
+        truncate: "yarn": whether the ramp begins and ends at whole pairs.
+        attention_factor: factor of cosine and sine; None: `0.1 ln(factor) + 1` for "yarn", else 1.
         divisors: further divisors of the R / 2 frequencies, as some GGUF files store them; empty: none.
+        long_divisors: "longrope": those of long contexts.
     """
 
     size: int
@@ -50,22 +56,27 @@ class RopeConfig:
     high_frequency: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
     attention_factor: float | None = None
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.size <= 0 or self.size % 2:
             raise ModelError(f"rope: {self.size} turned channels; there must be a positive, even number.")
         if not (math.isfinite(self.theta) and self.theta > 0):
             raise ModelError(f"rope: theta is {self.theta}; it must be a positive number.")
-        if self.scaling not in ("none", "linear", "dynamic", "yarn", "llama3"):
-            raise ModelError(f"rope: scaling {self.scaling!r} is not none, linear, dynamic, yarn or llama3.")
+        if self.scaling not in SCALINGS:
+            raise ModelError(f"rope: scaling {self.scaling!r} is not one of {', '.join(SCALINGS)}.")
         if not (math.isfinite(self.factor) and self.factor > 0):
             raise ModelError(f"rope: scaling factor is {self.factor}; it must be a positive number.")
-        if self.scaling in ("dynamic", "yarn", "llama3") and not self.original_context:
+        if self.scaling in ("dynamic", "yarn", "llama3", "longrope") and not self.original_context:
             raise ModelError(f"rope: {self.scaling} scaling needs the original context length, in tokens.")
-        if self.divisors and len(self.divisors) != self.size // 2:
-            raise ModelError(f"rope: {len(self.divisors)} frequency divisors for {self.size // 2} pairs of channels.")
+        for divisors in (self.divisors, self.long_divisors):
+            if divisors and len(divisors) != self.size // 2:
+                raise ModelError(f"rope: {len(divisors)} frequency divisors for {self.size // 2} pairs of channels.")
+        if self.scaling == "longrope" and not (self.divisors and self.long_divisors):
+            raise ModelError("rope: longrope scaling needs divisors for short and for long contexts.")
 
     def frequencies(self, context: int | None = None) -> np.ndarray:
         """Returns float64 `[R / 2]`, in radians a token, for a context of that many tokens (None: the original)."""
@@ -75,7 +86,10 @@ class RopeConfig:
             ratio = self.factor * context / self.original_context - (self.factor - 1)
             theta = theta * ratio ** (self.size / (self.size - 2))
         plain = theta**-pair
-        return self._scaled(plain) / (np.asarray(self.divisors) if self.divisors else 1.0)
+        divisors = self.divisors
+        if self.scaling == "longrope" and context and self.original_context and context > self.original_context:
+            divisors = self.long_divisors
+        return self._scaled(plain) / (np.asarray(divisors) if divisors else 1.0)
 
     def _scaled(self, plain: np.ndarray) -> np.ndarray:
         if self.scaling == "linear":
@@ -86,7 +100,9 @@ class RopeConfig:
                 self.size * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
                 for turns in (self.beta_fast, self.beta_slow)
             )  # eq. 17: pairs that turn `turns` times within the original context
-            low, high = max(math.floor(low), 0), min(math.ceil(high), self.size - 1)
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, self.size - 1)
             ramp = np.clip((np.arange(self.size // 2) - low) / max(high - low, 1e-3), 0, 1)
             return plain / self.factor * ramp + plain * (1 - ramp)
         if self.scaling == "llama3":
@@ -120,7 +136,7 @@ def rope(
         config: frequencies and pairing.
         context: tokens the call may see in all, for "dynamic" scaling.
 
-    Angles and products are float32; the result has the dtype of x. Differentiable in x.
+    Angles are float32, products too (float64 for float64); the result has the dtype of x. Differentiable in x.
     """
     return rotate(x, angles(positions, config, context=context), config)
 
@@ -142,7 +158,9 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Returns x turned by the cosines and sines of `angles`."""
     cos, sin = turn
-    turned, passed = jnp.split(x.astype(jnp.float32), [config.size], axis=-1)
+    wide = accumulation_dtype(x.dtype)
+    cos, sin = cos.astype(wide), sin.astype(wide)
+    turned, passed = jnp.split(x.astype(wide), [config.size], axis=-1)
     if config.interleaved:
         pairs = turned.reshape(*turned.shape[:-1], -1, 2)
         a, b = pairs[..., 0], pairs[..., 1]

@@ -1,0 +1,64 @@
+"""Small random decoders of the families that GGUF files hold, from a seed alone, and their files."""
+
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from trustcore.models import Decoder, DecoderConfig
+from trustcore.models.decoder import parameters_of
+from trustcore.models.families import gguf_of, rules_of
+from trustcore.models.to_gguf import gguf_divisors, gguf_metadata
+from trustcore.weights.gguf_writer import write_gguf
+
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+GEMMA = {**SHAPE, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 5}
+LONG = {
+    "rope_type": "longrope", "long_factor": [1.0 + i / 4 for i in range(8)],
+    "short_factor": [1.0 + i / 9 for i in range(8)], "original_max_position_embeddings": 32,
+}  # fmt: skip
+CONFIGS = {
+    "llama": {**SHAPE, "model_type": "llama"},
+    "qwen2": {**SHAPE, "model_type": "qwen2"},
+    "qwen3": {**SHAPE, "model_type": "qwen3", "head_dim": 32},
+    "gemma": {**SHAPE, "model_type": "gemma", "head_dim": 32, "num_key_value_heads": 1},
+    "gemma2": {
+        **GEMMA, "model_type": "gemma2", "num_hidden_layers": 3, "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 9.0,
+    },
+    "gemma3": {
+        **GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3": {**SHAPE, "model_type": "phi3"},
+    "phi3_long": {**SHAPE, "model_type": "phi3", "rope_scaling": LONG},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}  # fmt: skip
+TOKENS = np.random.default_rng(7).integers(0, 64, 14)
+
+
+def random_model(name):
+    model = Decoder(DecoderConfig.from_hugging_face(CONFIGS[name]))
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    for path, parameter in sorted(parameters_of(model).items()):
+        shape = parameter.get_value().shape
+        spread = 0.2 if len(shape) == 1 else 0.5 if path.endswith("table") else 1.2 / shape[0] ** 0.5
+        values = rng.standard_normal(shape) * spread + (path.endswith("norm.weight"))
+        parameter.set_value(jnp.asarray(values, jnp.float32))
+    return model
+
+
+def gguf_tensors_of(model):
+    """Returns the arrays of the file by name, made by the name map from the model itself."""
+    values = {path: np.asarray(parameter.get_value()) for path, parameter in parameters_of(model).items()}
+    rules = [rule for rule in rules_of(model.config, gguf_of(model.config).names) if rule.paths[0] in values]
+    return {rule.stored: np.ascontiguousarray(rule.join([values[p] for p in rule.paths])[0]) for rule in rules}
+
+
+def write(path, model):
+    """Writes a file of weights alone: it takes and gives token ids."""
+    metadata = {**gguf_metadata(model.config), "tokenizer.ggml.model": "none"}
+    write_gguf(path, metadata, {**gguf_divisors(model.config), **gguf_tensors_of(model)})

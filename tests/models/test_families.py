@@ -1,0 +1,75 @@
+"""Every family against transformers: the same logits from the files it saves, padded on either side, step by step."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from trustcore.models import DecoderConfig, decoder_from_checkpoint
+from trustcore.saving import save
+from trustcore.weights import open_checkpoint
+
+DATA = Path(__file__).parents[1] / "data" / "decoders"
+CASES = sorted(path.stem for path in DATA.glob("*.npz"))
+TOLERANCE = 2e-4  # logits are up to 12
+QUICK = {"xla_backend_optimization_level": 0}  # the time of these tests is that of compiling
+
+
+def recorded(name):
+    with np.load(DATA / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def write(folder, case):
+    """Writes the folder that the other library saved, and returns the path of its weights."""
+    weights = {key.removeprefix("weights/"): value for key, value in case.items() if key.startswith("weights/")}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(str(case["config"]))
+    return folder / "model.safetensors"
+
+
+def load(path, **options):
+    with open_checkpoint(path) as checkpoint:
+        return decoder_from_checkpoint(checkpoint, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_the_original_library(tmp_path, name):
+    case = recorded(name)
+    model = load(write(tmp_path, case), dtype="float32")
+    tokens = jnp.asarray(case["tokens"], jnp.int32)
+    run = jax.jit(lambda model, tokens, mask: model(tokens, mask=mask), compiler_options=QUICK)
+    for kind in ("plain", "left", "right"):
+        mask = case.get(f"{kind}_mask", np.ones(tokens.shape, bool))
+        found = run(model, tokens, jnp.asarray(mask))
+        np.testing.assert_allclose(found[mask], case[kind][mask], atol=TOLERANCE, err_msg=kind)
+
+    # A prompt that is padded on the left goes in first, then the rows grow token by token.
+    def step(model, cache, tokens, mask):
+        return model(tokens, cache=cache, mask=mask)
+
+    step = jax.jit(step, donate_argnums=1, compiler_options=QUICK)
+    mask, cache = case["left_mask"], model.new_cache(2, tokens.shape[1])
+    for begin, end in ((0, 10), (10, 11), (11, 12)):
+        here = mask[:, begin:end]
+        logits, cache = step(model, cache, tokens[:, begin:end], jnp.asarray(here))
+        np.testing.assert_allclose(logits[here], case["left"][:, begin:end][here], atol=TOLERANCE, err_msg=f"to {end}")
+    assert cache.length.tolist() == mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_model_holds_the_tensors_it_was_read_from(tmp_path, name):
+    """The name map in both directions: names, shapes and numbers, but for the last bit of norms stored less one."""
+    case = recorded(name)
+    path = write(tmp_path, case)
+    save(load(path), tmp_path / "saved")
+    kept, written = load_file(path), load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(written) == set(kept)
+    for key, array in kept.items():
+        np.testing.assert_allclose(written[key], array, rtol=0, atol=1.2e-7 if name.startswith("gemma") else 0)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert DecoderConfig.from_hugging_face(config) == DecoderConfig.from_hugging_face(json.loads(str(case["config"])))

@@ -1,0 +1,97 @@
+"""Families in GGUF files: llama.cpp's logits of what we write, and both kinds of files give the same model."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import gguf_models as small
+from tests.models.test_families import load, recorded, write
+from trustcore.errors import ModelError
+from trustcore.models import DecoderConfig
+from trustcore.models.families import gguf_of
+from trustcore.models.to_gguf import gguf_divisors, gguf_metadata, gguf_tensors
+from trustcore.weights import open_checkpoint
+from trustcore.weights.gguf_writer import write_gguf
+
+RECORDED = Path(__file__).parents[1] / "data" / "gguf_decoders.npz"
+# llama.cpp takes GELU from a table of half-precision numbers.
+TOLERANCE = {"gemma": 1e-2, "gemma2": 1e-2, "gemma3": 1e-2, "gpt2": 1e-2}
+
+
+@pytest.mark.parametrize("name", small.CONFIGS)
+def test_logits_of_llama_cpp(tmp_path, name):
+    with np.load(RECORDED) as file:
+        expected, tokens = file[name], jnp.asarray(file["tokens"], jnp.int32)[None]
+    small.write(tmp_path / "m.gguf", small.random_model(name))
+    model = load(tmp_path / "m.gguf")
+    found = model(tokens, cache=model.new_cache(1, 256))[0][0]  # llama.cpp's context: LongRoPE goes by it
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE.get(name, 2e-4))
+
+
+# The files that transformers wrote, with what GGUF cannot say brought to what it takes for granted.
+FOLDERS = {
+    "llama": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 3},
+    "phi3": {},
+    "phi3_long": {},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_becomes_a_file_of_the_same_model(tmp_path, name):
+    """Norms less one, transposed and fused matrices, rotary rows: each kind of file in its own way."""
+    case = recorded(name)
+    case["config"] = json.dumps({**json.loads(str(case["config"])), **FOLDERS[name]})
+    path = write(tmp_path, case)
+    theirs = load(path)
+    with open_checkpoint(path) as checkpoint:
+        config = DecoderConfig.from_hugging_face(checkpoint.metadata["config"])
+        tensors = {}
+        for key, (tensor, rows) in gguf_tensors(config, checkpoint).items():
+            array = np.array(tensor.numpy() if rows is None else tensor.numpy()[rows])
+            assert array.shape == tuple(tensor.shape)
+            tensors[key] = array
+            tensor.release()
+    write_gguf(tmp_path / "m.gguf", gguf_metadata(config), {**gguf_divisors(config), **tensors})
+    ours = load(tmp_path / "m.gguf")
+    assert ours.config.family == theirs.config.family
+    tokens = jnp.asarray(case["tokens"], jnp.int32)
+    np.testing.assert_allclose(ours(tokens), theirs(tokens), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 12},
+            "cannot say that scores are scaled by 0.288675; for 2 layers it is 0.25",
+        ),
+        ("gemma2", {"sliding_window": None}, "cannot say that other layers than the usual ones have a window"),
+        ("gemma2", {"attn_logit_softcapping": None}, "always have soft caps of scores and of logits"),
+        (
+            "gemma3",
+            {"attn_logit_softcapping": 2.0, "layer_types": ["sliding_attention"] * 3},
+            "know no soft cap of scores",
+        ),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused(name, changes, message):
+    config = {**json.loads(str(recorded(name)["config"])), "query_pre_attn_scalar": 16, **changes}
+    with pytest.raises(ModelError, match=message):
+        gguf_metadata(DecoderConfig.from_hugging_face(config))
+
+
+def test_a_family_without_a_place_in_gguf_is_refused():
+    config = DecoderConfig.from_hugging_face(json.loads(str(recorded("olmo2")["config"])))
+    with pytest.raises(
+        ModelError, match="olmo2 has no place in GGUF files here; families that have one: llama, mistral"
+    ):
+        gguf_of(config)

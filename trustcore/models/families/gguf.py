@@ -1,0 +1,194 @@
+"""GGUF's words for decoders: names of tensors, and metadata. The same for all architectures but for what one fuses.
+
+Names and keys are those of the public `gguf` package's constants (tensor names without `blk.{}.` and `.weight`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trustcore.errors import ModelError
+from trustcore.models.config import DecoderConfig
+from trustcore.models.families.family import Gguf, Names
+from trustcore.models.families.fields import over_layers
+from trustcore.models.name_map import Rule, fused, kernel, plain
+from trustcore.models.values import Values
+from trustcore.ops.rope import RopeConfig
+
+Fields = Mapping[str, Any]
+
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight", ".attn_rot_embd.weight")
+_MODEL = (
+    plain("embedding.table", "token_embd.weight"),
+    plain("norm.weight", "output_norm.weight"),
+    plain("norm.bias", "output_norm.bias"),
+    kernel("output.kernel", "output.weight"),
+    plain("positions.table", "position_embd.weight"),
+)
+
+
+def _product(path: str, stored: str) -> tuple[Rule, Rule]:
+    return kernel(f"{path}.kernel", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
+
+
+def _norm(path: str, stored: str) -> tuple[Rule, Rule]:
+    return plain(f"{path}.weight", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
+
+
+_NORMS = (
+    *_norm("attention_norm", "attn_norm"),
+    *_norm("mlp_norm", "ffn_norm"),
+    *_norm("attention_post_norm", "post_attention_norm"),
+    *_norm("mlp_post_norm", "post_ffw_norm"),
+    plain("attention.query_norm.weight", "attn_q_norm.weight"),
+    plain("attention.key_norm.weight", "attn_k_norm.weight"),
+)
+_QKV = (
+    *_product("attention.query", "attn_q"),
+    *_product("attention.key", "attn_k"),
+    *_product("attention.value", "attn_v"),
+)
+_PARTS = ("query", "key", "value")
+_QKV_FUSED = (
+    fused([f"attention.{part}.kernel" for part in _PARTS], "attn_qkv.weight"),
+    fused([f"attention.{part}.bias" for part in _PARTS], "attn_qkv.bias"),
+)
+_OUT = _product("attention.out", "attn_output")
+_GATE = _product("mlp.gate", "ffn_gate")
+_UP = _product("mlp.up", "ffn_up")
+_GATE_UP_FUSED = (fused(["mlp.gate.kernel", "mlp.up.kernel"], "ffn_up.weight"),)
+_DOWN = _product("mlp.down", "ffn_down")
+
+
+def _names(layer: Sequence[Rule]) -> Names:
+    layers = tuple(
+        dataclasses.replace(
+            rule, paths=tuple(f"blocks.{{}}.{path}" for path in rule.paths), stored=f"blk.{{}}.{rule.stored}"
+        )
+        for rule in layer
+    )
+    return Names(_MODEL, layers, ignored=NOT_WEIGHTS)
+
+
+SEPARATE = _names((*_NORMS, *_QKV, *_OUT, *_GATE, *_UP, *_DOWN))
+_FUSED = {
+    "phi3": _names((*_NORMS, *_QKV_FUSED, *_OUT, *_GATE_UP_FUSED, *_DOWN)),
+    "gpt2": _names((*_NORMS, *_QKV_FUSED, *_OUT, *_UP, *_DOWN)),
+}
+
+
+# Layers by which llama.cpp knows the largest Gemma 2 and 3, whose scores are scaled by the width of the model.
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+
+
+def _qwen2(values: Values, fields: Fields) -> Fields:
+    return {"qkv_bias": True}
+
+
+def _qwen3(values: Values, fields: Fields) -> Fields:
+    return {"qk_norm": "head"}
+
+
+def _gemma(values: Values, fields: Fields) -> Fields:
+    return {"activation": "gelu_tanh", "embedding_scale": math.sqrt(fields["features"])}
+
+
+def _gemma2(values: Values, fields: Fields) -> Fields:
+    return {
+        **_gemma(values, fields),
+        "norm_place": "both",
+        "windowed": None if fields["window"] is None else _every_other(fields["layers"]),
+        "score_cap": values.number("attn_logit_softcapping", 50.0) or None,
+        "logit_cap": values.number("final_logit_softcapping", 30.0) or None,
+        "attention_scale": _gemma_scale("gemma2", fields),
+    }
+
+
+def _gemma3(values: Values, fields: Fields) -> Fields:
+    theta = values.number("rope.freq_base_swa", 10000.0)
+    near = RopeConfig(fields["rope"].size, theta=theta, original_context=fields["rope"].original_context)
+    return {
+        **_gemma(values, fields),
+        "norm_place": "both",
+        "qk_norm": "head",
+        "windowed": None if fields["window"] is None else _five_of_six(fields["layers"]),
+        "window_rope": near,
+        "logit_cap": values.number("final_logit_softcapping", 0.0) or None,
+        "attention_scale": _gemma_scale("gemma3", fields),
+    }
+
+
+def _every_other(layers: int) -> tuple[bool, ...] | None:
+    return over_layers(layers, lambda i: i % 2 == 0)
+
+
+def _five_of_six(layers: int) -> tuple[bool, ...] | None:
+    return over_layers(layers, lambda i: i % 6 != 5)
+
+
+def _gemma_scale(name: str, fields: Fields) -> float:
+    wide = fields["layers"] == _LARGEST[name]
+    return (fields["features"] // fields["heads"] if wide else fields["head_dim"]) ** -0.5
+
+
+def _gpt2(values: Values, fields: Fields) -> Fields:
+    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "norm_bias"), True)
+    return {
+        "norm": "layer",
+        "norm_eps": values.number("attention.layer_norm_epsilon", 1e-5),
+        "rope": None,
+        "learned_positions": fields["context"],
+        "gated": False,
+        "activation": "gelu_tanh",
+        **biases,
+    }
+
+
+def _write_gemma2(config: DecoderConfig) -> Fields:
+    _hold(config, "gemma2", _every_other(config.layers))
+    if config.score_cap is None or config.logit_cap is None:
+        raise ModelError("GGUF files of gemma2 always have soft caps of scores and of logits; this model lacks one.")
+    return {"attn_logit_softcapping": config.score_cap, "final_logit_softcapping": config.logit_cap}
+
+
+def _write_gemma3(config: DecoderConfig) -> Fields:
+    _hold(config, "gemma3", _five_of_six(config.layers))
+    near = config.window_rope
+    if config.score_cap is not None or near is None or near.scaling != "none":
+        raise ModelError("GGUF files of gemma3 know no soft cap of scores, and no scaling in layers with a window.")
+    cap = {} if config.logit_cap is None else {"final_logit_softcapping": config.logit_cap}
+    return {"rope.freq_base_swa": near.theta, **cap}
+
+
+def _hold(config: DecoderConfig, name: str, pattern: tuple[bool, ...] | None) -> None:
+    """Refuses what readers do not take from the file but know by the architecture's name."""
+    scale = _gemma_scale(name, vars(config))
+    given = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    if not math.isclose(given, scale, rel_tol=1e-6):
+        raise ModelError(
+            f"GGUF files of {name} cannot say that scores are scaled by {given:.6g}; for {config.layers} layers it is "
+            f"{scale:.6g}."
+        )
+    if config.window is None or config.windowed != pattern:
+        raise ModelError(f"GGUF files of {name} cannot say that other layers than the usual ones have a window.")
+
+
+_READ = {
+    "qwen2": _qwen2, "qwen3": _qwen3, "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "gpt2": _gpt2,
+}  # fmt: skip
+_WRITE = {"gemma2": _write_gemma2, "gemma3": _write_gemma3}
+
+
+def gguf(name: str, *, interleaved: bool = False, own: bool = True) -> Gguf:
+    """Returns how GGUF files of the architecture `name` hold a family; see `Gguf`."""
+    return Gguf(
+        name,
+        _FUSED.get(name, SEPARATE),
+        interleaved=interleaved,
+        read=_READ.get(name, lambda values, fields: {}),
+        write=_WRITE.get(name, lambda config: {}),
+        own=own,
+    )

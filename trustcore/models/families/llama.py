@@ -1,0 +1,247 @@
+"""Families with Llama's shape and names: RMS norms before the products, rotary positions, a gated feed-forward.
+
+Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo 2 (norms behind the products), Phi-3 (fused matrices),
+StableLM and Cohere (layer norms, parallel blocks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trustcore.models.config import DecoderConfig
+from trustcore.models.families.family import Family, Names, names_of
+from trustcore.models.families.fields import SCALINGS, common, over_layers, window_of
+from trustcore.models.families.gguf import gguf
+from trustcore.models.name_map import Rule, fused, kernel, plain, stacked
+from trustcore.models.values import Values
+
+QKV = tuple(
+    rule
+    for part, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+    for rule in (
+        kernel(f"attention.{part}.kernel", f"self_attn.{name}.weight"),
+        plain(f"attention.{part}.bias", f"self_attn.{name}.bias"),
+    )
+)
+OUT = (
+    kernel("attention.out.kernel", "self_attn.o_proj.weight"),
+    plain("attention.out.bias", "self_attn.o_proj.bias"),
+)
+MLP = tuple(
+    rule
+    for part in ("gate", "up", "down")
+    for rule in (
+        kernel(f"mlp.{part}.kernel", f"mlp.{part}_proj.weight"),
+        plain(f"mlp.{part}.bias", f"mlp.{part}_proj.bias"),
+    )
+)
+QK_NORM = (
+    plain("attention.query_norm.weight", "self_attn.q_norm.weight"),
+    plain("attention.key_norm.weight", "self_attn.k_norm.weight"),
+)
+OUTPUT = kernel("output.kernel", "lm_head.weight")
+NOT_WEIGHTS = (".rotary_emb.inv_freq",)
+
+
+def norm(path: str, stored: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a norm's gain and bias."""
+    return plain(f"{path}.weight", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
+
+
+NORMS = (*norm("attention_norm", "input_layernorm"), *norm("mlp_norm", "post_attention_layernorm"))
+
+
+def llama_names(layer: Sequence[Rule], *, model: Sequence[Rule] | None = None) -> Names:
+    """Returns names below `model.` and `model.layers.{}.`, as most of Hugging Face's decoders have them."""
+    whole = (plain("embedding.table", "embed_tokens.weight"), *norm("norm", "norm"))
+    return names_of(
+        whole if model is None else model,
+        layer,
+        prefix="model.",
+        block="layers.{}.",
+        output=OUTPUT,
+        prefixes=("model.language_model.", "language_model.model.", "model.text_model.", ""),
+        ignored=NOT_WEIGHTS,
+    )
+
+
+LLAMA = llama_names((*NORMS, *QKV, *OUT, *MLP))
+
+
+def read_llama(values: Values) -> Mapping[str, Any]:
+    """Returns the fields of Llama, Mistral and others that add nothing."""
+    fields = common(values)
+    return {**fields, **window_of(values, fields["layers"])}
+
+
+def _read_qwen(values: Values) -> dict[str, Any]:
+    """Qwen's window is used when asked for, in the layers from `max_window_layers` on."""
+    fields = common(values)
+    first = values.integer("max_window_layers", 0, least=0)
+    window = window_of(values, fields["layers"], lambda i: i >= first)
+    return {**fields, **(window if values.flag("use_sliding_window", False) else {"window": None})}
+
+
+def read_qwen2(values: Values) -> dict[str, Any]:
+    """Returns the fields of Qwen2, whose queries, keys and values always have a bias."""
+    return {**_read_qwen(values), "qkv_bias": True, "out_bias": False}
+
+
+def read_qwen3(values: Values) -> dict[str, Any]:
+    """Returns the fields of Qwen3, which normalizes queries and keys head by head."""
+    return {**_read_qwen(values), "qk_norm": "head"}
+
+
+def _read_smollm3(values: Values) -> Mapping[str, Any]:
+    fields = _read_qwen(values)
+    every = values.integer("no_rope_layer_interval", 4)
+    over_layers(fields["layers"], lambda i: True)
+    given = values.sequence("no_rope_layers", int, fields["layers"])  # 1 where there are positions
+    positioned = over_layers(fields["layers"], lambda i: bool(given[i]) if given else (i + 1) % every != 0)
+    tied = values.flag("tie_word_embeddings", True)
+    return {**fields, "positioned": positioned, "tied": tied}
+
+
+def _read_granite(values: Values) -> Mapping[str, Any]:
+    return {
+        **common(values),
+        "embedding_scale": values.number("embedding_multiplier", 1.0),
+        "residual_scale": values.number("residual_multiplier", 1.0),
+        "attention_scale": values.number("attention_multiplier", 1.0),
+        "logit_scale": 1.0 / (values.number("logits_scaling", 1.0) or 1.0),
+    }
+
+
+def _read_olmo2(values: Values) -> Mapping[str, Any]:
+    return {**common(values, default_eps=1e-5), "norm_place": "after", "qk_norm": "whole"}
+
+
+def _read_phi3(values: Values) -> Mapping[str, Any]:
+    given = values.get("rope_parameters", values.get("rope_scaling")) or {}
+    if isinstance(given, Mapping) and given.get("type") == "su":  # what Phi-3 first called it
+        given = {**given, "type": "longrope"}
+    fields = common(values, default_eps=1e-5, rope={"given": given, "kinds": (*SCALINGS, "longrope")})
+    return {**fields, **window_of(values, fields["layers"])}
+
+
+def _read_stablelm(values: Values) -> Mapping[str, Any]:
+    fields = common(values, eps="layer_norm_eps", default_eps=1e-5, rope={"partial": 0.25})
+    parallel = values.flag("use_parallel_residual", False)
+    return {
+        **fields,
+        "norm": "layer",
+        "norm_bias": True,
+        "qkv_bias": values.flag("use_qkv_bias", False),
+        "out_bias": False,
+        "qk_norm": "each" if values.flag("qk_layernorm", False) else None,
+        "parallel": parallel,
+        "shared_norm": parallel,
+    }
+
+
+def _read_cohere(values: Values) -> Mapping[str, Any]:
+    return {
+        **common(values, tied=True, eps="layer_norm_eps", default_eps=1e-5, rope={"interleaved": True}),
+        "norm": "layer",
+        "parallel": True,
+        "shared_norm": True,
+        "qk_norm": "each" if values.flag("use_qk_norm", False) else None,
+        "logit_scale": values.number("logit_scale", 0.0625),
+    }
+
+
+def _describe_nothing(config: DecoderConfig) -> Mapping[str, Any]:
+    return {}
+
+
+def _describe_smollm3(config: DecoderConfig) -> Mapping[str, Any]:
+    positioned = config.positioned or (True,) * config.layers
+    return {"no_rope_layers": [int(x) for x in positioned]}
+
+
+def _describe_granite(config: DecoderConfig) -> Mapping[str, Any]:
+    return {
+        "embedding_multiplier": config.embedding_scale,
+        "residual_multiplier": config.residual_scale,
+        "attention_multiplier": config.attention_scale,
+        "logits_scaling": 1.0 / config.logit_scale,
+    }
+
+
+OLMO2 = (
+    plain("attention_post_norm.weight", "post_attention_layernorm.weight"),
+    plain("mlp_post_norm.weight", "post_feedforward_layernorm.weight"),
+)
+QKV_FUSED = fused([f"attention.{part}.kernel" for part in ("query", "key", "value")], "self_attn.qkv_proj.weight")
+GATE_UP_FUSED = fused(["mlp.gate.kernel", "mlp.up.kernel"], "mlp.gate_up_proj.weight")
+STABLELM_NORMS = tuple(
+    stacked(f"attention.{part}_norm.weight", f"self_attn.{name}_layernorm.norms.{{e}}.weight", heads)
+    for part, name, heads in (("query", "q", "heads"), ("key", "k", "kv_heads"))
+)
+
+FAMILIES = (
+    Family(
+        "llama",
+        "Llama 2, 3, 3.1, 3.2; SmolLM, SmolLM2; TinyLlama",
+        "LlamaForCausalLM",
+        read_llama,
+        LLAMA,
+        gguf=gguf("llama", interleaved=True),
+        describe=_describe_nothing,
+    ),
+    Family(
+        "mistral",
+        "Mistral",
+        "MistralForCausalLM",
+        read_llama,
+        LLAMA,
+        gguf=gguf("llama", interleaved=True, own=False),
+        describe=_describe_nothing,
+    ),
+    Family(
+        "qwen2", "Qwen2, Qwen2.5", "Qwen2ForCausalLM", read_qwen2, LLAMA, gguf=gguf("qwen2"), describe=_describe_nothing
+    ),
+    Family(
+        "qwen3",
+        "Qwen3",
+        "Qwen3ForCausalLM",
+        read_qwen3,
+        llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM)),
+        gguf=gguf("qwen3"),
+        describe=_describe_nothing,
+    ),
+    Family("smollm3", "SmolLM3", "SmolLM3ForCausalLM", _read_smollm3, LLAMA, describe=_describe_smollm3),
+    Family("granite", "Granite 3", "GraniteForCausalLM", _read_granite, LLAMA, describe=_describe_granite),
+    Family(
+        "olmo2",
+        "OLMo 2",
+        "Olmo2ForCausalLM",
+        _read_olmo2,
+        llama_names((*OLMO2, *QKV, *OUT, *MLP, *QK_NORM)),
+        describe=_describe_nothing,
+    ),
+    Family(
+        "phi3",
+        "Phi-3, Phi-4",
+        "Phi3ForCausalLM",
+        _read_phi3,
+        llama_names((*NORMS, QKV_FUSED, *OUT, GATE_UP_FUSED, *MLP[4:])),
+        gguf=gguf("phi3"),
+    ),
+    Family(
+        "stablelm",
+        "StableLM 2",
+        "StableLmForCausalLM",
+        _read_stablelm,
+        llama_names((*NORMS, *QKV, *OUT, *MLP, *STABLELM_NORMS)),
+    ),
+    Family(
+        "cohere",
+        "Command R",
+        "CohereForCausalLM",
+        _read_cohere,
+        llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM)),
+        interleaved=True,
+    ),
+)
