@@ -53,6 +53,7 @@ FLOORS: dict[str, int] = {
     "trustcore.cli": 6,
     "trustcore.serve": 6,
     "trustcore_xla": 6,
+    "trustcore.__main__": 7,
 }
 # Siblings of which the first may import the second.
 PAIRS: frozenset[tuple[str, str]] = frozenset(

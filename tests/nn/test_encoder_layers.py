@@ -13,15 +13,15 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from trustcore.errors import ModelError
-from trustcore.nn.activation import ACTIVATIONS, activation
 from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.encoder_attention import EncoderAttention
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
+from trustcore.nn.mlp import MLP
+from trustcore.nn.norm import LayerNorm
 from trustcore.nn.positions import RelativeBias, alibi, alibi_slopes, rope_2d, sinusoids
 from trustcore.nn.recurrent import Recurrent
 from trustcore.nn.separable import SeparableConv
 from trustcore.ops import masked_attention as attention_file
+from trustcore.ops.activate import ACTIVATIONS, activation
 from trustcore.ops.masked_attention import masked_attention
 
 
@@ -47,8 +47,8 @@ def made(kind: Callable[..., Any], *args: Any, **options: Any) -> Any:
 MASK = np.random.default_rng(4).random((2, 1, 3, 4)) < 0.6
 LAYERS: dict[str, tuple[Callable[[], Any], Callable[[Any, jax.Array], jax.Array], tuple[int, ...]]] = {
     "LayerNorm": (lambda: made(LayerNorm, 4), lambda layer, x: layer(x), (2, 3, 4)),
-    "FeedForward": (lambda: made(FeedForward, 4, 6), lambda layer, x: layer(x), (2, 3, 4)),
-    "FeedForward gated": (lambda: made(FeedForward, 4, 6, gated=True), lambda layer, x: layer(x), (2, 3, 4)),
+    "MLP": (lambda: made(MLP, 4, 6), lambda layer, x: layer(x), (2, 3, 4)),
+    "MLP gated": (lambda: made(MLP, 4, 6, gated=True), lambda layer, x: layer(x), (2, 3, 4)),
     "EncoderAttention": (
         lambda: made(EncoderAttention, 4, 2, 3),
         lambda layer, x: layer(x, mask=jnp.asarray(MASK)[:, :, :, :3]),
@@ -227,5 +227,5 @@ def test_activations_by_name() -> None:
     assert all(activation(name)(x).shape == x.shape for name in ACTIVATIONS)
     np.testing.assert_allclose(activation("quick_gelu")(x), x / (1 + np.exp(-1.702 * np.asarray(x))), atol=1e-12)
     np.testing.assert_allclose(activation("relu2")(x), np.maximum(x, 0) ** 2)
-    with pytest.raises(ModelError, match="activation 'cube' is not known; choose from gelu"):
+    with pytest.raises(ModelError, match="activation 'cube' is not known; choose from silu"):
         activation("cube")

@@ -25,15 +25,15 @@ from trustcore.models.model import Model, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention, KeysValues
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
+from trustcore.nn.mlp import MLP
 from trustcore.nn.module import made_module
+from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
 from trustcore.nn.positions import sinusoids
+from trustcore.ops.activate import activation
 
 _SINUSOIDS = ("marian", "pegasus")
 _NORM_FIRST = ("mbart", "pegasus", "whisper")
@@ -145,7 +145,7 @@ class Block(nnx.Module):
         self.attention_norm = LayerNorm(config.features, **made)
         self.cross = EncoderAttention(*shape, **options) if cross else None
         self.cross_norm = LayerNorm(config.features, **made) if cross else None
-        self.mlp = FeedForward(config.features, hidden, activation=config.activation, **made)
+        self.mlp = MLP(config.features, hidden, activation=config.activation, **made)
         self.mlp_norm = LayerNorm(config.features, **made)
         self.norm_first = config.family in _NORM_FIRST
 

@@ -23,12 +23,12 @@ from trustcore.models.model import TextEncoder, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
 from trustcore.nn.linear import Linear
+from trustcore.nn.mlp import MLP
+from trustcore.nn.norm import LayerNorm
+from trustcore.ops.activate import activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Block(nnx.Module):
         head_dim = config.features // config.heads
         self.attention = EncoderAttention(config.features, config.heads, head_dim, **made)
         self.attention_norm = LayerNorm(config.features, eps=config.norm_eps, **made)
-        self.mlp = FeedForward(config.features, config.hidden, activation=config.activation, **made)
+        self.mlp = MLP(config.features, config.hidden, activation=config.activation, **made)
         self.mlp_norm = LayerNorm(config.features, eps=config.norm_eps, **made)
 
     def __call__(self, x: Float[Array, "B T D"], mask: jax.Array | None) -> Float[Array, "B T D"]:

@@ -24,12 +24,12 @@ from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.models.vit import Block, Vit, VitConfig, clip_block, tower_entries
-from trustcore.nn.activation import activation
 from trustcore.nn.decoder_state import causal_mask
 from trustcore.nn.embedding import Embedding
-from trustcore.nn.layer_norm import LayerNorm
 from trustcore.nn.linear import Linear
+from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
+from trustcore.ops.activate import activation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,12 @@ from trustcore.models.resnet import check_channels
 from trustcore.models.table import Entry, Table, conv, linear, norm
 from trustcore.models.values import Values, integers
 from trustcore.models.vit import labels, make_patches
-from trustcore.nn.activation import activation
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
 from trustcore.nn.linear import Linear
+from trustcore.nn.mlp import MLP
 from trustcore.nn.module import made_module
+from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
+from trustcore.ops.activate import activation
 
 _EPS = 1e-6  # of all norms but the last
 
@@ -98,7 +98,7 @@ class Block(nnx.Module):
         options = {"padding": 3, "feature_group_count": width, "dtype": dtype, "param_dtype": dtype}
         self.conv = made_module(lambda r: nnx.Conv(width, width, (7, 7), rngs=r, **options), rngs)
         self.norm = LayerNorm(width, eps=_EPS, **made)
-        self.mlp = FeedForward(width, 4 * width, activation=config.activation, **made)
+        self.mlp = MLP(width, 4 * width, activation=config.activation, **made)
         small = jax.nn.initializers.constant(1e-6)
         self.scale = parameter(small, (width,), dtype, rngs) if config.scaled else None
 

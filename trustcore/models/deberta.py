@@ -24,13 +24,13 @@ from trustcore.models.model import TextEncoder, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
 from trustcore.nn.linear import Linear
+from trustcore.nn.mlp import MLP
 from trustcore.nn.module import made_module
+from trustcore.nn.norm import LayerNorm
+from trustcore.ops.activate import activation
 from trustcore.ops.masked_attention import masked_attention
 
 
@@ -227,7 +227,7 @@ class Block(nnx.Module):
         made = {"dtype": dtype, "rngs": rngs}
         self.attention = DisentangledAttention(config, **made)
         self.attention_norm = LayerNorm(config.features, eps=config.norm_eps, **made)
-        self.mlp = FeedForward(config.features, config.hidden, activation=config.activation, **made)
+        self.mlp = MLP(config.features, config.hidden, activation=config.activation, **made)
         self.mlp_norm = LayerNorm(config.features, eps=config.norm_eps, **made)
 
     def __call__(

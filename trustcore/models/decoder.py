@@ -26,7 +26,7 @@ from trustcore.nn.embedding import Embedding
 from trustcore.nn.experts import Experts
 from trustcore.nn.latent import LatentAttention
 from trustcore.nn.linear import Linear
-from trustcore.nn.mlp import MLP, GatedMLP
+from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm, RMSNorm
 from trustcore.ops.attention import LayerCache
 from trustcore.ops.rope import angles
@@ -109,12 +109,11 @@ def _attention(config: DecoderConfig, index: int, made: Any) -> Attention | Late
     )
 
 
-def _mlp(config: DecoderConfig, index: int, made: Any) -> GatedMLP | MLP | Experts:
+def _mlp(config: DecoderConfig, index: int, made: Any) -> MLP | Experts:
     c = config
     if c.experts is not None and c.layer(index).experts:
         return Experts(c.features, c.experts, activation=c.activation, **made)
-    kind = GatedMLP if c.gated else MLP
-    return kind(c.features, c.hidden, activation=c.activation, bias=c.mlp_bias, **made)
+    return MLP(c.features, c.hidden, activation=c.activation, gated=c.gated, bias=c.mlp_bias, **made)
 
 
 class Decoder(nnx.Module):

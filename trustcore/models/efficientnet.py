@@ -25,9 +25,9 @@ from trustcore.models.resnet import NormedConv, check_channels
 from trustcore.models.table import Entry, Table, batch_norm, conv, linear
 from trustcore.models.values import LARGEST, Values, integers
 from trustcore.models.vit import labels
-from trustcore.nn.activation import activation
 from trustcore.nn.linear import Linear
 from trustcore.nn.module import made_module
+from trustcore.ops.activate import activation
 
 
 class BlockShape(NamedTuple):

@@ -22,11 +22,11 @@ from trustcore.models.model import Model, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, linear, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.linear import Linear
 from trustcore.nn.mamba import Mamba, Mamba2, MambaState
 from trustcore.nn.norm import RMSNorm
+from trustcore.ops.activate import activation
 
 States = tuple[MambaState, ...]
 

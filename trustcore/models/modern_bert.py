@@ -22,11 +22,11 @@ from trustcore.models.model import TextEncoder, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
+from trustcore.nn.mlp import MLP
+from trustcore.nn.norm import LayerNorm
+from trustcore.ops.activate import activation
 from trustcore.ops.rope import RopeConfig, angles
 
 
@@ -155,7 +155,7 @@ class Block(nnx.Module):
         )
         self.mlp_norm = LayerNorm(config.features, **normed)
         mlp = {"activation": config.activation, "gated": True, "bias": config.mlp_bias, **made}
-        self.mlp = FeedForward(config.features, config.hidden, **mlp)
+        self.mlp = MLP(config.features, config.hidden, **mlp)
 
     def __call__(self, x: Float[Array, "B T D"], mask: jax.Array | None, turn: Any) -> Float[Array, "B T D"]:
         """Returns the stream after this layer."""

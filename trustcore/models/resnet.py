@@ -24,9 +24,9 @@ from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, batch_norm, conv, linear
 from trustcore.models.values import Values, integers
 from trustcore.models.vit import labels
-from trustcore.nn.activation import activation
 from trustcore.nn.linear import Linear
 from trustcore.nn.module import made_module
+from trustcore.ops.activate import activation
 
 
 @dataclasses.dataclass(frozen=True)

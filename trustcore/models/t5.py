@@ -24,14 +24,14 @@ from trustcore.models.model import TextEncoder, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention, KeysValues
-from trustcore.nn.feed_forward import FeedForward
 from trustcore.nn.linear import Linear
+from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import RMSNorm
 from trustcore.nn.positions import RelativeBias
+from trustcore.ops.activate import activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Block(nnx.Module):
         self.cross = EncoderAttention(*shape, **options) if cross else None
         self.mlp_norm = RMSNorm(config.features, eps=config.norm_eps, **made)
         mlp = {"activation": config.activation, "gated": config.gated, "bias": False, **made}
-        self.mlp = FeedForward(config.features, config.hidden, **mlp)
+        self.mlp = MLP(config.features, config.hidden, **mlp)
 
     def __call__(self, x: Float[Array, "B T D"], mask: jax.Array | None, bias: jax.Array) -> Float[Array, "B T D"]:
         """Returns the encoder's stream after this layer."""

@@ -26,13 +26,13 @@ from trustcore.models.model import Model, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.nn.activation import activation
 from trustcore.nn.encoder_attention import EncoderAttention
-from trustcore.nn.feed_forward import FeedForward
-from trustcore.nn.layer_norm import LayerNorm
 from trustcore.nn.linear import Linear
+from trustcore.nn.mlp import MLP
 from trustcore.nn.module import made_module
+from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
+from trustcore.ops.activate import activation
 
 _CLIP = ("clip_vision_model", "siglip_vision_model")
 _DINO = ("dinov2", "dinov2_with_registers")
@@ -188,7 +188,7 @@ class Block(nnx.Module):
         self.attention_norm = LayerNorm(features, eps=norm_eps, **made)
         self.attention = EncoderAttention(features, heads, features // heads, bias=qkv_bias, out_bias=True, **made)
         self.mlp_norm = LayerNorm(features, eps=norm_eps, **made)
-        self.mlp = FeedForward(features, hidden, activation=activation, gated=gated, **made)
+        self.mlp = MLP(features, hidden, activation=activation, gated=gated, **made)
         ones = jax.nn.initializers.ones
         self.attention_scale = parameter(ones, (features,), dtype, rngs) if scaled else None
         self.mlp_scale = parameter(ones, (features,), dtype, rngs) if scaled else None
@@ -212,7 +212,7 @@ class AttentionPool(nnx.Module):
         self.probe = parameter(jax.nn.initializers.normal(1.0), (1, 1, features), dtype, rngs)
         self.attention = EncoderAttention(features, heads, features // heads, **made)
         self.norm = LayerNorm(features, eps=config.norm_eps, **made)
-        self.mlp = FeedForward(features, config.hidden, activation=config.activation, **made)
+        self.mlp = MLP(features, config.hidden, activation=config.activation, **made)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """Returns one vector an image."""

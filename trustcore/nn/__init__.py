@@ -13,7 +13,7 @@ from trustcore.nn.experts import Experts, ExpertsConfig
 from trustcore.nn.latent import LatentAttention, LatentConfig
 from trustcore.nn.linear import Linear
 from trustcore.nn.mamba import Mamba, Mamba2
-from trustcore.nn.mlp import MLP, GatedMLP
+from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm, RMSNorm
 from trustcore.nn.positions import RelativeBias
 from trustcore.nn.recurrent import Recurrent
@@ -26,7 +26,6 @@ __all__ = [
     "EncoderAttention",
     "Experts",
     "ExpertsConfig",
-    "GatedMLP",
     "KVCache",
     "LatentAttention",
     "LatentConfig",

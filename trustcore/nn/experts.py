@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.nn.linear import Linear
-from trustcore.nn.mlp import GatedMLP
+from trustcore.nn.mlp import MLP
 from trustcore.nn.parameter import parameter
 from trustcore.ops.activate import clipped_swiglu, gated
 from trustcore.ops.experts import Scoring, by_expert, grouped_linear, route
@@ -99,7 +99,7 @@ class ExpertLinear(nnx.Module):
 
 
 class ExpertMLP(nnx.Module):
-    """E gated feed-forward layers of one shape: `GatedMLP` with an axis of experts; `config` says how they are made."""
+    """E gated layers of one shape: `MLP` with an axis of experts; `config` says how they are made."""
 
     def __init__(
         self,
@@ -155,7 +155,8 @@ class Experts(nnx.Module):
         zeros = jax.nn.initializers.zeros
         self.selection_bias = parameter(zeros, (c.count,), jnp.float32, rngs) if c.selection_bias else None
         self.experts = ExpertMLP(features, config, activation=activation, **made)
-        self.shared = GatedMLP(features, c.shared, activation=activation, **made) if c.shared else None
+        shared = {"activation": activation, "gated": True, "bias": False, **made}
+        self.shared = MLP(features, c.shared, **shared) if c.shared else None
         self.shared_gate = Linear(features, 1, **made) if c.shared_gate else None
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from trustcore.nn.activation import activation
 from trustcore.nn.linear import Linear
 from trustcore.nn.parameter import parameter
+from trustcore.ops.activate import activation
 from trustcore.ops.norm import rms_norm
 from trustcore.ops.state_space import causal_conv, selective_scan, ssd
 

@@ -31,6 +31,7 @@ class LayerNorm(nnx.Module):
     Args:
         features: D.
         groups: N where each head of `[..., N, D]` has a gain of its own; None: one for all.
+        scale: whether there is a weight.
         bias: whether there is one.
         eps: keeps a constant row finite.
         dtype: of the parameters.
@@ -42,17 +43,19 @@ class LayerNorm(nnx.Module):
         features: int,
         *,
         groups: int | None = None,
+        scale: bool = True,
         bias: bool = True,
         eps: float = 1e-5,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
         shape = (features,) if groups is None else (groups, features)
-        self.weight = parameter(jax.nn.initializers.ones, shape, dtype, rngs)
+        self.weight = parameter(jax.nn.initializers.ones, shape, dtype, rngs) if scale else None
         self.bias = parameter(jax.nn.initializers.zeros, shape, dtype, rngs) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Returns the normalized rows, in the dtype of x."""
+        weight = None if self.weight is None else self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
-        return layer_norm(x, self.weight.get_value(), bias, eps=self.eps)
+        return layer_norm(x, weight, bias, eps=self.eps)

@@ -21,7 +21,7 @@ def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, eps: flo
 
 def layer_norm(
     x: Float[Array, "*rows D"],
-    weight: Float[Array, "*groups D"],
+    weight: Float[Array, "*groups D"] | None = None,
     bias: Float[Array, "*groups D"] | None = None,
     *,
     eps: float = 1e-5,
@@ -30,7 +30,7 @@ def layer_norm(
 
     Args:
         x: rows that are normalized each on its own.
-        weight: a gain for each channel, or `[N, D]`, one for each head of an x that ends in `[N, D]`.
+        weight: a gain for each channel, or `[N, D]`, one for each head of an x that ends in `[N, D]`; None: one.
         bias: the same shape; None: zero.
         eps: keeps a constant row finite.
 
@@ -39,7 +39,9 @@ def layer_norm(
     wide = x.astype(accumulation_dtype(x.dtype))
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    y = centred * scale * jnp.broadcast_to(weight.astype(wide.dtype), wide.shape)
+    y = centred * scale
+    if weight is not None:
+        y = y * jnp.broadcast_to(weight.astype(wide.dtype), wide.shape)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(wide.dtype), wide.shape)
     return y.astype(x.dtype)

@@ -33,7 +33,7 @@ LIBRARIES = {
     ),
     "encoders": (("encode_blocks.cc", "nearest_entry.cc"), ("trustcore_encode_blocks", "trustcore_nearest_entry")),
 }
-HEADERS = ("columns.h", "encode_k_quants.h", "encode_search.h", "formats.h", "grids.h", "parallel.h", "shared_bytes.h", "simd.h")
+HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 
 # No -ffast-math: linked into a shared library it would flush subnormals in the whole process.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
