@@ -31,10 +31,10 @@ from trustcore.ops.weight import Weight
 from trustcore.quant import QuantizedArray
 from trustcore.weights import open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
+from trustcore.weights.config_file import MAX_CONFIG_BYTES
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.json_file import read_object
 from trustcore.weights.packed_layout import header
-from trustcore.weights.safetensors import MAX_CONFIG_BYTES
 from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, write_shards
 
 Units = dict[str, dict[str, Planned]]

@@ -1,0 +1,182 @@
+"""From tensors on disk to devices: read ahead, cast on the way, each device its slice and nothing more.
+
+    checkpoint -> prefetch (the system reads ahead) -> place (slice, cast, put) -> jax.Array with its sharding
+
+Invariant: beside what lies on devices, the host holds the slice of one device and `PIECE` bytes of the file. Pages of the
+file are handed back piece by piece, so a tensor is never in memory twice. On CPU devices the slice becomes the array.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+
+from trustcore.errors import CheckpointError
+from trustcore.weights.checkpoint import LazyArray
+
+PIECE = 2**23  # bytes of a file that are copied at a time
+AHEAD = 2**26  # bytes that are read ahead of the consumer
+ALIGNMENT = 64  # what XLA's CPU client asks of memory that it takes over without a copy
+
+Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | Callable[[LazyArray], Any] | None
+
+
+def place(array: LazyArray, sharding: jax.sharding.Sharding | None = None, dtype: Any = None) -> jax.Array:
+    """Returns the tensor on the devices of `sharding`, each of which is given its slice alone.
+
+    Args:
+        array: of a plain encoding.
+        sharding: of the result; None: the default device. Several processes each place their own devices' slices.
+        dtype: to cast to, slice by slice; None keeps that of the file.
+
+    Returns:
+        The array, of the tensor's shape.
+
+    Raises:
+        CheckpointError: the encoding is packed.
+        ValueError: the sharding does not divide the shape (from jax).
+
+    Host memory beyond the devices': the largest slice of one device, and 8 MB.
+
+    Example:
+        >>> place(checkpoint["w"], NamedSharding(mesh, PartitionSpec("model")), "bfloat16")  # doctest: +SKIP
+    """
+    target = _dtype(array, dtype)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = sharding.addressable_devices_indices_map(array.shape)
+    shards: list[jax.Array] = []
+    last: tuple[Any, np.ndarray] | None = None
+    # What several devices hold is read once: their slices are put in turn.
+    for device, index in sorted(wanted.items(), key=lambda item: str(item[1])):
+        index = index or ()
+        if last is None or last[0] != index:
+            last = None  # drops the slice before
+            last = index, _slice(array, index, target)
+        # Not copied on CPUs, where the memory is the array's from here on; nobody writes to it.
+        shards.append(jax.device_put(last[1], device, may_alias=True))
+        if device.platform != "cpu":
+            shards[-1].block_until_ready()
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=shards[0].dtype)
+
+
+def load_arrays(
+    arrays: Mapping[str, LazyArray], sharding: Shardings = None, dtype: Any = None, *, ahead: int = AHEAD
+) -> dict[str, jax.Array]:
+    """Returns tensors on devices, under their names: read ahead, cast, placed one after the other.
+
+    Args:
+        arrays: an open checkpoint, or those of its tensors that are wanted. Others are not read.
+        sharding: of all of them; or by name; or a function from a tensor to its sharding. None: the default device.
+        dtype: to cast to; None keeps each as it is stored.
+        ahead: bytes that are read ahead of the tensor that is being placed.
+
+    Raises:
+        CheckpointError: an encoding is packed, or a name has no sharding.
+
+    Example:
+        >>> load_arrays(checkpoint, lambda array: NamedSharding(mesh, specs[array.name]))  # doctest: +SKIP
+    """
+    if isinstance(sharding, Mapping):
+        missing = [name for name in arrays if name not in sharding]
+        if missing:
+            raise CheckpointError(f"no sharding for {', '.join(missing[:6])}: give one for each name")
+    found: dict[str, jax.Array] = {}
+    for name, array in zip(arrays, prefetch(arrays.values(), ahead=ahead), strict=True):
+        if isinstance(sharding, Mapping):
+            here = sharding[name]
+        else:
+            here = sharding(array) if callable(sharding) else sharding
+        found[name] = place(array, here, dtype)
+        array.release()
+    return found
+
+
+def prefetch(arrays: Iterable[LazyArray], *, ahead: int = AHEAD) -> Iterator[LazyArray]:
+    """Yields tensors in order, while a thread has the bytes of those that follow brought near.
+
+    Stored bytes are read into the system's cache, which is not memory of this process; compressed ones are unpacked.
+
+    Args:
+        arrays: in the order in which they will be used.
+        ahead: bytes that may be near and not used yet; at least one tensor is.
+
+    Raises:
+        CheckpointError: a tensor that is made ahead is broken; raised when its turn has come.
+    """
+    coming: queue.SimpleQueue[tuple[LazyArray, BaseException | None] | None] = queue.SimpleQueue()
+    room = threading.Condition()
+    near, stopped = 0, False
+
+    def read_ahead() -> None:
+        nonlocal near
+        for array in arrays:
+            with room:
+                room.wait_for(lambda: stopped or near == 0 or near + array.nbytes <= ahead)  # noqa: B023
+                if stopped:
+                    return
+                near += array.nbytes
+            fault: BaseException | None = None
+            try:
+                array.prefetch()
+            except Exception as error:
+                fault = error
+            coming.put((array, fault))
+        coming.put(None)
+
+    thread = threading.Thread(target=read_ahead, name="trustcore-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := coming.get()) is not None:
+            array, fault = item
+            if fault is not None:
+                raise fault
+            yield array
+            with room:
+                near -= array.nbytes
+                room.notify()
+    finally:
+        with room:
+            stopped = True
+            room.notify()
+        thread.join()
+
+
+def _dtype(array: LazyArray, dtype: Any) -> np.dtype:
+    if array.dtype is None:
+        raise CheckpointError(
+            f"{array.encoding} is packed and has no numbers to place. Load the model, or decode it with trustcore.quant",
+            path=array.path,
+            field=f"tensor {array.name!r}",
+        )
+    target = array.dtype if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+    return np.dtype(jax.dtypes.canonicalize_dtype(target))
+
+
+def _slice(array: LazyArray, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """One device's numbers, in memory of their own, copied piece by piece."""
+    stored = array.numpy()
+    view = stored[index]
+    made = _empty(view.shape, dtype)
+    if view.ndim == 0 or not view.size:
+        made[...] = view
+        return made
+    rows = max(PIECE // max(view[:1].nbytes, 1), 1)
+    for start in range(0, len(view), rows):
+        made[start : start + rows] = view[start : start + rows]
+        if view.nbytes > PIECE:
+            array.release()
+    return made
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    nbytes = prod(shape) * dtype.itemsize
+    room = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + nbytes].view(dtype).reshape(shape)
