@@ -120,9 +120,7 @@ class MadeBytes:
         if seen is not None:
             return seen
         if self._make is None:
-            raise CheckpointError(
-                "the checkpoint is closed; open it again, or take the arrays before", path=self.path
-            )
+            raise CheckpointError("the checkpoint is closed; open it again, or take the arrays before", path=self.path)
         made = self._make()
         assert made.dtype == np.uint8 and made.shape == (self.size,), (made.dtype, made.shape, self.size)
         made.flags.writeable = False

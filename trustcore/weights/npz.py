@@ -69,9 +69,7 @@ def _array(file: MappedFile, name: str, entry: ZipEntry, made: list[MadeBytes]) 
     if fortran and len(shape) > 1:
         strides = tuple(int(np.prod(shape[:axis], dtype=np.int64)) for axis in range(len(shape)))
     if not entry.deflated:
-        return make_array(
-            name, shape, encoding, file, entry.offset + start, big_endian=big_endian, strides=strides
-        )
+        return make_array(name, shape, encoding, file, entry.offset + start, big_endian=big_endian, strides=strides)
     made.append(MadeBytes(file.path, nbytes, lambda: inflated(file, entry, start, nbytes)))
     return make_array(name, shape, encoding, made[-1], entry.offset, big_endian=big_endian, strides=strides)
 
@@ -84,7 +82,9 @@ def _header(file: MappedFile, entry: ZipEntry, error: Any) -> tuple[int, dict[st
     width = 2 if head[6] == 1 else 4
     start, length = 8 + width, int.from_bytes(head[8 : 8 + width], "little")
     if length > min(MAX_HEADER, entry.size - start):
-        raise error(f"the header has {length} bytes; expected at most {MAX_HEADER}, within the {entry.size} of the array")
+        raise error(
+            f"the header has {length} bytes; expected at most {MAX_HEADER}, within the {entry.size} of the array"
+        )
     text = inflated(file, entry, start, length).tobytes()
     try:
         described = ast.literal_eval(text.decode("utf-8" if head[6] == 3 else "latin-1").strip())

@@ -22,7 +22,9 @@ _ZIP = b"PK\x03\x04"
 _ZIP_EMPTY = b"PK\x05\x06"
 
 # Beside weights in the folders that training programs leave, and no weights of a model.
-_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|tokenizer|sentencepiece).*", re.IGNORECASE)
+_NO_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|tokenizer|sentencepiece).*", re.IGNORECASE
+)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

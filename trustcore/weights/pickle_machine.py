@@ -246,7 +246,7 @@ def shown(value: Any) -> str:
             return repr(value[:64] if isinstance(value, str | bytes) else value)[:80]
         except ValueError:  # an integer of thousands of digits
             return "a huge integer"
-    kind = "OrderedDict" if isinstance(value, Notes) else type(value).__name__
+    kind = "OrderedDict" if isinstance(value, Notes) else type(value).__name__.lstrip("_").lower()
     return f"a {kind}"
 
 

@@ -110,36 +110,34 @@ def prefetch(arrays: Iterable[LazyArray], *, ahead: int = AHEAD) -> Iterator[Laz
     Raises:
         CheckpointError: a tensor that is made ahead is broken; raised when its turn has come.
     """
-    coming: queue.SimpleQueue[tuple[LazyArray, BaseException | None] | None] = queue.SimpleQueue()
+    coming: queue.SimpleQueue[LazyArray | Exception | None] = queue.SimpleQueue()
     room = threading.Condition()
     near, stopped = 0, False
 
     def read_ahead() -> None:
         nonlocal near
-        for array in arrays:
-            with room:
-                room.wait_for(lambda: stopped or near == 0 or near + array.nbytes <= ahead)  # noqa: B023
-                if stopped:
-                    return
-                near += array.nbytes
-            fault: BaseException | None = None
-            try:
+        try:
+            for array in arrays:
+                with room:
+                    room.wait_for(lambda: stopped or near == 0 or near + array.nbytes <= ahead)  # noqa: B023
+                    if stopped:
+                        return
+                    near += array.nbytes
                 array.prefetch()
-            except Exception as error:
-                fault = error
-            coming.put((array, fault))
-        coming.put(None)
+                coming.put(array)
+            coming.put(None)
+        except Exception as error:
+            coming.put(error)
 
     thread = threading.Thread(target=read_ahead, name="trustcore-prefetch", daemon=True)
     thread.start()
     try:
         while (item := coming.get()) is not None:
-            array, fault = item
-            if fault is not None:
-                raise fault
-            yield array
+            if isinstance(item, Exception):
+                raise item
+            yield item
             with room:
-                near -= array.nbytes
+                near -= item.nbytes
                 room.notify()
     finally:
         with room:

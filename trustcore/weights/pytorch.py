@@ -52,7 +52,7 @@ _TORCH_DTYPES = {
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _Type:
     """A class of storages."""
 
     encoding: Encoding
@@ -78,7 +78,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _Marker:
+class _Class:
     """A class that a pickle may name and that nothing is made of."""
 
 
@@ -197,9 +197,7 @@ def _read_legacy(file: MappedFile) -> tuple[Any, _Place]:
 
 def _array(file: MappedFile, name: str, tensor: _Tensor, place: _Place, big_endian: bool) -> LazyArray:
     offset = place(tensor.storage) + tensor.storage.start + tensor.offset * tensor.encoding.nbytes
-    return make_array(
-        name, tensor.shape, tensor.encoding, file, offset, big_endian=big_endian, strides=tensor.strides
-    )
+    return make_array(name, tensor.shape, tensor.encoding, file, offset, big_endian=big_endian, strides=tensor.strides)
 
 
 def _machine(file: MappedFile, field: str, sizes: dict[str, int] | None = None) -> PickleMachine:
@@ -212,7 +210,7 @@ def _machine(file: MappedFile, field: str, sizes: dict[str, int] | None = None) 
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise refuse(f"a persistent id is {shown(pid)}; expected ('storage', type, key, location, numbers)")
         _, kind, key, _, numbers, *views = pid
-        if not isinstance(kind, _Kind) or not isinstance(key, str) or not _is_size(numbers):
+        if not isinstance(kind, _Type) or not isinstance(key, str) or not _is_size(numbers):
             raise refuse(f"a storage is ({shown(kind)}, {shown(key)}, {shown(numbers)}); expected (type, key, numbers)")
         width = kind.encoding.nbytes
         if sizes is not None and sizes.setdefault(key, width) != width:
@@ -268,7 +266,7 @@ def _machine(file: MappedFile, field: str, sizes: dict[str, int] | None = None) 
         return data
 
     def of_type(function: Any, kind: Any, arguments: Any, *_: Any) -> _Tensor:
-        if not isinstance(function, Global) or not isinstance(kind, _Marker) or not isinstance(arguments, tuple):
+        if not isinstance(function, Global) or not isinstance(kind, _Class) or not isinstance(arguments, tuple):
             raise refuse(f"a tensor is made by {shown(function)}; expected a function that rebuilds tensors")
         return parameter(function.call(*arguments))
 
@@ -281,14 +279,14 @@ def _machine(file: MappedFile, field: str, sizes: dict[str, int] | None = None) 
     constants: dict[str, Any] = {
         **{f"torch.{name}": _ENCODINGS[ours] for name, ours in _TORCH_DTYPES.items()},
         **{
-            f"{module}.{name}Storage": _Kind(_ENCODINGS[ours])
+            f"{module}.{name}Storage": _Type(_ENCODINGS[ours])
             for module in ("torch", "torch.cuda")
             for name, ours in _STORAGES.items()
         },
-        "torch.storage.UntypedStorage": _Kind(_ENCODINGS["u8"]),
-        "torch.UntypedStorage": _Kind(_ENCODINGS["u8"]),
-        "torch.Tensor": _Marker(),
-        "torch.nn.parameter.Parameter": _Marker(),
+        "torch.storage.UntypedStorage": _Type(_ENCODINGS["u8"]),
+        "torch.UntypedStorage": _Type(_ENCODINGS["u8"]),
+        "torch.Tensor": _Class(),
+        "torch.nn.parameter.Parameter": _Class(),
     }
     functions: dict[str, Callable[..., Any]] = {
         "collections.OrderedDict": ordered,
