@@ -26,7 +26,7 @@ from trustcore.weights.zip_directory import ZipEntry, inflated, read_directory
 MAX_HEADER = 10_000  # NumPy's own
 
 _MAGIC = b"\x93NUMPY"
-_ENCODINGS = {e.dtype: e for e in DTYPES.values() if e.dtype is not None and e.dtype.kind in "biufc"}
+_ENCODINGS = {e.dtype: e for e in DTYPES.values() if e.dtype is not None and not e.name.startswith(("f8", "bf16"))}
 _ENCODINGS[np.dtype(np.complex128)] = Encoding.plain("c128", np.complex128)
 
 
@@ -55,9 +55,10 @@ def _array(file: MappedFile, name: str, entry: ZipEntry, made: list[MadeBytes]) 
 
     start, described = _header(file, entry, error)
     descr, fortran, shape = (described.get(key) for key in ("descr", "fortran_order", "shape"))
-    sizes = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 2**63 for size in shape)
-    if not isinstance(fortran, bool) or not sizes or len(shape) > MAX_DIMS:
+    if not isinstance(fortran, bool) or not isinstance(shape, tuple) or len(shape) > MAX_DIMS:
         raise error("the header has no shape of at most 64 sizes, or no order")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise error("a size in the header is no integer from 0 to 2**63 - 1")
     encoding, big_endian = _encoding(descr, error)
     try:
         nbytes = encoding.tensor_bytes(shape)
@@ -106,11 +107,11 @@ def _encoding(descr: Any, error: Any) -> tuple[Encoding, bool]:
         raise error(
             "an array of Python objects is a pickle, which is not read. Save it as numbers, each under a name of its own"
         )
-    native = None if dtype is None else dtype.newbyteorder("=")
-    if dtype is None or native not in _ENCODINGS:
+    encoding = None if dtype is None else _ENCODINGS.get(dtype.newbyteorder("="))
+    if encoding is None:
         known = ", ".join(str(found) for found in _ENCODINGS)
         raise error(
             f"the dtype is {str(descr)[:64]!r}; expected one of {known}, or bfloat16. 8-bit floats lose their meaning "
             "in .npz files: save them as safetensors"
         )
-    return _ENCODINGS[native], descr.startswith(">")
+    return encoding, descr.startswith(">")

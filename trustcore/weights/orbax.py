@@ -130,9 +130,11 @@ def _handler(ocp: Any) -> Any:
             for index, planned in enumerate(values):
                 array = np.asarray(planned.make(), order="C")
                 assert array.dtype == planned.dtype and array.shape == planned.shape, (array.dtype, array.shape)
-                pending = await super().serialize([array], [infos[index]], None if args is None else [args[index]])
-                for future in pending:
-                    future.result()
+                chosen = None if args is None else [args[index]]
+                pending = list(await super().serialize([array], [infos[index]], chosen))
+                while pending:
+                    pending.pop().result()
+                del array  # before the next one is made
             return []
 
         def memory_size(self, values: Sequence[Planned]) -> list[tuple[int, int]]:

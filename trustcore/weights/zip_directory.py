@@ -9,6 +9,7 @@ side by side, and each name stands once. Bytes are stored, or deflated; every ot
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _STORED, _DEFLATED = 0, 8
+_PIECE = 2**20  # bytes that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def read_directory(file: MappedFile) -> dict[str, ZipEntry]:
         ranges.append((header, offset + stored, name))
         place = tail + name_size + extra_size + comment_size
     ranges.sort()
-    for (_, end, one), (begin, _, other) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, one), (begin, _, other) in itertools.pairwise(ranges):
         if begin < end:
             raise _error(file, f"entries {one[:200]!r} and {other[:200]!r} share bytes", begin)
     return entries
@@ -108,14 +110,17 @@ def read_entry(file: MappedFile, entry: ZipEntry, most: int) -> bytes:
         raise _error(file, f"entry {entry.name[:200]!r} has {entry.size} bytes; expected at most {most}", entry.offset)
     data = inflated(file, entry, 0, entry.size).tobytes()
     if zlib.crc32(data) != entry.checksum:
-        raise _error(file, f"the checksum of entry {entry.name[:200]!r} is wrong: the file is damaged", entry.offset)
+        raise _damaged(file, entry)
     return data
 
 
 def inflated(file: MappedFile, entry: ZipEntry, start: int, nbytes: int) -> np.ndarray:
     """Returns `nbytes` bytes from byte `start` of what an entry stands for, uint8; a view where they are stored.
 
-    Memory: `start` and `nbytes`, whatever the entry claims.
+    The checksum is proved where the entry is deflated and is unpacked to its end; not that of stored bytes, which a
+    view does not read.
+
+    Memory: `nbytes`, whatever the entry claims.
 
     Raises:
         CheckpointError: there are fewer, or they are broken.
@@ -124,24 +129,30 @@ def inflated(file: MappedFile, entry: ZipEntry, start: int, nbytes: int) -> np.n
     if not entry.deflated:
         return raw[start : start + nbytes]
     machine = zlib.decompressobj(-15)
-    made = np.empty(start + nbytes, np.uint8)
-    done = place = 0
+    made = np.empty(nbytes, np.uint8)
+    done, place, checksum, total = 0, 0, 0, start + nbytes
     try:
-        while done < len(made) and not machine.eof:
+        while done < total and not machine.eof:
             piece = machine.unconsumed_tail
+            if not piece and place >= entry.stored:
+                break
             if not piece:
-                if place >= entry.stored:
-                    break
-                piece = raw[place : place + 2**20].tobytes()
+                piece = raw[place : place + _PIECE].tobytes()
                 place += len(piece)
-            found = machine.decompress(piece, min(len(made) - done, 2**22))
-            made[done : done + len(found)] = np.frombuffer(found, np.uint8)
+            piece = machine.decompress(piece, min(total - done, _PIECE))
+            checksum = zlib.crc32(piece, checksum)
+            found = np.frombuffer(piece, np.uint8)
+            begin = min(max(start - done, 0), len(found))
+            into = done + begin - start
+            made[max(into, 0) : max(into, 0) + len(found) - begin] = found[begin:]
             done += len(found)
     except zlib.error as fault:
         raise _error(file, f"entry {entry.name[:200]!r} cannot be unpacked: {fault}", entry.offset) from fault
-    if done < len(made):
-        raise _error(file, f"entry {entry.name[:200]!r} ends after {done} of {len(made)} bytes", entry.offset)
-    return made[start:]
+    if done < total:
+        raise _error(file, f"entry {entry.name[:200]!r} ends after {done} of {total} bytes", entry.offset)
+    if total == entry.size and checksum != entry.checksum:
+        raise _damaged(file, entry)
+    return made
 
 
 def _end(file: MappedFile) -> tuple[int, int, int]:
@@ -203,6 +214,10 @@ def _data(file: MappedFile, header: int, raw: bytes, name: str, method: int, lim
     if magic != MAGIC or here != method or file.map[begin : begin + name_size] != raw:
         raise _error(file, f"entry {name[:200]!r} and the directory do not agree", header)
     return begin + name_size + extra_size
+
+
+def _damaged(file: MappedFile, entry: ZipEntry) -> CheckpointError:
+    return _error(file, f"the checksum of entry {entry.name[:200]!r} is wrong: the file is damaged", entry.offset)
 
 
 def _error(file: MappedFile, message: str, offset: int) -> CheckpointError:
