@@ -35,7 +35,7 @@ from trustcore.weights.config_file import MAX_CONFIG_BYTES
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.json_file import read_object
 from trustcore.weights.packed_layout import header
-from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, write_shards
+from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, parse_size, write_shards
 
 Units = dict[str, dict[str, Planned]]
 
@@ -54,7 +54,7 @@ def save(
     *,
     scheme: str = "trustcore",
     tokenizer: str | os.PathLike[str] | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_size: int | str = SHARD_BYTES,
 ) -> Path:
     """Writes a model to a folder and returns the folder.
 
@@ -68,11 +68,12 @@ def save(
             embeddings, which these layouts do not pack, are decoded to float16.
         tokenizer: a folder with tokenizer.json or a GGUF file, from which the tokenizer is taken; None: from where the
             model came. A model without a tokenizer is saved without one.
-        shard_bytes: of a file of weights.
+        shard_size: bytes of a file of weights at most, as a number or as "5GB" or "512MiB"; one weight alone may have
+            more. Several files come with an index, `model.safetensors.index.json`.
 
     Raises:
         ModelError: the scheme is unknown, or cannot hold some of the matrices: all of them in one message.
-        CheckpointError: the folder is not empty, or the files of the tokenizer are not there.
+        CheckpointError: the folder is not empty, the files of the tokenizer are not there, or shard_size is no size.
         OSError: the disk refuses.
 
     Example:
@@ -81,7 +82,8 @@ def save(
     if scheme not in WRITERS:
         raise ModelError(f"scheme is {scheme!r}; choose from {', '.join(WRITERS)}.")
     folder = Path(folder)
-    _refuse_occupied(folder)
+    shard_bytes = parse_size(shard_size)
+    refuse_occupied(folder)
     writer = WRITERS[scheme]()
     units, packed, plain = _units(model, writer)
     config = _config(model)
@@ -110,7 +112,8 @@ def save(
     return folder
 
 
-def _refuse_occupied(folder: Path) -> None:
+def refuse_occupied(folder: Path) -> None:
+    """Raises the CheckpointError that says why a model cannot be written to a folder: it holds something."""
     if folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError("the folder is not empty; give one that is not there yet", path=folder)
     if os.path.lexists(folder) and not folder.is_dir():
