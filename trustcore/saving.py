@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from trustcore.quant import QuantizedArray
 from trustcore.weights import open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
 from trustcore.weights.config_file import MAX_CONFIG_BYTES
+from trustcore.weights.folder import appearing, refuse_occupied, tokenizer_files
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.json_file import read_object
 from trustcore.weights.packed_layout import header
@@ -40,12 +40,6 @@ from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, parse_siz
 Units = dict[str, dict[str, Planned]]
 
 _PLAIN = ("f16", "bf16")  # formats of which every tool has the numbers as a tensor
-
-# A tokenizer and what goes with it, as Hugging Face's folders have them.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 
 
 def save(
@@ -96,28 +90,11 @@ def save(
         here = {name: described[name] for name in names if name in described}
         return {"format": "pt", **(header(here) if here else {})}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(8)}.partial")
-    try:
-        partial.mkdir()
+    with appearing(folder) as partial:
         write_shards(partial, units, metadata, shard_bytes=shard_bytes)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         beside(partial)
-        if folder.exists():
-            folder.rmdir()  # empty, or the disk says so
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Raises the CheckpointError that says why a model cannot be written to a folder: it holds something."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError("the folder is not empty; give one that is not there yet", path=folder)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise CheckpointError("this is a file; give a folder that is not there yet", path=folder)
 
 
 def _units(model: Decoder, writer: Writer) -> tuple[Units, list[str], list[str]]:
@@ -229,7 +206,7 @@ def _tokenizer_files(model: Decoder, given: str | os.PathLike[str] | None) -> Ca
             raise CheckpointError(f"the file has no tokenizer; {wanted}", path=source)
         return lambda folder: write_gguf(folder / TOKENIZER_GGUF, {"general.architecture": "tokenizer", **kept}, {})
     beside = source if source.is_dir() else source.parent
-    files = [beside / name for name in (*TOKENIZER_FILES, TOKENIZER_GGUF) if (beside / name).is_file()]
+    files = tokenizer_files(beside)
     if not any(file.name in ("tokenizer.json", TOKENIZER_GGUF) for file in files):
         raise CheckpointError(f"there is no tokenizer.json; {wanted}", path=beside)
 

@@ -1,9 +1,9 @@
 """Records small files as torch.save writes them, and what torch loads from them.
 
-    python tests/oracles/record_pytorch_files.py        (needs torch and safetensors)
+    python tests/oracles/record_pytorch_files.py        (needs torch)
 
-Writes tests/data/pytorch_files.npz: under `NAME/file` the bytes of a file, under `NAME/tensor/KEY` what torch.load gives
-for a tensor. Numbers that NumPy lacks (bfloat16, 8-bit floats) are recorded as their bytes, uint8, with the dtype under
+Writes tests/data/pytorch_files.npz: under `NAME/file` the bytes of a file, under `NAME/tensor/KEY` what torch.load
+gives for a tensor. Numbers that NumPy lacks (bfloat16, 8-bit floats) are recorded as their bytes, uint8, with the dtype under
 `NAME/dtype/KEY`.
 """
 
@@ -75,14 +75,17 @@ def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
         "parameters": ({"weight": marked, "plain": KEEP(torch.zeros(2))}, {}),
         "training": (
             {
-                "epoch": 3, "lr": 1e-3, "name": "run", "best": None, "flags": [True, (1, 2)], "shape": torch.Size([2, 3]),
-                "dtype": torch.bfloat16, "device": torch.device("cpu"),
+                "epoch": 3, "lr": 1e-3, "name": "run", "best": None, "flags": [True, (1, 2)],
+                "shape": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"),
                 "model": module.state_dict(),
                 "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1.0, "params": [0]}]},
             },
             {},
         ),
-        "nested": ({"encoder": {"w": torch.ones(2), "list": [torch.zeros(1), torch.ones(1)]}, "head": torch.zeros(2)}, {}),
+        "nested": (
+            {"encoder": {"w": torch.ones(2), "list": [torch.zeros(1), torch.ones(1)]}, "head": torch.zeros(2)},
+            {},
+        ),
     }  # fmt: skip
 
 

@@ -191,7 +191,8 @@ def test_errors_are_value_errors_and_keep_their_place(path):
 def test_importing_the_readers_imports_no_optional_package():
     code = (
         "import sys, trustcore.weights.gguf, trustcore.weights.gguf_writer, trustcore.weights.safetensors;"
-        "import trustcore.weights.pytorch, trustcore.weights.npz, trustcore.weights.flax_msgpack, trustcore.weights.orbax;"
+        "import trustcore.weights.pytorch, trustcore.weights.npz, trustcore.weights.flax_msgpack;"
+        "import trustcore.weights.orbax;"
         "names = ('safetensors', 'tokenizers', 'gguf', 'torch', 'orbax', 'msgpack', 'tensorstore');"
         "print([name for name in names if name in sys.modules])"
     )

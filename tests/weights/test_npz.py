@@ -135,12 +135,12 @@ def test_a_bomb_does_not_go_off(folder):
     lying = bomb[:place] + struct.pack("<L", size) + bomb[place + 4 :]
     with (
         open_checkpoint(folder.write(lying, "m.npz")) as checkpoint,
-        pytest.raises(CheckpointError, match="the checksum of entry 'w.npy' is wrong"),
+        pytest.raises(CheckpointError, match=r"the checksum of entry 'w\.npy' is wrong"),
     ):
         checkpoint["w"].numpy()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**14  # kB
     more = bomb[:place] + struct.pack("<L", 2**31) + bomb[place + 4 :]
-    with pytest.raises(CheckpointError, match="makes 2147483648 bytes of .*, which cannot be"):
+    with pytest.raises(CheckpointError, match=r"makes 2147483648 bytes of .*, which cannot be"):
         open_checkpoint(folder.write(more, "m.npz"))
 
 

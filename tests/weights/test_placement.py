@@ -111,7 +111,8 @@ def test_each_of_eight_devices_gets_its_slice(tmp_path, fresh_python):
             assert "6" in str(error), error
         else:
             raise AssertionError("6 rows on 4 devices")
-        print(json.dumps([str(placed["matrix"].addressable_shards[0].data.shape), str(jax.jit(lambda x: x.sum())(placed["whole"]))]))
+        total = jax.jit(lambda x: x.sum())(placed["whole"])
+        print(json.dumps([str(placed["matrix"].addressable_shards[0].data.shape), str(total)]))
         """,
         devices=8,
     )
@@ -204,7 +205,8 @@ load_arrays({{"warm": checkpoint["norm.0"]}})
 sharding = None
 if jax.device_count() > 1:
     mesh = jax.make_mesh((jax.device_count(),), ("model",))
-    sharding = lambda a: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model") if a.name[0] != "n" else jax.sharding.PartitionSpec())
+    split, whole = (jax.sharding.PartitionSpec(*axes) for axes in (["model"], []))
+    sharding = lambda a: jax.sharding.NamedSharding(mesh, whole if a.name.startswith("norm") else split)
 with open("/proc/self/clear_refs", "w") as file:  # the peak counts from here on
     file.write("5")
 before = status("VmRSS")

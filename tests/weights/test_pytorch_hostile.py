@@ -196,7 +196,8 @@ MALFORMED = {
     "a negative size": (state(w=tensor(0, (-1,), (1,))), "sizes or strides"),
     "a negative offset": (state(w=tensor(-1, (1,), (1,))), "offset -1"),
     "a size that is no number": (
-        state(w=call("torch._utils._rebuild_tensor", storage(), b"K\0", group(text("4")), sizes([1]))), "sizes or strides"
+        state(w=call("torch._utils._rebuild_tensor", storage(), b"K\0", group(text("4")), sizes([1]))),
+        "sizes or strides",
     ),
     "unequal axes": (state(w=tensor(0, (2, 2), (1,))), "2 sizes, 1 strides"),
     "many axes": (state(w=tensor(0, (1,) * 65, (1,) * 65)), "sizes or strides"),
@@ -232,7 +233,9 @@ def test_pairs_of_an_older_python_are_taken_and_others_refused(folder):
 
 LEGACY = {
     "another version": (legacy(state()).replace(b"M\xe9\x03", b"M\xe8\x03"), "the version of the file is 1000"),
-    "keys that are none": (legacy(state(w=tensor()))[:-24].replace(b"](X", b"((X").replace(b"e.", b"t."), "list of stor"),
+    "keys that are none": (
+        legacy(state(w=tensor()))[:-24].replace(b"](X", b"((X").replace(b"e.", b"t."), "list of storages is a tuple"
+    ),
     "a key without a tensor": (legacy(state(w=tensor()), ["0", "1"]), "storage '1' is listed, and used by no tensor"),
     "a key twice": (legacy(state(w=tensor()), ["0", "0"]), "listed twice"),
     "no key": (legacy(state(w=tensor()), []), "storage '0' is not in the file"),
@@ -244,7 +247,9 @@ LEGACY = {
     "no room for its length": (legacy(state(w=tensor()))[:-20], "past the file's end"),
     "a negative length": (legacy(state(w=tensor()), storages=struct.pack("<q", -1)), "has -1 numbers"),
     "an absurd length": (legacy(state(w=tensor()), storages=struct.pack("<q", 2**62)), "past the file's end"),
-    "a shorter storage": (legacy(state(w=tensor()), storages=struct.pack("<q", 1) + bytes(4)), "has 4 bytes; the pickle"),
+    "a shorter storage": (
+        legacy(state(w=tensor()), storages=struct.pack("<q", 1) + bytes(4)), "has 4 bytes; the pickle says 16"
+    ),
 }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Checkpoint files as lazy read-only mappings, read by mmap and never trusted.
 
-`open_checkpoint(path)` recognises the format. `place` and `load_arrays` put tensors straight onto a sharding. The formats
-themselves are in `gguf`, `safetensors`, `pytorch`, `npz`, `flax_msgpack` and `orbax`, their writers in `gguf_writer`,
-`safetensors_writer` and `orbax`, llama.cpp's importance matrices in `imatrix`; this package knows no model and no
-arithmetic (`trustcore.quant` decodes packed weights).
+`open_checkpoint(path)` recognises the format. `place` and `load_arrays` put tensors straight onto a sharding. The
+formats themselves are in `gguf`, `safetensors`, `pytorch`, `npz`, `flax_msgpack` and `orbax`, their writers in
+`gguf_writer`, `safetensors_writer` and `orbax`, llama.cpp's importance matrices in `imatrix`; this package knows no
+model and no arithmetic (`trustcore.quant` decodes packed weights).
 """
 
 from trustcore.weights.checkpoint import Checkpoint, LazyArray

@@ -3,8 +3,8 @@
     array = extension 1: the msgpack of (shape, name of the dtype, bytes);  extension 3: a NumPy scalar, the same
     an array over a gigabyte = {"__msgpack_chunked_array__": true, "shape": {"0": ...}, "chunks": {"0": array, ...}}
 
-The maps are walked once, without the bytes of arrays: an array is a view of the file, one in chunks is put together when
-it is asked for. Names are the keys with dots between them. Of what a training state holds, the weights are taken:
+The maps are walked once, without the bytes of arrays: an array is a view of the file, one in chunks is put together
+when it is asked for. Names are the keys with dots between them. Of what a training state holds, the weights are taken:
 "params" without that name, other collections such as "batch_stats" under theirs, and not "step" and "opt_state".
 
 Bounds: a container claims no more entries than bytes are left, the depth is that of `tree`, and values are counted.

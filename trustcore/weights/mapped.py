@@ -125,7 +125,7 @@ class MadeBytes:
         assert made.dtype == np.uint8 and made.shape == (self.size,), (made.dtype, made.shape, self.size)
         made.flags.writeable = False
         if made.size:  # views of it then hold this very array, and not one below it
-            made = np.frombuffer(memoryview(made).toreadonly(), np.uint8)
+            made = np.frombuffer(made.data, np.uint8)
         self._seen = weakref.ref(made)
         return made
 

@@ -105,7 +105,7 @@ def _encoding(descr: Any, error: Any) -> tuple[Encoding, bool]:
         dtype = None
     if dtype is not None and dtype.hasobject:
         raise error(
-            "an array of Python objects is a pickle, which is not read. Save it as numbers, each under a name of its own"
+            "an array of Python objects is a pickle, which is not read. Save numbers, each array under its own name"
         )
     encoding = None if dtype is None else _ENCODINGS.get(dtype.newbyteorder("="))
     if encoding is None:

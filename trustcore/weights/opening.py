@@ -73,8 +73,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if looks_like_flax(head):
         return open_flax(path)
     raise CheckpointError(
-        f"the file starts with {head[:8]!r}; expected {_GGUF!r} (a GGUF file), the 8-byte header length and {b'{'!r} of "
-        "a safetensors file, a zip archive of torch.save or numpy.savez, a pickle of torch.save, or a msgpack map of Flax",
+        f"the file starts with {head[:8]!r}; expected {_GGUF!r} (a GGUF file), the 8-byte header length and {b'{'!r} "
+        "of a safetensors file, a zip archive of torch.save or numpy.savez, a pickle of torch.save, or a msgpack map "
+        "of Flax",
         path=path,
         field="magic",
         offset=0,

@@ -8,8 +8,8 @@ dicts have it for, notes beside an OrderedDict, and these are dropped.
 
 What `pickletools.genops` gives is only the text of the program: opcode, argument, place.
 
-Bounds: the bytes of a pickle, its opcodes, the depth of its stack. A container in two places is one container, so memory
-is linear in the opcodes; whoever walks what comes back has to count (`tree`).
+Bounds: the bytes of a pickle, its opcodes, the depth of its stack. A container in two places is one container, so
+memory is linear in the opcodes; whoever walks what comes back has to count (`tree`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     checkpoint -> prefetch (the system reads ahead) -> place (slice, cast, put) -> jax.Array with its sharding
 
-Invariant: beside what lies on devices, the host holds the slice of one device and `PIECE` bytes of the file. Pages of the
-file are handed back piece by piece, so a tensor is never in memory twice. On CPU devices the slice becomes the array.
+Invariant: beside what lies on devices, the host holds the slice of one device and `PIECE` bytes of the file. Pages of
+the file are handed back piece by piece, so a tensor is never in memory twice. On CPU devices the slice is the array.
 """
 
 from __future__ import annotations
@@ -89,11 +89,7 @@ def load_arrays(
             raise CheckpointError(f"no sharding for {', '.join(missing[:6])}: give one for each name")
     found: dict[str, jax.Array] = {}
     for name, array in zip(arrays, prefetch(arrays.values(), ahead=ahead), strict=True):
-        if isinstance(sharding, Mapping):
-            here = sharding[name]
-        else:
-            here = sharding(array) if callable(sharding) else sharding
-        found[name] = place(array, here, dtype)
+        found[name] = place(array, _sharding_of(array, name, sharding), dtype)
         array.release()
     return found
 
@@ -146,10 +142,16 @@ def prefetch(arrays: Iterable[LazyArray], *, ahead: int = AHEAD) -> Iterator[Laz
         thread.join()
 
 
+def _sharding_of(array: LazyArray, name: str, sharding: Shardings) -> Any:
+    if isinstance(sharding, Mapping):
+        return sharding[name]
+    return sharding(array) if callable(sharding) else sharding
+
+
 def _dtype(array: LazyArray, dtype: Any) -> np.dtype:
     if array.dtype is None:
         raise CheckpointError(
-            f"{array.encoding} is packed and has no numbers to place. Load the model, or decode it with trustcore.quant",
+            f"{array.encoding} is packed and has no numbers to place. Load the model, or decode with trustcore.quant",
             path=array.path,
             field=f"tensor {array.name!r}",
         )

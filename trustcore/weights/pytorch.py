@@ -3,8 +3,8 @@
     zip:    PREFIX/data.pkl | PREFIX/data/KEY, one for each storage | PREFIX/byteorder | ...
     older:  magic | version | system | the object | list of keys | for each key: numbers i64, then their bytes
 
-The object is run by `pickle_machine`, which executes nothing; a tensor in it is a storage, an offset, sizes and strides.
-Each is proved to lie within its storage, and the storage within the file, so a tensor is a view of the mapping, shared
+The object is run by `pickle_machine`, which executes nothing; a tensor in it is a storage, an offset, sizes and
+strides. Each is proved to lie within its storage, and the storage within the file, so a tensor is a view of the mapping, shared
 where the file shares. Storages are read by torch and written by torch as little-endian bytes, unless a zip archive's
 `byteorder` says otherwise; their checksums are not computed, since that would read them.
 

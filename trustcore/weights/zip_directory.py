@@ -2,9 +2,9 @@
 
     entries | central directory | (zip64 record, zip64 locator) | end record, 22 bytes and a comment
 
-Python's `zipfile` keeps half a kilobyte for every 46 bytes of a directory and leaves it open where an entry's bytes lie;
-a view of the file needs to know. An entry of the directory and its own header must agree, entries lie within the file,
-side by side, and each name stands once. Bytes are stored, or deflated; every other method is refused.
+Python's `zipfile` keeps half a kilobyte for every 46 bytes of a directory and leaves it open where an entry's bytes
+lie, which a view of the file needs to know. An entry of the directory and its own header must agree, entries lie within
+the file, side by side, and each name stands once. Bytes are stored, or deflated; every other method is refused.
 """
 
 from __future__ import annotations
