@@ -18,8 +18,8 @@ from tests.convert.folders import hugging_face_folder
 from tests.models.small import CONFIG, random_decoder, some_tokens, write_as_gguf
 from tests.models.test_packed_checkpoints import gptq_config
 from tests.weights.torch_files import archive, state, storage, tensor
-from trustcore.convert import convert_checkpoint
 from trustcore.convert import convert as module
+from trustcore.convert import convert_checkpoint
 from trustcore.errors import CheckpointError, ModelError
 from trustcore.models import decoder_from_checkpoint
 from trustcore.weights import open_checkpoint

@@ -3,8 +3,8 @@
     python tests/oracles/record_pytorch_files.py        (needs torch)
 
 Writes tests/data/pytorch_files.npz: under `NAME/file` the bytes of a file, under `NAME/tensor/KEY` what torch.load
-gives for a tensor. Numbers that NumPy lacks (bfloat16, 8-bit floats) are recorded as their bytes, uint8, with the dtype under
-`NAME/dtype/KEY`.
+gives for a tensor. Numbers that NumPy lacks (bfloat16, 8-bit floats) are recorded as their bytes, uint8, with the dtype
+under `NAME/dtype/KEY`.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ ARCHIVES = {
     "no pickle": (archive(b"").replace(b"data.pkl", b"data.pkk"), "a zip archive with"),
     "two pickles": (archive(state(w=tensor()), **{"x/data.pkl": b"."}), "2 entries data.pkl"),
     "TorchScript": (archive(state(w=tensor()), **{"constants.pkl": b"."}), "archive of TorchScript, a program"),
-    "a compressed storage": (archive(state(w=tensor()), method=zipfile.ZIP_DEFLATED), "compressed, which torch.save nev"),
+    "a compressed storage": (archive(state(w=tensor()), method=zipfile.ZIP_DEFLATED), "compressed, which torch.save"),
     "another byte order": (archive(state(w=tensor()), byteorder=b"middle"), "byteorder is b'middle'"),
     "a damaged pickle": (GOOD.replace(b"storage", b"stOrage"), "the checksum of entry 'm/data.pkl' is wrong"),
     "no end": (GOOD[:-30], "no end record: it is cut short"),
@@ -287,7 +287,7 @@ ARCHIVES = {
     "more entries than there are": (
         spoiled(GOOD, end_of(GOOD) + 8, struct.pack("<HH", 9, 9)), "does not lie in the file|ends after 3 of 9"
     ),
-    "a directory past the end": (spoiled(GOOD, end_of(GOOD) + 16, struct.pack("<L", 10**6)), "does not lie in the file"),
+    "a directory past the end": (spoiled(GOOD, end_of(GOOD) + 16, struct.pack("<L", 10**6)), "does not lie in the"),
     "a directory elsewhere": (spoiled(GOOD, end_of(GOOD) + 16, struct.pack("<L", 0)), "the directory is broken"),
     "an entry past the directory": (spoiled(GOOD, LAST + 42, struct.pack("<L", len(GOOD))), "past the directory"),
     "an entry of others' bytes": (
@@ -297,7 +297,7 @@ ARCHIVES = {
     "sizes that disagree": (spoiled(GOOD, LAST + 24, struct.pack("<L", 2**31)), "makes 2147483648 bytes of 16"),
     "an unknown method": (spoiled(GOOD, LAST + 10, struct.pack("<H", 12)), "compressed by method 12"),
     "encrypted": (spoiled(GOOD, LAST + 8, struct.pack("<H", 1)), "is encrypted"),
-    "a name twice": (archive(state(w=tensor()), {"0": b"a" * 16, "1": b"b" * 16}).replace(b"data/1", b"data/0"), "twice"),
+    "a name twice": (archive(state(w=tensor()), {"0": b"", "1": b""}).replace(b"data/1", b"data/0"), "twice"),
 }  # fmt: skip
 
 

@@ -4,9 +4,9 @@
     older:  magic | version | system | the object | list of keys | for each key: numbers i64, then their bytes
 
 The object is run by `pickle_machine`, which executes nothing; a tensor in it is a storage, an offset, sizes and
-strides. Each is proved to lie within its storage, and the storage within the file, so a tensor is a view of the mapping, shared
-where the file shares. Storages are read by torch and written by torch as little-endian bytes, unless a zip archive's
-`byteorder` says otherwise; their checksums are not computed, since that would read them.
+strides. Each is proved to lie within its storage, and the storage within the file, so a tensor is a view of the
+mapping, shared where the file shares. Storages are read by torch and written by torch as little-endian bytes, unless a
+zip archive's `byteorder` says otherwise; their checksums are not computed, since that would read them.
 
 Refused: archives of TorchScript, tar files from before 2017, compressed storages, sparse, quantized and meta tensors.
 """
