@@ -52,6 +52,18 @@ def test_casts_on_the_way(checkpoint):
     np.testing.assert_array_equal(place(checkpoint["half"], dtype=jnp.float32), ARRAYS["half"].astype(np.float32))
 
 
+def test_kernels_are_turned_on_the_way(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr("trustcore.weights.placement.PIECE", 64)  # two rows at a time
+    turned = place(checkpoint["matrix"], dtype="bfloat16", transposed=True)
+    np.testing.assert_array_equal(turned, ARRAYS["matrix"].T.astype(ml_dtypes.bfloat16))
+    stack = RNG.standard_normal((3, 4, 5)).astype(np.float32)
+    save_file({"w": stack}, tmp_path / "stack.safetensors")
+    with open_checkpoint(tmp_path / "stack.safetensors") as found:
+        np.testing.assert_array_equal(place(found["w"], transposed=True), np.swapaxes(stack, 1, 2))
+    with pytest.raises(CheckpointError, match=r"tensor 'whole': the shape \[4\] has no two axes to swap"):
+        place(checkpoint["whole"], transposed=True)
+
+
 def test_an_array_does_not_depend_on_the_file(tmp_path):
     save_file({"w": np.ones(1000, np.float32)}, tmp_path / "m.safetensors")
     with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
@@ -105,6 +117,9 @@ def test_each_of_eight_devices_gets_its_slice(tmp_path, fresh_python):
                     np.testing.assert_array_equal(np.asarray(shard.data), numbers[shard.index].astype(shard.data.dtype))
         turned = place(open_checkpoint({str(tmp_path / "m.npz")!r})["turned"], NamedSharding(mesh, P("model", "data")))
         np.testing.assert_array_equal(turned, found["matrix"].numpy().T)
+        kernel = place(found["matrix"], NamedSharding(mesh, P("model", "data")), "float16", transposed=True)
+        np.testing.assert_array_equal(kernel, found["matrix"].numpy().T.astype(np.float16))
+        assert kernel.addressable_shards[0].data.shape == (2, 3)
         try:
             place(found["matrix"], NamedSharding(mesh, P("model")))
         except ValueError as error:

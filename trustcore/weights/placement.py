@@ -27,19 +27,27 @@ ALIGNMENT = 64  # what XLA's CPU client asks of memory that it takes over withou
 Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | Callable[[LazyArray], Any] | None
 
 
-def place(array: LazyArray, sharding: jax.sharding.Sharding | None = None, dtype: Any = None) -> jax.Array:
+def place(
+    array: LazyArray,
+    sharding: jax.sharding.Sharding | None = None,
+    dtype: Any = None,
+    *,
+    transposed: bool = False,
+) -> jax.Array:
     """Returns the tensor on the devices of `sharding`, each of which is given its slice alone.
 
     Args:
         array: of a plain encoding.
         sharding: of the result; None: the default device. Several processes each place their own devices' slices.
-        dtype: to cast to, slice by slice; None keeps that of the file.
+        dtype: to cast to, slice by slice; None keeps that of the file. Without `jax_enable_x64`, 64 bits become 32.
+        transposed: whether the result has the last two axes of the tensor swapped, as a kernel `[K, N]` of weights
+            that files hold as `[N, K]`.
 
     Returns:
-        The array, of the tensor's shape.
+        The array, of the tensor's shape, or of that with its last two axes swapped.
 
     Raises:
-        CheckpointError: the encoding is packed.
+        CheckpointError: the encoding is packed, or there are no two axes to swap.
         ValueError: the sharding does not divide the shape (from jax).
 
     Host memory beyond the devices': the largest slice of one device, and 8 MB.
@@ -50,7 +58,12 @@ def place(array: LazyArray, sharding: jax.sharding.Sharding | None = None, dtype
     target = _dtype(array, dtype)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = sharding.addressable_devices_indices_map(array.shape)
+    if transposed and len(array.shape) < 2:
+        raise CheckpointError(
+            f"the shape {list(array.shape)} has no two axes to swap", path=array.path, field=f"tensor {array.name!r}"
+        )
+    shape = (*array.shape[:-2], array.shape[-1], array.shape[-2]) if transposed else array.shape
+    wanted = sharding.addressable_devices_indices_map(shape)
     shards: list[jax.Array] = []
     last: tuple[Any, np.ndarray] | None = None
     # What several devices hold is read once: their slices are put in turn.
@@ -58,12 +71,12 @@ def place(array: LazyArray, sharding: jax.sharding.Sharding | None = None, dtype
         index = index or ()
         if last is None or last[0] != index:
             last = None  # drops the slice before
-            last = index, _slice(array, index, target)
+            last = index, _slice(array, index, target, transposed)
         # Not copied on CPUs, where the memory is the array's from here on; nobody writes to it.
         shards.append(jax.device_put(last[1], device, may_alias=True))
         if device.platform != "cpu":
             shards[-1].block_until_ready()
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=shards[0].dtype)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=target)
 
 
 def load_arrays(
@@ -159,17 +172,18 @@ def _dtype(array: LazyArray, dtype: Any) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(target))
 
 
-def _slice(array: LazyArray, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """One device's numbers, in memory of their own, copied piece by piece."""
+def _slice(array: LazyArray, index: tuple[slice, ...], dtype: np.dtype, transposed: bool) -> np.ndarray:
+    """One device's numbers, in memory of their own, copied piece by piece in the order of the file."""
     stored = array.numpy()
-    view = stored[index]
-    made = _empty(view.shape, dtype)
+    view = np.swapaxes(np.swapaxes(stored, -1, -2)[index], -1, -2) if transposed else stored[index]
+    made = _empty((*view.shape[:-2], view.shape[-1], view.shape[-2]) if transposed else view.shape, dtype)
+    into = np.swapaxes(made, -1, -2) if transposed else made
     if view.ndim == 0 or not view.size:
-        made[...] = view
+        into[...] = view
         return made
     rows = max(PIECE // max(view[:1].nbytes, 1), 1)
     for start in range(0, len(view), rows):
-        made[start : start + rows] = view[start : start + rows]
+        into[start : start + rows] = view[start : start + rows]
         if view.nbytes > PIECE:
             array.release()
     return made
