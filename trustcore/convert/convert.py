@@ -39,6 +39,7 @@ from trustcore.weights.folder import appearing, refuse_occupied, tokenizer_files
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.orbax import write_orbax
 from trustcore.weights.packed_layout import KEY, header, packed_tensors
+from trustcore.weights.placement import copied
 from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, parse_size, write_safetensors, write_shards
 
 Progress = Callable[[int, int], None]
@@ -261,7 +262,7 @@ def _planned(array: LazyArray, dtype: np.dtype | None, progress: _Progress) -> P
 
     def make() -> np.ndarray:
         progress.begins(array)
-        return array.numpy().astype(target, copy=False)
+        return array.numpy() if target == array.dtype else copied(array, target)
 
     return Planned(array.shape, np.dtype(target), make)
 

@@ -102,7 +102,11 @@ def write_orbax(folder: Path, tensors: Mapping[str, Planned]) -> None:
         for part in parts[:-1]:
             node = node.setdefault(part, {})
         node[parts[-1]] = tensors[name]
-    registry = ocp.type_handlers.create_type_handler_registry((Planned, _handler(ocp)))
+    import jax
+
+    # Orbax says aloud that something is off where it has no handler of jax's arrays.
+    kinds = (Planned, _handler(ocp)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(*kinds)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(tree))

@@ -79,6 +79,16 @@ def place(
     return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=target)
 
 
+def copied(array: LazyArray, dtype: Any = None) -> np.ndarray:
+    """Returns the numbers of a tensor in memory of their own, cast, read as `place` reads them: 8 MB at a time.
+
+    Raises:
+        CheckpointError: the encoding is packed.
+    """
+    numbers = array.numpy()
+    return _slice(array, (...,), numbers.dtype if dtype is None else np.dtype(dtype), False)
+
+
 def load_arrays(
     arrays: Mapping[str, LazyArray], sharding: Shardings = None, dtype: Any = None, *, ahead: int = AHEAD
 ) -> dict[str, jax.Array]:
@@ -172,7 +182,7 @@ def _dtype(array: LazyArray, dtype: Any) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(target))
 
 
-def _slice(array: LazyArray, index: tuple[slice, ...], dtype: np.dtype, transposed: bool) -> np.ndarray:
+def _slice(array: LazyArray, index: tuple[Any, ...], dtype: np.dtype, transposed: bool) -> np.ndarray:
     """One device's numbers, in memory of their own, copied piece by piece in the order of the file."""
     stored = array.numpy()
     view = np.swapaxes(np.swapaxes(stored, -1, -2)[index], -1, -2) if transposed else stored[index]
