@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -131,3 +134,36 @@ def test_a_model_is_loaded_from_pytorch_files(tmp_path):
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "pytorch"
         np.testing.assert_array_equal(decoder_from_checkpoint(checkpoint)(some_tokens()), wanted)
+
+
+def zip64(entries):
+    """An archive as those over four gigabytes are: every size and place in 64-bit fields."""
+    data, directory = b"", b""
+    for key, value in entries.items():
+        name, crc, large = key.encode(), zlib.crc32(value), 0xFFFFFFFF
+        sizes = struct.pack("<HHQQ", 1, 16, len(value), len(value))
+        local = struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0, 0, 0, 0, crc, large, large, len(name), len(sizes))
+        extra = struct.pack("<HHQQQ", 1, 24, len(value), len(value), len(data))
+        directory += struct.pack(
+            "<4s6H3L5H2L", b"PK\1\2", 45, 45, 0, 0, 0, 0, crc, large, large, len(name), len(extra), 0, 0, 0, 0, large
+        )
+        directory += name + extra
+        data += local + name + sizes + value
+    count, start, end = len(entries), len(data), len(data) + len(directory)
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return data + directory + record + locator + last
+
+
+def test_archives_of_more_than_four_gigabytes(folder):
+    floats = np.arange(4, dtype=np.float32).tobytes()
+    made = zip64({"m/data.pkl": state(w=tensor()), "m/data/0": floats})
+    with zipfile.ZipFile(folder.write(made, "m.pt")) as packed:
+        assert packed.read("m/data/0") == floats  # so the builder is right
+    with open_checkpoint(folder.path / "m.pt") as checkpoint:
+        np.testing.assert_array_equal(checkpoint["w"].numpy(), np.arange(4))
+    for place, word in ((made.rfind(b"PK\6\7") + 8, 2**60), (made.rfind(b"PK\6\6") + 48, 2**63)):
+        broken = made[:place] + struct.pack("<Q", word) + made[place + 8 :]
+        with pytest.raises(CheckpointError, match=r"not where its locator says|does not lie in the file"):
+            open_checkpoint(folder.write(broken, "m.pt"))
