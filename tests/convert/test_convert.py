@@ -279,7 +279,14 @@ print(json.dumps([report.nbytes, status("VmHWM") - before]))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads /proc/self/status")
-@pytest.mark.parametrize(("kind", "dtype"), [("safetensors", None), ("safetensors", "bfloat16"), ("orbax", None)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("safetensors", "bfloat16"),
+        pytest.param("safetensors", None, marks=pytest.mark.slow),
+        pytest.param("orbax", None, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path, fresh_python, kind, dtype):
     if kind == "orbax":
         pytest.importorskip("orbax.checkpoint", reason="needs orbax-checkpoint (pip install 'trustcore[orbax]')")
