@@ -61,6 +61,13 @@ def test_other_forms_are_not_ids(text: str) -> None:
         ("hf:o/n/" + SPLIT[1], SPLIT, SPLIT, SPLIT[1]),
         ("o/n", TENSORS, [*TENSORS[:3], "config.json", "tokenizer.json"], None),
         ("o/n", ["x.safetensors", "config.json"], ["x.safetensors", "config.json"], None),
+        ("o/n", ["pytorch_model.bin", "model.safetensors"], ["model.safetensors"], None),
+        (
+            "o/n",
+            ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "training_args.bin", "config.json"],
+            ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "config.json"],
+            None,
+        ),
         (
             "hf:o/n/sub/x.safetensors",
             ["config.json", "sub/x.safetensors", "sub/config.json", "sub/y.safetensors"],
@@ -81,7 +88,7 @@ def test_the_files_of_a_model(text: str, names: list[str], wanted: list[str], ma
         ("o/n@v1", ["a-Q2_K.gguf", "a-Q3_K_M.gguf"], "o/n@v1:Q4_K_M, or a file, hf:o/n@v1/a-Q2_K.gguf"),
         ("o/n", ["a-Q8_0.gguf", "b-Q8_0.gguf"], "2 GGUF files fit"),
         ("o/n", SPLIT[:2], "one of 3 parts, and .*00003-of-00003.gguf is not there"),
-        ("o/n", ["pytorch_model.bin"], "holds neither GGUF nor safetensors files; it holds pytorch_model.bin"),
+        ("o/n", ["tf_model.h5"], "neither GGUF nor safetensors files, nor pytorch_model.bin; it holds tf_model.h5"),
         ("o/n", [], "it holds nothing"),
         ("hf:o/n/tiny.Q4_K_M.gguf", GGUF, "has no file 'tiny.Q4_K_M.gguf'. It has .*tiny-Q4_K_M.gguf"),
     ],

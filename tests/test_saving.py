@@ -106,7 +106,7 @@ def test_float_models_are_plain_tensors(tmp_path, dtype):
 
 def test_shards_are_cut_between_weights(tmp_path):
     model = model_of("int4:g64:asym")
-    trustcore.save(model, tmp_path / "m", shard_bytes=70_000)
+    trustcore.save(model, tmp_path / "m", shard_size="70kB")
     shards = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())

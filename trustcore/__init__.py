@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trustcore.catalogue import pull
-    from trustcore.convert import quantize_checkpoint
+    from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError
     from trustcore.evaluation import compare, perplexity
     from trustcore.generation import Sampling, Stats, Stream, chat, generate, generate_tokens
@@ -39,6 +39,7 @@ _HOMES = {
     "TrustcoreError": "trustcore.errors",
     "chat": "trustcore.generation",
     "compare": "trustcore.evaluation",
+    "convert_checkpoint": "trustcore.convert",
     "embed": "trustcore.models",
     "generate": "trustcore.generation",
     "generate_tokens": "trustcore.generation",
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "pull",
     "quantize",
     "quantize_checkpoint",
+    "convert_checkpoint",
     "save",
     "perplexity",
     "compare",

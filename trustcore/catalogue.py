@@ -284,7 +284,7 @@ def _looks_like_path(source: str) -> bool:
     return (
         head.startswith(("/", "./", "../", "~"))
         or head in (".", "..")
-        or head.endswith((".gguf", ".safetensors", ".json", "/"))
+        or head.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".msgpack", ".json", "/"))
         or re.match(r"[A-Za-z]:/", head) is not None
     )
 

@@ -168,11 +168,13 @@ def choose_files(source: HubSource, names: Sequence[str]) -> tuple[list[str], st
     tensors = [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]
     # Some repositories hold the same weights twice; the standard names are the ones that belong to config.json.
     tensors = [name for name in tensors if name.startswith("model")] or tensors
+    if not tensors:  # read by an unpickler that runs nothing
+        tensors = [name for name in top if re.fullmatch(r"pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?", name)]
     if not tensors:
         held = ", ".join(sorted(top)[:8]) or "nothing"
         raise CatalogueError(
-            f"{source.text}: the repository holds neither GGUF nor safetensors files; it holds {held}. "
-            "trustcore loads no pickles (.bin, .pt); look for a conversion of this model."
+            f"{source.text}: the repository holds neither GGUF nor safetensors files, nor pytorch_model.bin; it holds "
+            f"{held}. Give one of its files, hf:{source.repo}/FILE, or look for a conversion of this model."
         )
     return tensors + [name for name in names if name in SIDE_FILES], None
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,21 +32,16 @@ from trustcore.ops.weight import Weight
 from trustcore.quant import QuantizedArray
 from trustcore.weights import open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
+from trustcore.weights.config_file import MAX_CONFIG_BYTES
+from trustcore.weights.folder import appearing, refuse_occupied, tokenizer_files
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.json_file import read_object
 from trustcore.weights.packed_layout import header
-from trustcore.weights.safetensors import MAX_CONFIG_BYTES
-from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, write_shards
+from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, parse_size, write_shards
 
 Units = dict[str, dict[str, Planned]]
 
 _PLAIN = ("f16", "bf16")  # formats of which every tool has the numbers as a tensor
-
-# A tokenizer and what goes with it, as Hugging Face's folders have them.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 
 
 def save(
@@ -56,7 +50,7 @@ def save(
     *,
     scheme: str = "trustcore",
     tokenizer: str | os.PathLike[str] | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_size: int | str = SHARD_BYTES,
 ) -> Path:
     """Writes a model to a folder and returns the folder.
 
@@ -70,11 +64,12 @@ def save(
             embeddings, which these layouts do not pack, are decoded to float16.
         tokenizer: a folder with tokenizer.json or a GGUF file, from which the tokenizer is taken; None: from where the
             model came. A model without a tokenizer is saved without one.
-        shard_bytes: of a file of weights.
+        shard_size: bytes of a file of weights at most, as a number or as "5GB" or "512MiB"; one weight alone may have
+            more. Several files come with an index, `model.safetensors.index.json`.
 
     Raises:
         ModelError: the scheme is unknown, or cannot hold some of the matrices: all of them in one message.
-        CheckpointError: the folder is not empty, or the files of the tokenizer are not there.
+        CheckpointError: the folder is not empty, the files of the tokenizer are not there, or shard_size is no size.
         OSError: the disk refuses.
 
     Example:
@@ -83,7 +78,8 @@ def save(
     if scheme not in WRITERS:
         raise ModelError(f"scheme is {scheme!r}; choose from {', '.join(WRITERS)}.")
     folder = Path(folder)
-    _refuse_occupied(folder)
+    shard_bytes = parse_size(shard_size)
+    refuse_occupied(folder)
     writer = WRITERS[scheme]()
     units, packed, plain = _units(model, writer)
     config = _config(model)
@@ -96,27 +92,11 @@ def save(
         here = {name: described[name] for name in names if name in described}
         return {"format": "pt", **(header(here) if here else {})}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(8)}.partial")
-    try:
-        partial.mkdir()
+    with appearing(folder) as partial:
         write_shards(partial, units, metadata, shard_bytes=shard_bytes)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         beside(partial)
-        if folder.exists():
-            folder.rmdir()  # empty, or the disk says so
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
-
-
-def _refuse_occupied(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError("the folder is not empty; give one that is not there yet", path=folder)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise CheckpointError("this is a file; give a folder that is not there yet", path=folder)
 
 
 def _units(model: Decoder, writer: Writer) -> tuple[Units, list[str], list[str]]:
@@ -231,7 +211,7 @@ def _tokenizer_files(model: Decoder, given: str | os.PathLike[str] | None) -> Ca
             raise CheckpointError(f"the file has no tokenizer; {wanted}", path=source)
         return lambda folder: write_gguf(folder / TOKENIZER_GGUF, {"general.architecture": "tokenizer", **kept}, {})
     beside = source if source.is_dir() else source.parent
-    files = [beside / name for name in (*TOKENIZER_FILES, TOKENIZER_GGUF) if (beside / name).is_file()]
+    files = tokenizer_files(beside)
     if not any(file.name in ("tokenizer.json", TOKENIZER_GGUF) for file in files):
         raise CheckpointError(f"there is no tokenizer.json; {wanted}", path=beside)
 

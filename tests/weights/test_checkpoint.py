@@ -111,6 +111,16 @@ def test_a_folder_prefers_its_index_and_then_model_safetensors(tmp_path):
     assert list(open_checkpoint(tmp_path)) == ["consolidated"]
 
 
+def test_a_folder_with_several_formats_prefers_safetensors(path, tmp_path):
+    np.savez(tmp_path / "weights.npz", npz=np.zeros(2))
+    (tmp_path / "training_args.bin").write_bytes(b"no weights")
+    assert open_checkpoint(tmp_path).format == "gguf"
+    path.unlink()
+    assert open_checkpoint(tmp_path).format == "npz"
+    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).format == "safetensors"
+
+
 def test_a_folder_with_several_or_no_checkpoints_is_refused(path, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; expected model\.safetensors\.index\.json, a"):
@@ -126,8 +136,11 @@ def test_a_folder_with_several_or_no_checkpoints_is_refused(path, tmp_path):
 FOREIGN = {
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
     "a web page": (b"\n<!DOCTYPE html><html>", "web page, not a model.*fetch again"),
-    "a pickle in a zip": (b"PK\x03\x04" + bytes(20), "PyTorch pickle or a zip archive.*convert the model"),
-    "a pickle": (b"\x80\x02}q\x00." + bytes(20), "PyTorch pickle or a zip archive"),
+    "a part of a zip": (b"PK\x03\x04" + bytes(20), "the archive has no end record: it is cut short"),
+    "a pickle": (b"\x80\x02}q\x00." + bytes(20), "a pickle of a dict; expected torch's magic number"),
+    "one array": (b"\x93NUMPY\1\0" + bytes(20), r"one array of numpy\.save.*numpy\.savez"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5 file.*Convert it"),
+    "tar": (bytes(257) + b"ustar\x0000" + bytes(80), "tar archive: unpack it"),
     "GGML": (b"tjgg" + bytes(20), "GGML file from before GGUF. Convert"),
     "gzip": (b"\x1f\x8b\x08" + bytes(20), "gzip archive. Unpack it"),
     "something else": (b"abcdefghijkl", r"magic at byte 0: the file starts with b'abcdefgh'; expected b'GGUF'"),
@@ -178,7 +191,10 @@ def test_errors_are_value_errors_and_keep_their_place(path):
 def test_importing_the_readers_imports_no_optional_package():
     code = (
         "import sys, trustcore.weights.gguf, trustcore.weights.gguf_writer, trustcore.weights.safetensors;"
-        "print([name for name in ('safetensors', 'tokenizers', 'gguf', 'torch') if name in sys.modules])"
+        "import trustcore.weights.pytorch, trustcore.weights.npz, trustcore.weights.flax_msgpack;"
+        "import trustcore.weights.orbax;"
+        "names = ('safetensors', 'tokenizers', 'gguf', 'torch', 'orbax', 'msgpack', 'tensorstore');"
+        "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from trustcore.errors import CheckpointError
 from trustcore.weights import open_checkpoint
-from trustcore.weights.safetensors_writer import Planned, write_safetensors, write_shards
+from trustcore.weights.safetensors_writer import Planned, parse_size, write_safetensors, write_shards
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -112,3 +112,25 @@ def test_shards_and_their_index(tmp_path):
     with open_checkpoint(tmp_path) as checkpoint:
         assert [float(checkpoint[f"u{i}.a"].numpy()[0]) for i in range(5)] == [0, 1, 2, 3, 4]
         assert checkpoint.metadata["names"] == "u0 u1 u2 u3 u4"
+
+
+@pytest.mark.parametrize(
+    ("given", "nbytes"),
+    [
+        (1, 1),
+        ("5GB", 5 * 10**9),
+        ("5gb", 5 * 10**9),
+        ("1.5 MiB", 3 * 2**19),
+        ("70kB", 70_000),
+        ("300", 300),
+        ("2T", 2 * 10**12),
+    ],
+)
+def test_sizes_as_people_write_them(given, nbytes):
+    assert parse_size(given) == nbytes
+
+
+@pytest.mark.parametrize("given", [0, -1, True, None, 1.5, "", "GB", "-5GB", "5XB", "0.1", "5 5GB", "9" * 400])
+def test_what_is_no_size_is_refused(given):
+    with pytest.raises(CheckpointError, match="is no size of a file; write a number of bytes, or 5GB"):
+        parse_size(given)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trustcore.cli import chat, doctor, embed, generate, info, perplexity, pull, quantize
+from trustcore.cli import chat, convert, doctor, embed, generate, info, perplexity, pull, quantize
 from trustcore.errors import TrustcoreError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("chat")(chat.chat)
 app.command("embed")(embed.embed)
 app.command("info")(info.info)
 app.command("pull")(pull.pull)
+app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("perplexity")(perplexity.perplexity)
 app.command("compare")(perplexity.compare)

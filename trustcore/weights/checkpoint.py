@@ -1,6 +1,6 @@
 """A checkpoint: a read-only mapping from tensor name to an array that still lies on disk.
 
-path -> open_checkpoint -> Checkpoint -> LazyArray -> raw() or numpy()
+path -> open_checkpoint (`opening`) -> Checkpoint -> LazyArray -> raw() or numpy()
 
 Invariants:
 - Opening reads the header alone. A tensor's bytes are touched when `raw()` or `numpy()` is used, and not before.
@@ -12,7 +12,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import numpy as np
 
 from trustcore.errors import CheckpointError
 from trustcore.weights.encoding import Encoding
-from trustcore.weights.mapped import MappedFile, read_bytes
+from trustcore.weights.mapped import MadeBytes, MappedFile
 
 # The tokenizer of a model from GGUF, beside its weights in another format: metadata without tensors.
 TOKENIZER_GGUF = "tokenizer.gguf"
@@ -39,7 +38,7 @@ class LazyArray:
         shape: in row-major (NumPy) order, in numbers, not bytes.
         encoding: "f32", "bf16", "q4_1", ...
         dtype: of the stored numbers of a plain encoding; None of a packed one.
-        nbytes: on disk.
+        nbytes: of its numbers side by side, which is what it has on disk unless it is a part of something there.
         path: the file that holds it.
         offset: where it starts in that file, in bytes.
     """
@@ -51,19 +50,26 @@ class LazyArray:
     nbytes: int
     path: Path
     offset: int
-    _file: MappedFile = field(repr=False)
+    _file: MappedFile | MadeBytes = field(repr=False)
     _encoding: Encoding = field(repr=False)
     _big_endian: bool = field(default=False, repr=False)
+    _strides: tuple[int, ...] | None = field(default=None, repr=False)  # in numbers; None: side by side, row-major
 
     def raw(self) -> np.ndarray:
         """Returns the stored bytes, uint8 `[*shape[:-1], bytes_per_row]`, as a little-endian file holds them.
 
-        A read-only view of the mapping without a copy; from a big-endian file, a copy with its fields reversed.
+        A read-only view of the mapping without a copy; from a big-endian file, a copy with its fields reversed; of
+        numbers that do not lie side by side, a copy.
 
         Raises:
             CheckpointError: the file is big-endian and the byte order of this encoding is not settled.
         """
-        rows = self._file.view(self.offset, self.nbytes)
+        if self._strides is not None:
+            together = np.array(self.numpy(), order="C", ndmin=1)
+            if sys.byteorder == "big":
+                together = together.byteswap()
+            return _read_only(together.view(np.uint8))
+        rows = self._file.view(self._start, self.nbytes)
         rows = rows.reshape(*self.shape[:-1], self._encoding.row_bytes(self.shape))
         if not self._big_endian or self._encoding.words == ():
             return rows
@@ -77,6 +83,8 @@ class LazyArray:
     def numpy(self) -> np.ndarray:
         """Returns the numbers of a plain encoding, read-only: a view where the byte order is the machine's.
 
+        Numbers that do not lie side by side in the file do not lie so in the view.
+
         Raises:
             CheckpointError: the encoding is packed, or a stored boolean is neither 0 nor 1.
         """
@@ -86,19 +94,40 @@ class LazyArray:
                 f"{self.encoding} is packed ({self._encoding.weights} weights in {self._encoding.nbytes} bytes) and "
                 "has no NumPy dtype. Take raw() for the bytes, or use trustcore.quant to decode them."
             )
-        stored = self._file.view(self.offset, self.nbytes)
+        stored = self._file.view(self._start, self._span)
         if dtype == np.bool_ and stored.size and stored.max() > 1:
             raise self._error("a boolean is stored as something other than 0 or 1")
         if self._big_endian != (sys.byteorder == "big"):
             stored = _read_only(self._encoding.swapped(stored))
-        return stored.view(dtype).reshape(self.shape)
+        if self._strides is None:
+            return stored.view(dtype).reshape(self.shape)
+        words = stored.view(f"V{dtype.itemsize}")  # as_strided does not know the dtypes of ml_dtypes
+        steps = tuple(step * dtype.itemsize for step in self._strides)
+        return np.lib.stride_tricks.as_strided(words, self.shape, steps, writeable=False).view(dtype)
+
+    def prefetch(self) -> None:
+        """Has the bytes brought near: into the system's cache, or made where they are not stored as they are."""
+        self._file.prefetch(self._start, self._span)
 
     def release(self) -> None:
         """Tells the operating system that this tensor's pages are not needed any more; a later read brings them back.
 
         Keeps resident memory low after a copy was made. Does nothing where the platform has no madvise.
         """
-        self._file.release(self.offset, self.nbytes)
+        self._file.release(self._start, self._span)
+
+    @property
+    def _start(self) -> int:
+        """Of the first number, in what holds the bytes."""
+        return self.offset if isinstance(self._file, MappedFile) else 0
+
+    @property
+    def _span(self) -> int:
+        """Bytes from the first number to the end of the last."""
+        if self._strides is None or not self.nbytes:
+            return self.nbytes
+        last = sum((size - 1) * step for size, step in zip(self.shape, self._strides, strict=True))
+        return (last + 1) * self._encoding.nbytes
 
     def _error(self, message: str) -> CheckpointError:
         return CheckpointError(message, path=self.path, field=f"tensor {self.name!r}", offset=self.offset)
@@ -112,9 +141,9 @@ class Checkpoint(Mapping[str, LazyArray]):
 
     Attributes:
         path: the file that was opened (one part of a split model, or its index).
-        format: "gguf" or "safetensors".
-        metadata: GGUF key-values as Python values; or safetensors' `__metadata__`, and under "config" the
-            `config.json` beside the file where there is one.
+        format: "gguf", "safetensors", "pytorch", "npz", "flax" or "orbax".
+        metadata: GGUF key-values as Python values; of every other format, under "config", the `config.json` beside
+            the file where there is one, with safetensors' `__metadata__`.
 
     Example:
         >>> with open_checkpoint("model.gguf") as checkpoint:  # doctest: +SKIP
@@ -127,7 +156,7 @@ class Checkpoint(Mapping[str, LazyArray]):
         format: str,
         metadata: Mapping[str, Any],
         arrays: Mapping[str, LazyArray],
-        files: Sequence[MappedFile],
+        files: Sequence[MappedFile | MadeBytes],
     ):
         self.path, self.format, self.metadata = path, format, dict(metadata)
         self._arrays, self._files = dict(arrays), tuple(files)
@@ -157,120 +186,44 @@ class Checkpoint(Mapping[str, LazyArray]):
         return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self)} tensors, {nbytes} bytes)"
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Returns the checkpoint at `path`: a GGUF file, a safetensors file or index, or a folder with one of them.
-
-    A file is recognised by what it holds, not by its name. Any part of a split GGUF model opens the whole model; a
-    single safetensors shard opens alone (open its index, or the folder, for the whole).
-
-    Raises:
-        CheckpointError: there is no such file, it is something else, or it is broken.
-    """
-    from trustcore.weights.gguf import MAGIC, open_gguf
-
-    path = Path(path)
-    if _is_folder(path):
-        path = _choose(path)
-    head = read_bytes(path, 512)
-    if head[:4] == MAGIC:
-        return open_gguf(path)
-    if path.name.endswith(".safetensors.index.json"):
-        from trustcore.weights.safetensors import open_safetensors_index
-
-        return open_safetensors_index(path)
-    looks_like_safetensors = head[5:9] == b"\0\0\0{"  # a header length under 2**40, then JSON
-    if not looks_like_safetensors:
-        refuse_foreign(path, head)
-    if looks_like_safetensors or path.suffix == ".safetensors":
-        from trustcore.weights.safetensors import open_safetensors
-
-        return open_safetensors(path)
-    raise CheckpointError(
-        f"the file starts with {head[:8]!r}; expected {MAGIC!r} (a GGUF file) or the 8-byte header length and "
-        f"{b'{'!r} of a safetensors file",
-        path=path,
-        field="magic",
-        offset=0,
-    )
-
-
-def refuse_foreign(path: Path, head: bytes) -> None:
-    """Raises the CheckpointError that says what the file is, where `head` shows a kind that people often have."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    known = (
-        (
-            text.startswith(b"version https://git-lfs"),
-            "this is a Git LFS pointer, not the model. Run `git lfs pull` in its repository, or download the file.",
-        ),
-        (
-            text.startswith((b"<!doctype html", b"<html", b"<?xml")),
-            "this is a web page, not a model: the download went wrong. Check the address, or log in, and fetch again.",
-        ),
-        (
-            head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")),
-            "this looks like a PyTorch pickle or a zip archive. Loading a pickle runs code; "
-            "convert the model to safetensors where you trust it.",
-        ),
-        (
-            head.startswith((b"ggjt", b"tjgg", b"lmgg", b"fmgg")),
-            "this is a GGML file from before GGUF. Convert the original model again with a current llama.cpp.",
-        ),
-        (head.startswith(b"\x1f\x8b"), "this is a gzip archive. Unpack it first."),
-    )
-    for found, message in known:
-        if found:
-            raise CheckpointError(message, path=path, field="magic", offset=0)
-
-
 def make_array(
-    name: str, shape: tuple[int, ...], encoding: Encoding, file: MappedFile, offset: int, *, big_endian: bool = False
+    name: str,
+    shape: tuple[int, ...],
+    encoding: Encoding,
+    file: MappedFile | MadeBytes,
+    offset: int,
+    *,
+    big_endian: bool = False,
+    strides: tuple[int, ...] | None = None,
 ) -> LazyArray:
-    """Returns the `LazyArray` of a tensor that the caller has proved to lie inside `file`."""
+    """Returns the `LazyArray` of a tensor that the caller has proved to lie inside `file`.
+
+    Args:
+        name: of the tensor.
+        shape: row-major.
+        encoding: of its numbers.
+        file: that holds them.
+        offset: of its first number; of `MadeBytes`, where the file has what they are made of.
+        big_endian: whether the file is.
+        strides: of a plain encoding, in numbers, none of them negative; None: row-major, side by side.
+    """
     nbytes = prod(shape) // encoding.weights * encoding.nbytes
-    return LazyArray(name, shape, encoding.name, encoding.dtype, nbytes, file.path, offset, file, encoding, big_endian)
+    if strides is not None and (not nbytes or _are_row_major(shape, strides)):
+        strides = None
+    return LazyArray(
+        name, shape, encoding.name, encoding.dtype, nbytes, file.path, offset, file, encoding, big_endian, strides
+    )
+
+
+def _are_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    step = 1
+    for size, found in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and found != step:
+            return False
+        step *= size
+    return True
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False  # the file's own error says it better
-
-
-def _choose(folder: Path) -> Path:
-    """The one checkpoint in `folder`: an index before `model.safetensors` before a single file of either kind."""
-    from trustcore.weights.gguf import split_name
-
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    except OSError as error:
-        raise CheckpointError(f"the folder cannot be read: {error}", path=folder) from error
-    indices = [name for name in names if name.endswith(".safetensors.index.json")]
-    tensors = [name for name in names if name.endswith(".safetensors")]
-    for preferred in ("model.safetensors.index.json", "model.safetensors"):
-        if preferred in names:
-            indices, tensors = [preferred], []
-            break
-    models: dict[object, str] = {}  # a split GGUF model counts once, by its first part
-    for name in names:
-        if name.endswith(".gguf") and name != TOKENIZER_GGUF:
-            split = split_name(name)
-            models.setdefault(name if split is None else (split.prefix, split.count), name)
-    found = (indices or tensors) + list(models.values())
-    if not found:
-        raise CheckpointError(
-            "the folder holds no checkpoint; expected model.safetensors.index.json, a .safetensors or a .gguf file",
-            path=folder,
-        )
-    if len(found) > 1:
-        raise CheckpointError(
-            f"the folder holds {len(found)} checkpoints ({', '.join(found[:6])}{', ...' if len(found) > 6 else ''}). "
-            f"Open one of them: open_checkpoint({str(folder / found[0])!r})",
-            path=folder,
-        )
-    return folder / found[0]

@@ -24,9 +24,9 @@ from typing import Literal
 import numpy as np
 
 from trustcore.errors import CheckpointError
-from trustcore.weights.checkpoint import open_checkpoint
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.mapped import read_bytes
+from trustcore.weights.opening import open_checkpoint
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 1 << 16

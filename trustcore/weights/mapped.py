@@ -1,4 +1,4 @@
-"""A file mapped into memory for reading: the only way that bytes of a checkpoint are reached.
+"""Where the bytes of tensors lie: in a file mapped into memory, or nowhere until they are made.
 
 Every failure of the operating system becomes a `CheckpointError` that names the file. Views are read-only and keep
 the mapping alive: closing a file never invalidates an array that was taken from it.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import mmap
 import stat
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from trustcore.errors import CheckpointError
 
 # A platform without madvise (Windows) has neither name: `release` then does nothing.
 _DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
+_WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
 
 
 class MappedFile:
@@ -54,6 +58,12 @@ class MappedFile:
         if self._map is not None and _DONTNEED is not None and last > first:
             self._map.madvise(_DONTNEED, first, last - first)
 
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Asks the operating system to read the range into its cache; resident memory does not grow by that."""
+        if self._map is not None and _WILLNEED is not None and nbytes:
+            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(_WILLNEED, first, offset + nbytes - first)
+
     def close(self) -> None:
         """Unmaps the file, at once or, where arrays still look into it, when the last of them goes."""
         mapping, self._map, self._bytes = self._map, None, None
@@ -62,6 +72,62 @@ class MappedFile:
                 mapping.close()
             except BufferError:
                 return  # arrays look into it: the mapping lives as long as they do
+
+
+class MadeBytes:
+    """The bytes of one tensor that stand in no file as they are: compressed, in pieces, or in a store.
+
+    They are made when they are looked at, and kept as long as somebody looks. What `prefetch` made is kept until it
+    has been taken once.
+
+    Args:
+        path: of the file, for errors.
+        nbytes: that `make` gives.
+        make: returns uint8 `[nbytes]`; called by one thread at a time, perhaps more than once.
+    """
+
+    def __init__(self, path: Path, nbytes: int, make: Callable[[], np.ndarray]):
+        self.path, self.size = path, nbytes
+        self._make: Callable[[], np.ndarray] | None = make
+        self._lock = threading.Lock()
+        self._seen: weakref.ref[np.ndarray] | None = None
+        self._kept: np.ndarray | None = None
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray:
+        """Returns `nbytes` bytes from `offset`, uint8, read-only."""
+        with self._lock:
+            found, self._kept = self._made(), None
+        return found[offset : offset + nbytes]
+
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Makes the bytes now, for whoever looks at them next."""
+        del offset, nbytes
+        with self._lock:
+            self._kept = self._made()
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Lets what `prefetch` made go."""
+        del offset, nbytes
+        with self._lock:
+            self._kept = None
+
+    def close(self) -> None:
+        """Makes nothing any more. Arrays that were taken stay."""
+        self._make = self._kept = self._seen = None
+
+    def _made(self) -> np.ndarray:
+        seen = None if self._seen is None else self._seen()
+        if seen is not None:
+            return seen
+        if self._make is None:
+            raise CheckpointError("the checkpoint is closed; open it again, or take the arrays before", path=self.path)
+        made = self._make()
+        assert made.dtype == np.uint8 and made.shape == (self.size,), (made.dtype, made.shape, self.size)
+        made.flags.writeable = False
+        if made.size:  # views of it then hold this very array, and not one below it
+            made = np.frombuffer(made.data, np.uint8)
+        self._seen = weakref.ref(made)
+        return made
 
 
 def file_size(path: Path) -> int:

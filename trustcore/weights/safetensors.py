@@ -1,4 +1,4 @@
-"""The safetensors reader: one file, or the shards that an index names, as a `Checkpoint`.
+"""The safetensors reader: one file as a `Checkpoint` (`sharded` reads the shards that an index names).
 
     header length u64, little-endian | header, a JSON object | tensor data
     header = {"__metadata__": {str: str}, NAME: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, ...}
@@ -11,7 +11,6 @@ Time and memory of opening are linear in the header.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,12 +19,12 @@ import numpy as np
 
 from trustcore.errors import CheckpointError
 from trustcore.weights.checkpoint import Checkpoint, LazyArray, make_array
+from trustcore.weights.config_file import with_config
 from trustcore.weights.encoding import Encoding
-from trustcore.weights.json_file import at, parse_object, read_object
+from trustcore.weights.json_file import at, parse_object
 from trustcore.weights.mapped import MappedFile
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_CONFIG_BYTES = 2**24
 MAX_DIMS = 64  # NumPy's
 
 DTYPES = {
@@ -62,69 +61,15 @@ def open_safetensors(path: Path) -> Checkpoint:
     """
     file = MappedFile(path)
     try:
-        metadata, arrays = _read(file)
-        return Checkpoint(path, "safetensors", _with_config(metadata, path), arrays, [file])
+        metadata, arrays = read_safetensors(file)
+        return Checkpoint(path, "safetensors", with_config(metadata, path), arrays, [file])
     except BaseException:
         file.close()
         raise
 
 
-def open_safetensors_index(path: Path) -> Checkpoint:
-    """Returns the checkpoint of all shards that `model.safetensors.index.json` names.
-
-    Tensors keep the order of the index; what a shard holds beyond the index is left out. The metadata are the first
-    shard's, then the index's.
-
-    Raises:
-        CheckpointError: the index or a shard is missing or broken, or a shard lacks a tensor.
-    """
-    index = read_object(path, "index", MAX_HEADER_BYTES, unique=True)
-    weight_map, notes = index.get("weight_map"), index.get("metadata", {})
-    for field, value in (("weight_map", weight_map), ("metadata", notes)):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"expected an object, found {str(value)[:64]!r}", path=path, field=field)
-    assert isinstance(weight_map, dict)
-    shards: dict[str, dict[str, LazyArray]] = {}
-    files: list[MappedFile] = []
-    metadata: dict[str, Any] = {}
-    arrays = {}
-    try:
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\:"):
-                raise CheckpointError(
-                    f"the shard of {name[:200]!r} is {str(shard)[:64]!r}; expected the name of a file beside the index",
-                    path=path,
-                    field="weight_map",
-                )
-            if shard not in shards:
-                files.append(MappedFile(path.with_name(shard)))
-                found, shards[shard] = _read(files[-1])
-                metadata = metadata or found
-            if name not in shards[shard]:
-                raise CheckpointError(
-                    f"the index places {name[:200]!r} here, but the file does not hold it",
-                    path=path.with_name(shard),
-                    field="header",
-                    offset=8,
-                )
-            arrays[name] = shards[shard][name]
-        return Checkpoint(path, "safetensors", _with_config({**metadata, **notes}, path), arrays, files)
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
-
-
-def _with_config(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`metadata` with "config": the `config.json` beside `path`, and nothing else that goes by that name."""
-    metadata = {key: value for key, value in metadata.items() if key != "config"}
-    config = path.with_name("config.json")
-    if os.path.lexists(config):
-        metadata["config"] = read_object(config, "config", MAX_CONFIG_BYTES, unique=False)
-    return metadata
-
-
-def _read(file: MappedFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
+def read_safetensors(file: MappedFile) -> tuple[dict[str, Any], dict[str, LazyArray]]:
+    """Returns the `__metadata__` and the tensors of a file, in the order in which they lie in it."""
     header, base = _header(file)
     entries = parse_object(header, file.path, "header", 8, unique=True)
     metadata = entries.pop("__metadata__", None) or {}

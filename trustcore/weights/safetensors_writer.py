@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from trustcore.weights.safetensors import DTYPES, MAX_HEADER_BYTES
 
 SHARD_BYTES = 5 * 10**9  # as the field's tools cut models
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?)?b?", re.IGNORECASE)
 _NAMES = {encoding.dtype: name for name, encoding in DTYPES.items() if encoding.dtype is not None}
 
 
@@ -139,6 +141,25 @@ def write_shards(
         notes = {"total_size": total, **metadata(list(units))}
         text = json.dumps({"metadata": notes, "weight_map": places}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def parse_size(size: int | str) -> int:
+    """Returns bytes from a number of them, or from "5GB", "512MiB", "1.5 GB": powers of 1000, with an i of 1024.
+
+    Raises:
+        CheckpointError: it is neither, or no byte at all.
+
+    >>> parse_size("5GB"), parse_size("2KiB")
+    (5000000000, 2048)
+    """
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    nbytes = size if type(size) is int else 0
+    if found is not None and len(found[1]) < 20:
+        base = 1024 if found[3] else 1000
+        nbytes = int(float(found[1]) * base ** " kmgt".index((found[2] or " ").lower()))
+    if nbytes < 1:
+        raise CheckpointError(f"{size!r} is no size of a file; write a number of bytes, or 5GB or 512MiB, for example")
+    return nbytes
 
 
 def _encoding(path: Path, name: str, planned: Planned) -> Encoding:
