@@ -260,3 +260,52 @@ def test_errors_name_shapes_and_reasons():
     with pytest.raises(ImplementationError, match="a cache of float16 is not float32, bfloat16, int8, float8_e4m3fn"):
         half = LayerCache.zeros(1, 3, 8, 16, "float16")
         cached_attention(q, q, q, half, jnp.zeros((1,), jnp.int32), implementation="native")
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("rows of several tokens", "slopes"),
+        ("window and soft cap", "sinks"),
+        ("more than a block of queries", "both"),
+    ],
+)
+def test_slopes_sinks_and_values_of_another_size(case, options):
+    """Without a cache and with one; the CPU handler says why it does not take them."""
+    case = CASES[case]
+    query, key, value, start = tokens(case)
+    window, soft_cap = case[6:]
+    value = value[..., :8]
+    rng = np.random.default_rng(5)
+    given = {name: jnp.asarray(rng.uniform(0.1, 1, case[2]), jnp.float32) for name in ("slopes", "sinks")}
+    given = given if options == "both" else {options: given[options]}
+    positions = start[:, None] + jnp.arange(case[1])[None]
+    shape = {"window": window, "soft_cap": soft_cap, "query_positions": positions}
+    expected = kernels.attention_oracle(query, key, value, **shape, **given)
+    found = kernels.attention(query, key, value, **shape, **given)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+    b, t, _, k, h, s, *_ = case
+    cache = LayerCache.zeros(b, k, s, h, "float32", value_size=8)
+    cache = cache._replace(keys=key.transpose(0, 2, 3, 1), values=value.transpose(0, 2, 1, 3))
+    part = [jnp.stack([x[i, start[i] : start[i] + t] for i in range(b)]) for x in (key, value)]
+    cached, _ = cached_attention(query, *part, cache, start, window=window, soft_cap=soft_cap, **given)
+    np.testing.assert_allclose(cached, expected, atol=2e-5)
+
+    def total(function):
+        options = {k: v for k, v in shape.items() if k != "query_positions"}
+
+        def sum_of(given, positions):
+            return jnp.sum(jnp.sin(function(query, key, value, query_positions=positions, **options, **given)))
+
+        return jax.jit(jax.grad(sum_of))(given, positions)
+
+    for found, wanted in zip(
+        *map(jax.tree.leaves, map(total, (kernels.attention, kernels.attention_oracle))), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
+    if not native_refusal(h):
+        with pytest.raises(ImplementationError, match=r"'native' cannot compute this call: it has no"):
+            cached_attention(query, *part, cache, start, implementation="native", **given)
+        with pytest.raises(ImplementationError, match=f"values of size 8 beside keys of size {h}"):
+            cached_attention(query, *part, cache, start, implementation="native")

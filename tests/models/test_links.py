@@ -1,14 +1,18 @@
 """What links and streams of a decoder name, and untied decoders. That they are true is tested in tests/quant."""
 
 import dataclasses
+import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models.small import CONFIG, random_decoder, some_tokens
+from tests.models.test_families import CASES, QUICK, load, recorded, write
 from trustcore.errors import ModelError
-from trustcore.models import Decoder, decoder_links, decoder_stream, untie
+from trustcore.models import Decoder, DecoderConfig, decoder_links, decoder_stream, untie
+from trustcore.models.decoder import parameters_of
 from trustcore.quant import quantize
 from trustcore.quant.quantize import path_name
 
@@ -48,3 +52,33 @@ def test_an_untied_decoder_is_the_same_function():
 def test_an_abstract_decoder_is_not_untied():
     with pytest.raises(ModelError, match="the embedding is abstract"):
         untie(Decoder(dataclasses.replace(CONFIG, tied=True)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_links_of_every_family_leave_the_function_as_it_is(tmp_path, name):
+    """Channels of the sources divided by a number of their own, those of the consumers multiplied with it."""
+    case = recorded(name)
+    model = load(write(tmp_path, case), dtype="float32")
+    parameters = parameters_of(model)
+    rng = np.random.default_rng(0)
+    for link in decoder_links(model):
+        channels = jnp.asarray(rng.uniform(0.5, 2, parameters[link.sources[0]].get_value().shape[-1]), jnp.float32)
+        for path in link.sources:
+            value = parameters[path].get_value()
+            parameters[path].set_value(value / jnp.broadcast_to(channels, value.shape))
+        for path in link.consumers:
+            value = parameters[path].get_value()
+            parameters[path].set_value(value * jnp.broadcast_to(link.spread(channels)[:, None], value.shape))
+    run = jax.jit(lambda m, t: m(t), compiler_options=QUICK)
+    np.testing.assert_allclose(run(model, jnp.asarray(case["tokens"], jnp.int32)), case["plain"], atol=3e-4)
+
+
+def test_streams_that_do_not_pass_a_rotation_on_are_refused():
+    for name, what in (
+        ("gpt2", "layer norms before"),
+        ("olmo2", "rms norms after"),
+        ("mixtral", "rms norms before its products and experts"),
+    ):
+        config = DecoderConfig.from_hugging_face(json.loads(str(recorded(name)["config"])))
+        with pytest.raises(ModelError, match=f"decoder_stream: a {name} model has {what}"):
+            decoder_stream(config)

@@ -9,7 +9,8 @@ import pytest
 
 from trustcore.errors import ModelError
 from trustcore.ops.activate import swiglu
-from trustcore.ops.norm import rms_norm
+from trustcore.ops.attention import alibi_slopes
+from trustcore.ops.norm import layer_norm, rms_norm
 from trustcore.ops.rope import RopeConfig, rope
 
 RNG = np.random.default_rng(0)
@@ -124,3 +125,42 @@ def test_divisors_divide_the_frequencies():
 def test_errors(options, message):
     with pytest.raises(ModelError, match=message):
         RopeConfig(**options)
+
+
+def test_layer_norm():
+    rng = np.random.default_rng(0)
+    x, weight, bias = rng.standard_normal((3, 2, 8)), rng.standard_normal((2, 8)), rng.standard_normal((2, 8))
+    centred = x - x.mean(-1, keepdims=True)
+    expected = weight * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3)
+    given = [jnp.asarray(a, jnp.float32) for a in (x, weight, bias)]
+    np.testing.assert_allclose(layer_norm(*given[:2], eps=1e-3), expected, atol=1e-5)
+    np.testing.assert_allclose(layer_norm(*given, eps=1e-3), expected + bias, atol=1e-5)
+    assert layer_norm(given[0].astype(jnp.bfloat16), given[1]).dtype == jnp.bfloat16
+
+
+def test_longrope_goes_by_the_context_of_the_call():
+    short, long = (1.0, 1.5), (2.0, 4.0)
+    config = RopeConfig(4, scaling="longrope", original_context=8, divisors=short, long_divisors=long)
+    plain = RopeConfig(4).frequencies()
+    np.testing.assert_allclose(config.frequencies(8), plain / short)
+    np.testing.assert_allclose(config.frequencies(9), plain / long)
+    with pytest.raises(ModelError, match="longrope scaling needs divisors for short and for long contexts"):
+        RopeConfig(4, scaling="longrope", original_context=8, divisors=short)
+
+
+def test_a_ramp_of_yarn_that_is_not_truncated_begins_between_pairs():
+    options = {"theta": 1e4, "scaling": "yarn", "factor": 4.0, "original_context": 64, "beta_fast": 4.0}
+    whole, between = (RopeConfig(16, truncate=t, **options).frequencies() for t in (True, False))
+    assert (np.diff(np.log(between)) < 0).all() and not np.allclose(whole, between, rtol=1e-3)
+
+
+@pytest.mark.parametrize("heads", (1, 4, 6, 12))
+def test_slopes_of_alibi(heads):
+    """As the paper's own code has them: heads beyond a power of two take every other slope of twice as many."""
+
+    def of_power(n):
+        return [2 ** (-(2 ** -(np.log2(n) - 3)) * (i + 1)) for i in range(n)]
+
+    power = 2 ** int(np.floor(np.log2(heads)))
+    expected = of_power(power) + of_power(2 * power)[0::2][: heads - power]
+    np.testing.assert_allclose(alibi_slopes(heads), expected, rtol=1e-6)

@@ -8,7 +8,7 @@ No expert has a capacity: every token reaches the k experts that its router chos
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,50 @@ def grouped_linear(
     """Returns `x[r] @ w[e]`, where the first `sizes[0]` rows are of expert 0, the next of expert 1, and so on.
 
     Accumulates in float32; the result has the dtype of x. Packed stacks are decoded whole, O(E * K * N) memory.
-    Differentiable in x and float leaves of w.
+    Differentiable in x and float leaves of w, in reverse mode. Under vmap it is a loop.
     """
     matrices = w.dequantize() if isinstance(w, Weight) else w
+    return _product(x, matrices.astype(x.dtype), sizes)
+
+
+# XLA's ragged product has no batching rule of its own for weights that are not batched. With one, it needs a gradient
+# by hand; the two products are each other's gradients, so that higher orders follow.
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """[R, K], [E, K, N] -> [R, N]."""
+    return _ragged_rows(x, w, sizes)
+
+
+@jax.custom_vjp
+def _outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+    """[R, K], [R, N] -> [E, K, N], the sum over each expert's rows of x[r] y[r]^T."""
+    return _ragged_sum(x, y, sizes)
+
+
+@jax.custom_batching.sequential_vmap
+def _ragged_rows(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     wide = accumulation_dtype(x.dtype)
-    return jax.lax.ragged_dot(x, matrices.astype(x.dtype), sizes, preferred_element_type=wide).astype(x.dtype)
+    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=wide).astype(x.dtype)
+
+
+@jax.custom_batching.sequential_vmap
+def _ragged_sum(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+    dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    wide = accumulation_dtype(x.dtype)
+    return jax.lax.ragged_dot_general(x, y, sizes, dims, preferred_element_type=wide).astype(x.dtype)
+
+
+def _product_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, sizes = saved
+    return _product(dy, jnp.swapaxes(w, 1, 2), sizes), _outer(x, dy, sizes), None
+
+
+def _outer_backward(saved: Any, dw: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, y, sizes = saved
+    return _product(y, jnp.swapaxes(dw, 1, 2), sizes), _product(x, dw, sizes), None
+
+
+_product.defvjp(lambda *args: (_product(*args), args), _product_backward)
+_outer.defvjp(lambda *args: (_outer(*args), args), _outer_backward)
