@@ -29,9 +29,10 @@ from trustcore.convert.source import PLAIN, SourceTensor
 from trustcore.convert.verify import Verification, verify_conversion
 from trustcore.dtypes import named_dtype
 from trustcore.errors import CheckpointError, ModelError
-from trustcore.models.config import DecoderConfig
+from trustcore.models.families import FAMILIES, gguf_of, rules_of
+from trustcore.models.from_checkpoint import read_config
 from trustcore.models.hugging_face import half_order, hugging_face_config
-from trustcore.models.names import decoder_names
+from trustcore.models.name_map import Rule
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray, open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
@@ -269,15 +270,7 @@ def _planned(array: LazyArray, dtype: np.dtype | None, progress: _Progress) -> P
 
 def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progress) -> _Content:
     """The tensors of a GGUF file under Hugging Face's names, decoded, rotary rows in the order of halves."""
-    table, divisors = checkpoint.get("token_embd.weight"), checkpoint.get("rope_freqs.weight")
-    if table is None or len(table.shape) != 2:
-        raise ModelError(f"{checkpoint.path}: token_embd.weight [V, D] is missing; this is not a decoder's file.")
-    config = DecoderConfig.from_gguf(
-        checkpoint.metadata,
-        vocab_size=table.shape[0],
-        tied="output.weight" not in checkpoint,
-        rope_divisors=() if divisors is None else tuple(float(x) for x in divisors.numpy().reshape(-1)),
-    )
+    config = read_config(checkpoint)
     described = hugging_face_config(config)
     if config.layers > len(checkpoint):  # bounds the work below by the file's own size
         raise ModelError(
@@ -292,15 +285,22 @@ def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progre
             path=checkpoint.path,
         )
     units: dict[str, dict[str, Planned]] = {}
-    used: set[str] = set()
-    for name in decoder_names(config.layers):
-        array = checkpoint.get(name.gguf)
-        if array is None:
+    names = gguf_of(config).names
+    stored, used = {rule.paths: rule for rule in rules_of(config, names)}, set[str]()
+    for rule in rules_of(config, FAMILIES[config.family].names_for(config)):
+        given = stored.get(rule.paths)
+        array = None if given is None else checkpoint.get(given.stored)
+        if given is None or array is None:
             continue
-        used.add(name.gguf)
-        row = SourceTensor(name.gguf, array.shape, array.encoding, array, half_order(config, name.path))
-        units[name.hugging_face] = {name.hugging_face: _decoded(row, array, dtype, progress)}
-    left = [name for name in checkpoint if name not in used and name != "rope_freqs.weight"]
+        if given.pieces or rule.pieces or given.groups != rule.groups:
+            raise ModelError(
+                f"{checkpoint.path}: {array.name} lies otherwise in Hugging Face's files of a {config.family} model. "
+                "Load the model and save it: trustcore.save(trustcore.load(SRC, dtype=...), DST)."
+            )
+        used.add(array.name)
+        row = SourceTensor(array.name, array.shape, array.encoding, array, half_order(config, rule.paths[0]))
+        units[rule.stored] = {rule.stored: _decoded(row, array, given, rule, dtype, progress)}
+    left = [name for name in checkpoint if name not in used and not name.endswith(names.ignored)]
     if left:
         raise ModelError(
             f"{checkpoint.path}: tensors that a {config.family} model does not have: {', '.join(left[:6])}."
@@ -308,18 +308,22 @@ def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progre
     return _Content(units, lambda _: {"format": "pt"}, {**described, **({"dtype": dtype.name} if dtype else {})})
 
 
-def _decoded(tensor: SourceTensor, array: LazyArray, dtype: np.dtype | None, progress: _Progress) -> Planned:
+def _decoded(
+    tensor: SourceTensor, array: LazyArray, given: Rule, wanted: Rule, dtype: np.dtype | None, progress: _Progress
+) -> Planned:
     stored = np.dtype(jnp.bfloat16 if array.encoding == "bf16" else array.dtype or np.float32)
     target = stored if dtype is None else dtype
+    turned = given.rows_first != wanted.rows_first and len(array.shape) == 2
 
     def make() -> np.ndarray:
         progress.begins(array)
         made = np.empty((tensor.rows, array.shape[-1]), target)
         for start, stop in _pieces(tensor):
-            made[start:stop] = tensor.floats(start, stop)
-        return made.reshape(array.shape)
+            made[start:stop] = tensor.floats(start, stop) + np.float32(given.shift - wanted.shift)
+        made = made.reshape(array.shape)
+        return np.ascontiguousarray(made.T) if turned else made
 
-    return Planned(tuple(array.shape), target, make)
+    return Planned(tuple(reversed(array.shape)) if turned else tuple(array.shape), target, make)
 
 
 def _pieces(tensor: SourceTensor) -> Iterator[tuple[int, int]]:

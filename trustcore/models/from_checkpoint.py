@@ -72,7 +72,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
     """
     compute = _compute_dtype(dtype)
     from_gguf = checkpoint.format == "gguf"
-    config = _read_config(checkpoint, from_gguf)
+    config = read_config(checkpoint)
     if config.layers > len(checkpoint):  # bounds the work below by the file's own size
         raise ModelError(
             f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
@@ -108,8 +108,13 @@ def _compute_dtype(dtype: Any) -> Any:
     return given
 
 
-def _read_config(checkpoint: Checkpoint, from_gguf: bool) -> DecoderConfig:
-    if not from_gguf:
+def read_config(checkpoint: Checkpoint) -> DecoderConfig:
+    """Returns the configuration of the decoder in a checkpoint.
+
+    Raises:
+        ModelError: it holds none, or of a family that is not supported.
+    """
+    if checkpoint.format != "gguf":
         config = checkpoint.metadata.get("config")
         if config is None:
             raise ModelError(f"{checkpoint.path}: there is no config.json beside the weights; put the model's there.")
