@@ -60,7 +60,7 @@ def test_embedding_is_the_pooled_states(tmp_path: Path) -> None:
     texts = ["abc", "a longer text", "", "b"]
     vectors = embed(model, texts, batch=3, normalize=False)
     for text, vector in zip(texts, vectors, strict=True):
-        hidden = model(jnp.asarray([Letters().encode(text)], jnp.int32))
+        hidden = families.jitted(model, jnp.asarray([Letters().encode(text)], jnp.int32))
         np.testing.assert_allclose(vector, np.mean(np.asarray(hidden[0]), axis=0), atol=1e-5)
     lengths = np.linalg.norm(embed(model, texts), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-6)

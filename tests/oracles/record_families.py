@@ -49,6 +49,9 @@ def write(path: Path, model: Any, inputs: dict[str, Any], outputs: dict[str, Any
         config = json.loads(Path(folder, "config.json").read_text())
         weights = load_file(Path(folder, "model.safetensors"))
     config.pop("transformers_version", None)
+    for name, value in outputs.items():
+        if float(np.asarray(value, np.float64).std(axis=0).mean()) < 1e-2:
+            raise SystemExit(f"{path.stem}: {name} hardly depends on the input; draw other weights")
     held: dict[str, np.ndarray] = {"config": np.array(json.dumps(config))}
     for mark, group in (("w", weights), ("i", inputs), ("o", outputs)):
         for name, value in group.items():
@@ -61,13 +64,11 @@ def randomize(model: Any) -> Any:
     """Gives every weight, and the statistics of batch norms, numbers that are far from what they start with."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if (
-                not tensor.is_floating_point()
-                or "inv_freq" in name
-                or not (tensor.requires_grad or "running" in name or "logits_bias" in name)
-            ):
+            learned = tensor.requires_grad or "running" in name or "logits_bias" in name
+            if not tensor.is_floating_point() or not learned:
                 continue
-            if name.endswith("running_var") or (tensor.ndim == 1 and bool((tensor == 1).all())):
+            ones = tensor.ndim == 1 and (name.endswith("weight") or bool((tensor == 1).all()))
+            if name.endswith("running_var") or ones:  # scales, also those that start as something else than one
                 tensor.uniform_(0.5, 1.5)
             elif tensor.ndim < 2:
                 tensor.normal_(0, 0.2)
@@ -162,9 +163,12 @@ def vision(model: Any, height: int = 16, width: int = 16, other: tuple[int, int]
     return model, inputs, outputs
 
 
-def classifier(model: Any, height: int = 16, width: int = 16) -> Recorded:
-    """A classifier of images: its logits."""
+def classifier(model: Any, height: int = 16, width: int = 16, gain: float = 1) -> Recorded:
+    """A classifier of images: its logits. `gain` grows windows, so that averages of many places still differ."""
     model = randomize(model)
+    for tensor in model.parameters():
+        if tensor.ndim == 4:
+            tensor.mul_(gain)
     inputs = {"pixels": pixels(height, width)}
     return model, inputs, {"logits": model(inputs["pixels"]).logits}
 
@@ -282,7 +286,10 @@ CASES: dict[str, Callable[[], Recorded]] = {
         24,
     ),
     "efficientnet": lambda: classifier(
-        hf.EfficientNetForImageClassification(hf.EfficientNetConfig(depthwise_padding=[4], **EFFICIENT)), 30, 32
+        hf.EfficientNetForImageClassification(hf.EfficientNetConfig(depthwise_padding=[4], **EFFICIENT)),
+        30,
+        32,
+        gain=1.5,
     ),
     "mamba": lambda: state_space(hf.MambaConfig(time_step_rank=3, use_bias=True, **MAMBA)),
     "mamba2": lambda: state_space(hf.Mamba2Config(num_heads=4, head_dim=16, n_groups=2, chunk_size=16, **MAMBA)),
