@@ -4,8 +4,8 @@
     python docs/write_models.py --check    exit status 1 where the page is not what the table gives
 
 What sets a family apart is read off its configuration: that of the small model with which it is compared with
-transformers (`tests/data/decoders`), field by field against Llama's. How its weights stand in files is read off its name
-map.
+transformers (`tests/data/decoders`), field by field against Llama's. How its weights stand in files is read off its
+name map.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PAGE = ROOT / "docs" / "models.md"
 CASES = ROOT / "tests" / "data" / "decoders"
 _HEAD = """# Model families
 
-This page is made by `python docs/write_models.py` from the table `trustcore.models.families.FAMILIES`; a test holds it up
-to date. Every family is one `Decoder` with switches. The logits of each are those of transformers on small random models
-within 2e-4 in float32, padded on either side and token by token with a cache (`tests/models/test_families.py`); those
-with a GGUF architecture are compared with llama.cpp too (`tests/models/test_gguf_families.py`).
+This page is made by `python docs/write_models.py` from the table `trustcore.models.families.FAMILIES`; a test holds it
+up to date. Every family is one `Decoder` with switches. The logits of each are those of transformers on small random
+models within 2e-4 in float32, padded on either side and token by token with a cache (`tests/models/test_families.py`);
+those with a GGUF architecture are compared with llama.cpp too (`tests/models/test_gguf_families.py`).
 
 `trustcore.load` reads the files of all of them; `trustcore.save` writes them back. "config.json": whether one can be
 made for a model that came from another kind of file.

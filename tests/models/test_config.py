@@ -1,7 +1,10 @@
 """Configurations as files hold them: read right, or refused with the key named."""
 
+import json
+
 import pytest
 
+from tests.models.test_families import recorded
 from trustcore.errors import ModelError
 from trustcore.models import DecoderConfig
 
@@ -101,3 +104,69 @@ def test_rope_scaling_of_both_files():
 def test_errors(read, changes, message):
     with pytest.raises(ModelError, match=message):
         read(**changes)
+
+
+def recorded_config(name, **changes):
+    return {**json.loads(str(recorded(name)["config"])), **changes}
+
+
+def test_older_spellings_give_the_same_configuration():
+    """Files from before `rope_parameters` and `layer_types`."""
+    read = DecoderConfig.from_hugging_face
+    gemma3 = recorded_config("gemma3", rope_parameters=None, layer_types=None, rope_theta=1e6, rope_local_base_freq=1e4)
+    assert read({**gemma3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}) == read(recorded_config("gemma3"))
+    gemma2 = recorded_config("gemma2")
+    assert read({k: v for k, v in gemma2.items() if k != "layer_types"}) == read(gemma2)
+    neox = recorded_config("gpt_neox", rope_parameters=None, rotary_pct=0.5, rotary_emb_base=10000)
+    assert read(neox) == read(recorded_config("gpt_neox"))
+    qwen3 = recorded_config("qwen3_moe", num_experts=6)
+    assert read({k: v for k, v in qwen3.items() if k != "num_local_experts"}) == read(recorded_config("qwen3_moe"))
+    outer = {"model_type": "gemma3", "text_config": recorded_config("gemma3"), "vision_config": {}}
+    assert read(outer) == read(recorded_config("gemma3"))
+
+
+def test_patterns_over_layers():
+    def layers(name, **changes):
+        config = DecoderConfig.from_hugging_face(recorded_config(name, **changes))
+        return [config.layer(i) for i in range(config.layers)]
+
+    assert [x.window for x in layers("gemma3")] == [5, 5, None]
+    assert [x.rope.theta for x in layers("gemma3")] == [1e4, 1e4, 1e6]
+    assert [x.rope is None for x in layers("smollm3")] == [False, True]
+    assert [x.rope is None for x in layers("smollm3", no_rope_layers=None, no_rope_layer_interval=1)] == [True, True]
+    assert [x.experts for x in layers("qwen2_moe")] == [True, False]
+    assert [x.experts for x in layers("qwen2_moe", mlp_only_layers=[], decoder_sparse_step=2)] == [False, True]
+    assert [x.experts for x in layers("deepseek_v2")] == [False, True, True]
+    window = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+    assert [x.window for x in layers("qwen3", **window)] == [None, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma2", {"layer_types": ["sliding_attention"]}, "layer_types is .*; expected a list of 2 of str"),
+        ("gemma2", {"layer_types": ["chunked", "full_attention"]}, "layer_types has 'chunked'"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "score_cap is -1.0; it must be positive"),
+        ("gemma2", {"num_hidden_layers": 1 << 30, "layer_types": None}, "more than 65536 are not believed"),
+        ("gemma3", {"rope_parameters": {"full_attention": 3}}, "rope_scaling is 3; expected an object"),
+        ("phi3_long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1, 1]}}, "no long_factor"),
+        (
+            "phi3_long",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [0, 1], "long_factor": [1, 1]}},
+            "no short_factor of positive numbers",
+        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true; that is not"),
+        ("gpt2", {"activation_function": "tanhshrink"}, "activation_function is 'tanhshrink'; supported: silu"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is false"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16"),
+        ("mixtral", {"num_experts_per_tok": 5}, "5 of 4 are active"),
+        ("mixtral", {"num_local_experts": -1}, "num_local_experts is -1"),
+        ("deepseek_v3", {"n_group": 3}, "2 of 3 groups of 8 experts"),
+        ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank is 0"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'; supported: greedy"),
+        ("bloom", {"hidden_size": 33}, "4 heads do not divide hidden_size = 33"),
+    ],
+)
+def test_what_no_family_can_be(name, changes, message):
+    with pytest.raises(ModelError, match=message):
+        DecoderConfig.from_hugging_face(recorded_config(name, **changes))

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from tests.models import gguf_models
 from tests.models.random_weights import random_weight
-from tests.models.test_families import load, recorded, write
+from tests.models.test_families import load, logits, recorded, write
 from trustcore.models.schemes.float4 import mxfp4_blocks
 from trustcore.quant import QuantizedArray, quantize
 from trustcore.saving import save
@@ -16,7 +16,7 @@ from trustcore.weights.gguf_writer import write_gguf
 
 
 def close(one, other, tokens, atol=2e-5):
-    np.testing.assert_allclose(one(tokens), other(tokens), atol=atol)
+    np.testing.assert_allclose(logits(one, tokens), logits(other, tokens), atol=atol)
 
 
 def test_fused_blocks_of_a_gguf_file_are_split_as_they_are(tmp_path):
@@ -36,7 +36,7 @@ def test_fused_blocks_of_a_gguf_file_are_split_as_they_are(tmp_path):
     close(packed, model, tokens, atol=0.2)
 
 
-@pytest.mark.parametrize("name", ("phi3", "mixtral", "bloom", "gpt_oss", "deepseek_v3"))
+@pytest.mark.parametrize("name", ("phi3", "gpt_oss", "deepseek_v3"))
 def test_16_bit_files_stay_as_they_are(tmp_path, name):
     """The recorded weights are numbers of 16 bits, so that nothing is lost."""
     case = recorded(name)
@@ -47,7 +47,7 @@ def test_16_bit_files_stay_as_they_are(tmp_path, name):
         key: value.astype(ml_dtypes.bfloat16) if key.startswith("weights/") else value for key, value in case.items()
     }
     held = load(write(folder, narrow))
-    kernels = {"mixtral": "mlp.experts.down", "gpt_oss": "mlp.experts.gate"}.get(name, "attention.out").split(".")
+    kernels = {"deepseek_v3": "mlp.experts.down", "gpt_oss": "mlp.experts.gate"}.get(name, "attention.out").split(".")
     layer = held.blocks[1]
     for part in kernels:
         layer = getattr(layer, part)
@@ -93,7 +93,7 @@ def test_gpt_oss_as_its_files_are_packed(tmp_path):
     close(held, floats, jnp.asarray(case["tokens"], jnp.int32))
 
 
-@pytest.mark.parametrize("name", ("phi3", "qwen2_moe", "gpt2"))
+@pytest.mark.parametrize("name", ("phi3", "qwen2_moe"))
 def test_a_quantized_model_is_saved_and_read_back(tmp_path, name):
     """Fused tensors of matrices that were packed one by one; stacks of experts stay floats."""
     case = recorded(name)

@@ -13,7 +13,7 @@ from trustcore.nn import MLP, Attention, Experts, ExpertsConfig, GatedMLP, Laten
 from trustcore.ops.rope import RopeConfig, angles
 
 B, T, D = 2, 5, 8
-QUICK = {"xla_backend_optimization_level": 1}  # the time of these tests is that of compiling
+QUICK = {"xla_backend_optimization_level": 0}  # the time of these tests is that of compiling
 ROPE = RopeConfig(4, theta=100.0)
 
 
@@ -78,8 +78,10 @@ def test_gradients_are_those_of_finite_differences(name):
     def total(leaves, x):
         return jnp.sum(call(leaves, x) * weight)
 
-    run = jax.jit(total, compiler_options=QUICK)
-    both = jax.jit(jax.value_and_grad(total, (0, 1)), compiler_options=QUICK)
+    # At level 0 the XLA of jax 0.10 makes the exponential of -1e30 a NaN where scores have slopes.
+    options = None if "alibi" in name else QUICK
+    run = jax.jit(total, compiler_options=options)
+    both = jax.jit(jax.value_and_grad(total, (0, 1)), compiler_options=options)
 
     def backward(*args):
         value, gradients = both(*args)

@@ -122,6 +122,8 @@ def _shape(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
     """Fields of a decoder whose every head has keys of its own; `names` are the keys of the file."""
     heads, features = values.integer(names["heads"]), values.integer(names["features"])
     context = values.integer(names["context"], 2048)
+    if features % heads:
+        raise ModelError(f"config.json: {heads} heads do not divide {names['features']} = {features}.")
     return {
         "vocab_size": values.integer("vocab_size"),
         "features": features,
