@@ -124,7 +124,7 @@ def open_trustcore() -> Callable[[str, str], tuple[float, Callable[[], Any]]]:
 
         def forward(model: Any, *given: Any) -> Any:
             if kind == "text to text":
-                return model(given[0], None, given[1])
+                return model(given[0], decoder_tokens=given[1])
             return model(*given)
 
         def loss(model: Any, *given: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.test_util import check_vjp
 
-from trustcore.nn import MLP, Attention, Experts, ExpertsConfig, GatedMLP, LatentAttention, LatentConfig, LayerNorm
+from trustcore.nn import MLP, Attention, Experts, ExpertsConfig, LatentAttention, LatentConfig, LayerNorm
 from trustcore.ops.rope import RopeConfig, angles
 
 B, T, D = 2, 5, 8
@@ -33,7 +33,7 @@ LAYERS = {
     "layer norm": lambda made: LayerNorm(D, **made),
     "layer norm of heads": lambda made: LayerNorm(4, groups=2, **made),
     "gelu mlp": lambda made: MLP(D, 7, activation="gelu_tanh", **made),
-    "geglu": lambda made: GatedMLP(D, 7, activation="gelu", **made),
+    "geglu": lambda made: MLP(D, 7, activation="gelu", gated=True, **made),
     "qk norm of heads, sinks": attention(qk_norm="head", sinks=True),
     "qk norm of all, soft cap, window": attention(qk_norm="whole", soft_cap=2.0, window=3),
     "qk norm of each, alibi": attention(qk_norm="each", alibi=1.0),

@@ -6,6 +6,7 @@ from trustcore.models.from_checkpoint import decoder_from_checkpoint
 from trustcore.models.importance import importance_by_path, importance_by_tensor
 from trustcore.models.links import decoder_links, decoder_stream, untie
 from trustcore.models.model import Model, TextEncoder
+from trustcore.models.random import random_model
 from trustcore.models.registry import model_from_checkpoint
 from trustcore.models.sentence_vectors import embed
 
@@ -21,5 +22,6 @@ __all__ = [
     "importance_by_path",
     "importance_by_tensor",
     "model_from_checkpoint",
+    "random_model",
     "untie",
 ]

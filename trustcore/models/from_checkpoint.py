@@ -32,6 +32,7 @@ from trustcore.quant import QuantizedArray
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray
 from trustcore.weights.packed_layout import packed_tensors
+from trustcore.weights.placement import place
 
 Progress = Callable[[int, int], None]
 
@@ -255,15 +256,20 @@ def _explained(tensor: LazyArray, scheme: Scheme | None, packed: dict[str, bool]
 
 def _read(entry: _Entry, decode: bool, compute: Any) -> list[Any]:
     """Returns the parameters in the orientation of the module: packed where the tensors are, else arrays."""
+    values: list[Any]
     rule = entry.rule
+    kept = compute if rule.is_matrix else np.float32  # norms and biases are added in float32, whatever matrices are
+    one = entry.sources[0]
+    if rule.moves_nothing and isinstance(one, LazyArray) and one.dtype is not None and (decode or not _packs(one, rule)):
+        values = [place(one, None, kept, transposed=rule.rows_first)]  # piece by piece, cast on the way
+        one.release()
+        return values
     held = [_held(source, rule) for source in entry.sources]
     if all(isinstance(value, QuantizedArray) for value in held):
-        values: list[Any] = rule.split_packed(held, entry.shapes)
+        values = rule.split_packed(held, entry.shapes)
         if decode:
             values = [value.dequantize().astype(compute) for value in values]
     else:
-        # Norms and biases are added in float32, whatever the matrices are.
-        kept = compute if rule.is_matrix else np.float32
         arrays = [np.asarray(v.dequantize()) if isinstance(v, QuantizedArray) else v for v in held]
         arrays = rule.split([array.astype(kept) for array in arrays], entry.shapes)
         values = [jax.device_put(np.ascontiguousarray(array), may_alias=True) for array in arrays]
@@ -276,10 +282,15 @@ def _held(source: LazyArray | Packed, rule: Rule) -> Any:
     """One tensor: packed matrices as such `[..., in, out]` (tables `[V, D]`), all else as an array as it lies."""
     if isinstance(source, Packed):
         return source.read(transposed=rule.is_table)
-    if source.encoding not in BLOCK_FORMATS or not rule.is_matrix or len(source.shape) < 2:
+    if not _packs(source, rule):
         return source.numpy()
     if rule.rows_first or rule.is_table:
         return QuantizedArray.from_blocks(source.encoding, source.raw(), transposed=rule.is_table)
     if source.encoding in _FLOAT16:  # files that hold [in, out] have no blocks along the inputs
         return QuantizedArray(source.encoding, {"values": jnp.array(source.numpy())})
     return QuantizedArray.from_blocks(source.encoding, source.raw()).dequantize()
+
+
+def _packs(source: LazyArray, rule: Rule) -> bool:
+    """Whether a tensor becomes a packed matrix; 16-bit floats do."""
+    return source.encoding in BLOCK_FORMATS and rule.is_matrix and len(source.shape) >= 2

@@ -75,6 +75,11 @@ class Rule:
         return self.paths[0].endswith(("kernel", "table"))
 
     @property
+    def moves_nothing(self) -> bool:
+        """Whether the parameter is the tensor, but for its orientation."""
+        return len(self.paths) == 1 and not self.pieces and not self.shift
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors."""
         assert isinstance(self.pieces, int), f"{self.stored}: the number of pieces is to be read off a configuration"
