@@ -56,20 +56,24 @@ def load(
 def _other_family(checkpoint: Any, dtype: Any, progress: Callable[[int, int], None] | None) -> Any:
     """A model that is no decoder; some of them read no text and have no tokenizer."""
     model = model_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
-    folder = checkpoint.path.parent
-    model.tokenizer = _tokenizer_beside(folder) if (folder / "tokenizer.json").is_file() else None
+    model.tokenizer = _tokenizer_beside(checkpoint.path.parent)
     trim_heap()
     return model
 
 
 def _tokenizer_beside(folder: Path) -> Any:
-    """The tokenizer of a folder: of its tokenizer.json, or of the GGUF metadata that a saved model may have instead."""
+    """The tokenizer of a folder: of its tokenizer.json, or of the GGUF metadata that a saved model may have instead.
+
+    None where it has neither: such a model takes and gives token ids.
+    """
     from trustcore.text import Tokenizer
     from trustcore.weights import open_checkpoint
     from trustcore.weights.checkpoint import TOKENIZER_GGUF
 
     metadata = folder / TOKENIZER_GGUF
-    if (folder / "tokenizer.json").is_file() or not metadata.is_file():
+    if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(folder)
+    if not metadata.is_file():
+        return None
     with open_checkpoint(metadata) as checkpoint:
         return Tokenizer.from_gguf(checkpoint.metadata)

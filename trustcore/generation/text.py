@@ -154,7 +154,8 @@ def _tokenizer(model: Any) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise GenerationError(
-            "this model has no tokenizer; set model.tokenizer, or use trustcore.generate_tokens with token ids."
+            "this model has no tokenizer; put its tokenizer.json beside the weights, set model.tokenizer, or use "
+            "trustcore.generate_tokens with token ids."
         )
     return tokenizer
 

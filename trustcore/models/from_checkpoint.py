@@ -260,7 +260,12 @@ def _read(entry: _Entry, decode: bool, compute: Any) -> list[Any]:
     rule = entry.rule
     kept = compute if rule.is_matrix else np.float32  # norms and biases are added in float32, whatever matrices are
     one = entry.sources[0]
-    if rule.moves_nothing and isinstance(one, LazyArray) and one.dtype is not None and (decode or not _packs(one, rule)):
+    if (
+        rule.moves_nothing
+        and isinstance(one, LazyArray)
+        and one.dtype is not None
+        and (decode or not _packs(one, rule))
+    ):
         values = [place(one, None, kept, transposed=rule.rows_first)]  # piece by piece, cast on the way
         one.release()
         return values
