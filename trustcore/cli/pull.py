@@ -27,5 +27,5 @@ def pull(
     if name in entries:
         entry = entries[name]
         checked = "SHA-256 is right" if verify else f"licence {entry.licence}"
-        console.err().print(f"{entry.summary}, {console.size(entry.nbytes)}, {checked}", style="dim", soft_wrap=True)
+        console.err().print(f"{entry.summary}, {console.size(entry.total)}, {checked}", style="dim", soft_wrap=True)
     print(path)
