@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trustcore.dtypes import named_dtype
+from trustcore.dtypes import compute_dtype
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder, parameters_of
@@ -71,7 +71,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
         ModelError: the architecture, the quantization or the dtype is not supported, or tensors are missing, unexpected
             or of the wrong shape or encoding: all of them in one message.
     """
-    compute = _compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     from_gguf = checkpoint.format == "gguf"
     config = read_config(checkpoint)
     if config.layers > len(checkpoint):  # bounds the work below by the file's own size
@@ -97,16 +97,6 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progre
     model.input_scales = tuple((path, scale) for path, scale in scales if scale is not None)
     model.source, model.origin = checkpoint.path.name, str(checkpoint.path.absolute())
     return model
-
-
-def _compute_dtype(dtype: Any) -> Any:
-    if dtype is None:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    names = ("float32", "bfloat16", "float16", "float64")
-    given = named_dtype(dtype, names)
-    if given is None:
-        raise ModelError(f"dtype is {dtype!r}; choose from {', '.join(names)}, or None to keep weights as stored.")
-    return given
 
 
 def read_config(checkpoint: Checkpoint) -> DecoderConfig:

@@ -11,10 +11,7 @@ import importlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from trustcore.dtypes import named_dtype
+from trustcore.dtypes import compute_dtype
 from trustcore.errors import ModelError
 from trustcore.models.model import Model
 from trustcore.models.sentence import read_pooling
@@ -102,7 +99,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
     described = checkpoint.metadata.get("config")
     if described is None:
         raise ModelError(f"{checkpoint.path}: there is no config.json beside the weights; put the model's there.")
-    compute = _compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     family = family_of(described.get("model_type"))
     if described.get("quantization_config") is not None:
         raise ModelError(
@@ -132,13 +129,3 @@ def _layers(config: Any) -> int:
     inner = sum(_layers(value) for _, value in values if dataclasses.is_dataclass(value))
     own = getattr(config, "layers", 0)
     return inner + own + sum(value for name, value in values if name.endswith("_layers"))
-
-
-def _compute_dtype(dtype: Any) -> Any:
-    if dtype is None:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    names = ("float32", "bfloat16", "float16", "float64")
-    given = named_dtype(dtype, names)
-    if given is None:
-        raise ModelError(f"dtype is {dtype!r}; choose from {', '.join(names)}, or None.")
-    return given
