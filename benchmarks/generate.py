@@ -240,7 +240,12 @@ def compare_formats(args: argparse.Namespace) -> None:
     files = [name for name in FORMATS if name in GGML_IDS and name != "q8_k"]  # which no file holds
     formats = files if args.formats == "all" else args.formats.split(",")
     contenders = contenders_of(args, ("trustcore", "llama.cpp"))
-    result = origin(contenders) | {"bits_per_weight": {}, "formats": {f: {n: [] for n in contenders} for f in formats}}
+    result = origin(contenders) | {"bits_per_weight": {}, "formats": {}}
+    out = Path(args.out or ROOT / "benchmarks" / "results" / f"formats-{result['date']}.json")
+    if out.exists():  # formats that are not measured anew stay
+        before = json.loads(out.read_text())
+        result |= {key: before[key] for key in ("bits_per_weight", "formats")}
+    result["formats"] |= {format: {name: [] for name in contenders} for format in formats}
     with tempfile.TemporaryDirectory() as folder:
         for format in formats:
             path = Path(folder) / f"{format}.gguf"
@@ -253,7 +258,7 @@ def compare_formats(args: argparse.Namespace) -> None:
             rates = result["formats"][format].items()
             print(f"{format}: " + ", ".join(f"{n} {statistics.median(v):.4g}" for n, v in rates), flush=True)
             path.unlink()
-    write_result(result, args.out, "formats")
+            write_result(result, out, "formats")
     print(formats_table(result))
 
 

@@ -131,7 +131,9 @@ def test_errors(model, prompt, options, message):
 def test_a_model_without_a_tokenizer_says_so():
     model = byte_model()
     model.tokenizer = None
-    with pytest.raises(GenerationError, match=r"no tokenizer; put its tokenizer.json beside the weights, set model.tokenizer"):
+    with pytest.raises(
+        GenerationError, match=r"no tokenizer; put its tokenizer.json beside the weights, set model.tokenizer"
+    ):
         tc.generate(model, "a")
 
 

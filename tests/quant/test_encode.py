@@ -419,7 +419,9 @@ def test_nan_and_infinity_are_refused(name, value):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(QuantizationError, match=r"q4_k: K=300 of weights \[300, 2\] is not a multiple of .* 256\. Pad K to 512"):
+    with pytest.raises(
+        QuantizationError, match=r"q4_k: K=300 of weights \[300, 2\] is not a multiple of .* 256\. Pad K to 512"
+    ):
         encode("q4_k", jnp.zeros((300, 2)))
     with pytest.raises(QuantizationError, match=r"q4_0: weights must be a float matrix .*, got int8\[32, 2\]"):
         encode("q4_0", jnp.zeros((32, 2), jnp.int8))
