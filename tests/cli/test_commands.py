@@ -23,7 +23,7 @@ from trustcore.errors import BackendError, CatalogueError
         (["generate", "echo", "x", "--colour"], 2, "No such option: --colour"),
         (["generate", "echo", "x", "--dtype", "float64"], 2, "Invalid value for '--dtype'"),
         (["genrate"], 2, "No such command 'genrate'"),
-        (["pull", "owner/name", "--verify"], 2, "checksums are known for smollm2 only"),
+        (["pull", "owner/name", "--verify"], 2, "checksums are known for smollm2, minilm only"),
     ],
 )
 def test_errors_are_one_line(cli, calls, words: list[str], status: int, complaint: str) -> None:
