@@ -34,7 +34,10 @@ class CacheType(enum.Enum):
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A file or folder, a catalogue name (smollm2, minilm), or owner/name[:Q4_K_M].")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A file or folder, a catalogue name (smollm2, minilm), or owner/name[:Q4_K_M]."
+    ),
 ]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.", rich_help_panel=_SAMPLING)]
 Temperature = Annotated[
