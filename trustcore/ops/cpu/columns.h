@@ -148,58 +148,37 @@ inline void scaled_sums(const Weight& w, const float* x, const float* xsum, int6
 template <Format F, int M, int C>
 inline void add_group(const Weight& w, const float* x, const float* xsum, int64_t b, int64_t n, float* y) {
   using S = Shared<F>;
-  constexpr int kParts = by_sixteen(F) && S::kRuns > 1 ? 2 : 1;  // of the steps, each with scales of its own
-  constexpr int kSums = S::kRuns > 1 ? S::kCodes : F == kNVFP4 ? 2 : 1;
+  constexpr int kParts = by_sixteen(F) ? 2 : 1;  // of the steps, each with a scale of its own
+  constexpr int kSteps = S::kSteps / kParts;
   VecF sums[M][C] = {};
   const float* at = x + b * kBlock;
-  if constexpr (F == kNVFP4) {  // both halves of its runs in one go: steps 0-7, then 8-15
-    for (int half = 0; half < 2; ++half) {
-      VecF run[M][C] = {};
-      for (int j = half * 8; j < half * 8 + 8; ++j)
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          VecF code[2];
-          shared_codes<F>(w, b, n + c * kLanes, j, code);
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m)
-            for (int p = 0; p < 2; ++p) run[m][c] += at[m * w.k + S::place(j, p)] * code[p];
-        }
-      for (int c = 0; c < C; ++c) {
-        VecF scale, shift;
-        run_scale_and_shift<F>(w, b, n + c * kLanes, half, scale, shift);
-        for (int m = 0; m < M; ++m) sums[m][c] += run[m][c] * scale;
-      }
-    }
-  } else {
-    for (int part = 0; part < kParts; ++part) {
-      VecF run[kSums][M][C] = {};
-      constexpr int kSteps = S::kSteps / kParts;
 #pragma GCC unroll 2
-      for (int j = part * kSteps; j < (part + 1) * kSteps; ++j)
+  for (int part = 0; part < kParts; ++part) {
+    VecF run[S::kRuns][M][C] = {};
+#pragma GCC unroll 2
+    for (int j = part * kSteps; j < (part + 1) * kSteps; ++j)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          VecF code[S::kCodes];
-          shared_codes<F>(w, b, n + c * kLanes, j, code);
+      for (int c = 0; c < C; ++c) {
+        VecF code[2];
+        shared_codes<F>(w, b, n + c * kLanes, j, code);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+          for (int p = 0; p < 2; ++p) run[p % S::kRuns][m][c] += at[m * w.k + S::place(j, p)] * code[p];
+      }
 #pragma GCC unroll 4
-          for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-            for (int p = 0; p < S::kCodes; ++p)
-              run[p % kSums][m][c] += at[m * w.k + S::place(j, p)] * code[p];
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 2
+      for (int p = 0; p < S::kRuns; ++p) {
+        VecF scale, shift;
+        run_scale_and_shift<F>(w, b + p, n + c * kLanes, part, scale, shift);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const float* halves = xsum + (m * w.blocks() + b + p) * 2;
+          sums[m][c] += run[p][m][c] * scale;
+          if constexpr (F == kQ4K) sums[m][c] += shift * (halves[0] + halves[1]);  // the others have none
         }
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
-#pragma GCC unroll 4
-        for (int p = 0; p < kSums; ++p) {
-          VecF scale, shift;
-          run_scale_and_shift<F>(w, b + p, n + c * kLanes, part, scale, shift);
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) {
-            const float* halves = xsum + (m * w.blocks() + b + p) * 2;
-            const float total = kParts == 2 ? halves[part] : halves[0] + halves[1];
-            sums[m][c] += run[p][m][c] * scale + shift * total;
-          }
-        }
-    }
+      }
   }
   for (int m = 0; m < M; ++m)
     for (int c = 0; c < C; ++c) {
@@ -264,10 +243,9 @@ inline float scalar_value(const Weight& w, int64_t k, int64_t n) {
 // loop: the code rows of a block are read side by side, in the order they lie in memory.
 template <Format F, int M>
 void few_rows(const Weight& w, const float* x, const float* xsum, int64_t first, int64_t last, float* y) {
-  if constexpr (Shared<F>::kAny && M * Shared<F>::kCodes <= 16) {
+  if constexpr (Shared<F>::kAny) {
     using S = Shared<F>;
-    constexpr int kSums = M * (S::kRuns > 1 ? S::kCodes : 1);
-    constexpr int kVectors = M > 1 ? columns_for(kSums) : kSums >= 4 ? 2 : 4;  // measured: fewer sums than registers would hold
+    constexpr int kVectors = columns_for(M * S::kRuns);
     for (int64_t b = 0; b < w.blocks(); b += S::kRuns) {
       int64_t n = first;
       for (; n + kVectors * kLanes <= last; n += kVectors * kLanes) {
