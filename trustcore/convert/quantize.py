@@ -275,7 +275,10 @@ def _matches(keep: Sequence[str], names: Sequence[str], faults: list[str]) -> se
 def _refusals(tensor: SourceTensor, target: str, value: Any, requantize: bool, weight: Any) -> Iterator[str]:
     if target == tensor.encoding and value is None:
         return
-    if target != "f32" and target not in ENCODERS:
+    if target == "q8_k":
+        why = "is what llama.cpp makes of activations on the way; no file of weights has it. Choose q8_0"
+        yield f"{tensor.name}: q8_k {why}"
+    elif target != "f32" and target not in ENCODERS:
         yield f"{tensor.name}: format {target!r} has no encoder; those with one: {', '.join(sorted(ENCODERS))}"
     if value is None and tensor.is_packed and target not in _FLOATS and not requantize:
         yield (
