@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import pytest
 
+from trustcore.cli import console, interrupts
+from trustcore.cli.generate import show
 from trustcore.cli.interrupts import Interrupts
 
 
@@ -71,6 +73,34 @@ def test_interrupts_stop_once_and_only_where_they_may() -> None:
                 signal.raise_signal(signal.SIGINT)  # the impatient second one
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_press_that_something_swallowed_is_raised_at_the_next_step() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    interrupts.check()
+    with interrupts.remembered():
+        with contextlib.suppress(KeyboardInterrupt):  # as jax's callback of the garbage collector does
+            signal.raise_signal(signal.SIGINT)
+        with console.progress_bar() as progress, pytest.raises(KeyboardInterrupt):
+            progress("packing", 1, 2)
+    assert signal.getsignal(signal.SIGINT) is before
+    interrupts.check()
+
+
+def test_an_answer_stops_at_the_next_piece_where_a_press_was_swallowed(capsys) -> None:
+    class Stream:
+        def __iter__(self):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            yield "one"
+            yield "two"
+
+        def close(self) -> None:
+            pass
+
+    with Interrupts() as held, held.stoppable():
+        assert show(Stream())
+    assert capsys.readouterr().out == "one\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

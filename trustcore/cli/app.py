@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trustcore.cli import chat, convert, doctor, embed, generate, info, perplexity, pull, quantize
+from trustcore.cli import chat, convert, doctor, embed, generate, info, interrupts, perplexity, pull, quantize
 from trustcore.errors import TrustcoreError
 
 app = typer.Typer(
@@ -49,7 +49,8 @@ def run(words: list[str], *, debug: bool) -> int:
             reconfigure(errors="replace")  # a terminal without Unicode shows "?" instead of failing
     usage_error: Any = typer.BadParameter.__base__  # of typer's own click or of the package, by release
     try:
-        status = app(words or ["--help"], prog_name="trustcore", standalone_mode=False)
+        with interrupts.remembered():
+            status = app(words or ["--help"], prog_name="trustcore", standalone_mode=False)
     except usage_error as error:
         command = "trustcore" if error.ctx is None else error.ctx.command_path
         return _fail(f"{error.format_message()} (`{command} --help` shows what is allowed)")

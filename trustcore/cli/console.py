@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from trustcore.cli import interrupts
+
 # Everything in Unicode's categories "control" and bidirectional override, except tab and line feed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -62,10 +64,10 @@ def write(piece: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback that draws a bar on stderr from its first call on; None where stderr is no terminal."""
+def progress_bar(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that lets Ctrl-C through and, where stderr is a terminal, draws a bar from its first call on."""
     if not sys.stderr.isatty():
-        yield None
+        yield lambda what, done, total: interrupts.check()
         return
     in_bytes = unit == "bytes"
     figures = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), TextColumn(unit))
@@ -80,6 +82,7 @@ def progress_bar(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None
     tasks = {}
 
     def report(what: str, done: int, total: int) -> None:
+        interrupts.check()
         if not tasks:
             bar.start()
         if what not in tasks:

@@ -71,7 +71,7 @@ def convert(
                 dtype=None if dtype is None else dtype.value,
                 shard_size=shard_size,
                 verify=verify,
-                progress=None if progress is None else functools.partial(progress, "converting"),
+                progress=functools.partial(progress, "converting"),
             )
         except OSError as error:
             raise CheckpointError(f"cannot be written: {error}", path=out) from error

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trustcore.cli import console, options
+from trustcore.cli import console, interrupts, options
 from trustcore.cli.model import load_model
 from trustcore.errors import GenerationError
 
@@ -86,6 +86,7 @@ def show(stream: Any) -> bool:
     try:
         for piece in stream:
             console.write(piece)
+            interrupts.check()
     except KeyboardInterrupt:
         stopped = True
     finally:

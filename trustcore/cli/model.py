@@ -15,5 +15,6 @@ def load_model(source: str, dtype: options.FloatType | None) -> Any:
 
     with console.progress_bar() as report:
         path = resolve(source, progress=report)
-        loading = None if report is None else functools.partial(report, "loading")
-        return trustcore.load(path, progress=loading, **options.given(dtype=dtype and dtype.value))
+        return trustcore.load(
+            path, progress=functools.partial(report, "loading"), **options.given(dtype=dtype and dtype.value)
+        )

@@ -96,10 +96,10 @@ def _figure(found: Any) -> str:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A callback that draws a bar of chunks on stderr; None where that is no terminal."""
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A callback that draws a bar of chunks on stderr."""
     from trustcore.generation.programs import keep_programs
 
     keep_programs()
     with console.progress_bar(unit="chunks") as report:
-        yield None if report is None else functools.partial(report, "reading")
+        yield functools.partial(report, "reading")

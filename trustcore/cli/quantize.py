@@ -93,7 +93,7 @@ def quantize(
                 search=search,
                 pure=pure,
                 requantize=requantize,
-                progress=None if progress is None else functools.partial(progress, "packing"),
+                progress=functools.partial(progress, "packing"),
             )
         except OSError as error:
             raise CheckpointError(f"cannot be written: {error}", path=out) from error
