@@ -64,7 +64,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mamba": ({"vocab_size": 16384, "hidden_size": 384, "num_hidden_layers": 4, "state_size": 16}, "text"),
     "bert": (_ENCODER, "text"),
-    "modernbert": ({**_ENCODER, "intermediate_size": 768}, "text"),
+    "modernbert": ({**_ENCODER, "intermediate_size": 768, "pad_token_id": 0}, "text"),
     "deberta-v2": ({**_ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, "text"),
     "t5": (
         {"vocab_size": 16384, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 4, "num_heads": 8},
@@ -125,7 +125,8 @@ def open_trustcore() -> Callable[[str, str], tuple[float, Callable[[], Any]]]:
         def forward(model: Any, *given: Any) -> Any:
             if kind == "text to text":
                 return model(given[0], decoder_tokens=given[1])
-            return model(*given)
+            out = model(*given)
+            return out[0] if isinstance(out, tuple) else out  # Mamba's states go with its logits
 
         def loss(model: Any, *given: Any) -> Any:
             return jnp.mean(jnp.square(forward(model, *given)))

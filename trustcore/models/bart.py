@@ -25,6 +25,7 @@ from trustcore.models.model import Model, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
+from trustcore.nn.conv import Conv
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention, KeysValues
@@ -195,8 +196,8 @@ class Bart(Model):
         self.conv1 = self.conv2 = None
         if config.mel_bins:
             window = {"kernel_size": (3,), "padding": 1, "dtype": dtype, "param_dtype": dtype}
-            first = made_module(lambda r: nnx.Conv(config.mel_bins, features, rngs=r, **window), rngs)
-            second = made_module(lambda r: nnx.Conv(features, features, strides=2, rngs=r, **window), rngs)
+            first = made_module(lambda r: Conv(config.mel_bins, features, rngs=r, **window), rngs)
+            second = made_module(lambda r: Conv(features, features, strides=2, rngs=r, **window), rngs)
             self.conv1, self.conv2 = nnx.data(first), nnx.data(second)
         offset, learned = config.offset, not config.sinusoidal
         self.positions = Embedding(config.positions + offset, features, **made) if learned else None

@@ -24,6 +24,7 @@ from trustcore.models.resnet import check_channels
 from trustcore.models.table import Entry, Table, conv, linear, norm
 from trustcore.models.values import Values, integers
 from trustcore.models.vit import labels, make_patches
+from trustcore.nn.conv import Conv
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.module import made_module
@@ -96,7 +97,7 @@ class Block(nnx.Module):
     def __init__(self, config: ConvNextConfig, width: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         made = {"dtype": dtype, "rngs": rngs}
         options = {"padding": 3, "feature_group_count": width, "dtype": dtype, "param_dtype": dtype}
-        self.conv = made_module(lambda r: nnx.Conv(width, width, (7, 7), rngs=r, **options), rngs)
+        self.conv = made_module(lambda r: Conv(width, width, (7, 7), rngs=r, **options), rngs)
         self.norm = LayerNorm(width, eps=_EPS, **made)
         self.mlp = MLP(width, 4 * width, activation=config.activation, **made)
         small = jax.nn.initializers.constant(1e-6)

@@ -24,6 +24,7 @@ from trustcore.models.model import TextEncoder, key_mask, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
+from trustcore.nn.conv import Conv
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.linear import Linear
@@ -264,7 +265,7 @@ class Deberta(TextEncoder):
         if config.conv_size:
             options = {"padding": "SAME", "feature_group_count": config.conv_groups}
             options |= {"dtype": dtype, "param_dtype": dtype}
-            make = lambda rngs: nnx.Conv(features, features, (config.conv_size,), rngs=rngs, **options)  # noqa: E731
+            make = lambda rngs: Conv(features, features, (config.conv_size,), rngs=rngs, **options)  # noqa: E731
             self.conv = nnx.data(made_module(make, rngs))
             self.conv_norm = nnx.data(LayerNorm(features, eps=config.norm_eps, **made))
 

@@ -25,6 +25,7 @@ from trustcore.models.resnet import NormedConv, check_channels
 from trustcore.models.table import Entry, Table, batch_norm, conv, linear
 from trustcore.models.values import LARGEST, Values, integers
 from trustcore.models.vit import labels
+from trustcore.nn.conv import Conv
 from trustcore.nn.linear import Linear
 from trustcore.nn.module import made_module
 from trustcore.ops.activate import activation
@@ -169,8 +170,8 @@ class Gate(nnx.Module):
         self, features: int, inner: int, activation: str, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
     ):
         options = {"kernel_size": (1, 1), "dtype": dtype, "param_dtype": dtype}
-        self.reduce = made_module(lambda r: nnx.Conv(features, inner, rngs=r, **options), rngs)
-        self.expand = made_module(lambda r: nnx.Conv(inner, features, rngs=r, **options), rngs)
+        self.reduce = made_module(lambda r: Conv(features, inner, rngs=r, **options), rngs)
+        self.expand = made_module(lambda r: Conv(inner, features, rngs=r, **options), rngs)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:

@@ -24,6 +24,7 @@ from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, batch_norm, conv, linear
 from trustcore.models.values import Values, integers
 from trustcore.models.vit import labels
+from trustcore.nn.conv import Conv
 from trustcore.nn.linear import Linear
 from trustcore.nn.module import made_module
 from trustcore.ops.activate import activation
@@ -124,7 +125,7 @@ class NormedConv(nnx.Module):
             "dtype": dtype,
             "param_dtype": dtype,
         }
-        self.conv = made_module(lambda r: nnx.Conv(inputs, outputs, (window, window), rngs=r, **options), rngs)
+        self.conv = made_module(lambda r: Conv(inputs, outputs, (window, window), rngs=r, **options), rngs)
         normed = {"use_running_average": True, "momentum": 0.9, "epsilon": eps, "dtype": dtype}
         self.norm = made_module(lambda r: nnx.BatchNorm(outputs, rngs=r, **normed), rngs)
 

@@ -26,6 +26,7 @@ from trustcore.models.model import Model, run
 from trustcore.models.registry import Family
 from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
+from trustcore.nn.conv import Conv
 from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
@@ -332,10 +333,10 @@ class Vit(Model):
 
 def make_patches(
     channels: int, features: int, patch: tuple[int, int], bias: bool, dtype: Any, rngs: nnx.Rngs | None
-) -> nnx.Conv:
+) -> Conv:
     """Returns the convolution that makes one vector of each patch, `[B, h, w, c]` to `[B, rows, columns, D]`."""
     options = {"strides": patch, "padding": "VALID", "use_bias": bias, "dtype": dtype, "param_dtype": dtype}
-    return made_module(lambda r: nnx.Conv(channels, features, patch, rngs=r, **options), rngs)
+    return made_module(lambda r: Conv(channels, features, patch, rngs=r, **options), rngs)
 
 
 def bicubic(old: int, new: int) -> np.ndarray:

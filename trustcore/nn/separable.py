@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from trustcore.nn.conv import Conv
 from trustcore.nn.module import made_module
 
 
@@ -42,9 +43,9 @@ class SeparableConv(nnx.Module):
     ):
         made = {"use_bias": bias, "dtype": dtype, "param_dtype": dtype}
         deep = {"strides": stride, "padding": padding, "feature_group_count": inputs, **made}
-        self.depthwise = made_module(lambda r: nnx.Conv(inputs, inputs, tuple(window), rngs=r, **deep), rngs)
+        self.depthwise = made_module(lambda r: Conv(inputs, inputs, tuple(window), rngs=r, **deep), rngs)
         one = (1,) * len(window)
-        self.pointwise = made_module(lambda r: nnx.Conv(inputs, outputs, one, rngs=r, **made), rngs)
+        self.pointwise = made_module(lambda r: Conv(inputs, outputs, one, rngs=r, **made), rngs)
 
     def __call__(self, x: Float[Array, "B *places c"]) -> Float[Array, "B *_ o"]:
         """Returns the convolved channels."""
