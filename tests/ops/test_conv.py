@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ CASES = {
 }
 
 
-def made(name: str, dtype=np.float32):
+def made(name: str, dtype: Any = np.float32):
     image, window, strides, padding, groups = CASES[name]
     rng = np.random.default_rng(0)
     numbers = IMAGES if len(image) == 4 else SEQUENCES
