@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from trustcore.models import DecoderConfig
-from trustcore.models.families import FAMILIES, Family, rules_of
+from trustcore.models.families import FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -50,7 +50,7 @@ def _row(family: Family) -> str:
     names = {"gemma3_text": "gemma3"}
     with np.load(CASES / f"{names.get(family.name, family.name)}.npz") as case:
         config = DecoderConfig.from_hugging_face(json.loads(str(case["config"])))
-    kinds = sorted({rule.kind for rule in rules_of(config, family.names_for(config))} - {"plain", "kernel"})
+    kinds = sorted({rule.kind for rule in family.names_for(config).rules(config)} - {"plain", "kernel"})
     cells = (
         f"`{family.name}`",
         family.models,

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trustcore.heap import trim_heap
-from trustcore.models import decoder_from_checkpoint
-from trustcore.models.registry import is_known, model_from_checkpoint
+from trustcore.models import model_from_checkpoint
 
 
 def load(
@@ -39,24 +38,12 @@ def load(
 
     checkpoint = open_checkpoint(resolve(source))
     with checkpoint:
-        if is_known(checkpoint.metadata.get("config", {}).get("model_type")):
-            return _other_family(checkpoint, dtype, progress)
-        model = decoder_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
-        if checkpoint.metadata.get("tokenizer.ggml.model") == "none":
-            model.tokenizer = None  # a file of weights alone: it takes and gives token ids
-        elif checkpoint.format == "gguf":
-            model.tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
-        else:
+        model = model_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+        if checkpoint.format != "gguf":
             model.tokenizer = _tokenizer_beside(checkpoint.path.parent)
+        elif checkpoint.metadata.get("tokenizer.ggml.model") != "none":  # of weights alone: takes and gives token ids
+            model.tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
     del checkpoint
-    trim_heap()
-    return model
-
-
-def _other_family(checkpoint: Any, dtype: Any, progress: Callable[[int, int], None] | None) -> Any:
-    """A model that is no decoder; some of them read no text and have no tokenizer."""
-    model = model_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
-    model.tokenizer = _tokenizer_beside(checkpoint.path.parent)
     trim_heap()
     return model
 

@@ -1,6 +1,6 @@
 """From a model to a folder that other programs open: weights in shards, config.json, the tokenizer's files.
 
-    Decoder ── names, orientation, order of rotary channels ──▶ tensors of a layout ──▶ safetensors, config.json
+    model ── names, orientation, order of rotary channels ──▶ tensors of a layout ──▶ safetensors, config.json
 
 The folder appears when it is complete, and not before; a failure leaves nothing behind. Tensors are written one by one:
 beside the model, the host holds one of them.
@@ -8,10 +8,8 @@ beside the model, the host holds one of them.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ import jax
 import numpy as np
 
 from trustcore.errors import CheckpointError, ModelError
-from trustcore.models import Decoder, DecoderConfig
-from trustcore.models.decoder import parameters_of
-from trustcore.models.families import FAMILIES, rules_of
+from trustcore.models import Model
 from trustcore.models.hugging_face import half_order, hugging_face_config
-from trustcore.models.name_map import Rule, outputs_in
+from trustcore.models.model import parameters_of
+from trustcore.models.name_map import Rule
+from trustcore.models.packed_outputs import outputs_in
+from trustcore.models.registry import family_named
 from trustcore.models.schemes.write import WRITERS, Writer
 from trustcore.models.schemes.write.integers import float_values
 from trustcore.models.schemes.write.own import OwnWriter
@@ -32,10 +31,8 @@ from trustcore.ops.weight import Weight
 from trustcore.quant import QuantizedArray
 from trustcore.weights import open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
-from trustcore.weights.config_file import MAX_CONFIG_BYTES
-from trustcore.weights.folder import appearing, refuse_occupied, tokenizer_files
+from trustcore.weights.folder import appearing, companions, copy_companions, refuse_occupied
 from trustcore.weights.gguf_writer import write_gguf
-from trustcore.weights.json_file import read_object
 from trustcore.weights.packed_layout import header
 from trustcore.weights.safetensors_writer import SHARD_BYTES, Planned, parse_size, write_shards
 
@@ -45,7 +42,7 @@ _PLAIN = ("f16", "bf16")  # formats of which every tool has the numbers as a ten
 
 
 def save(
-    model: Decoder,
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     scheme: str = "trustcore",
@@ -55,7 +52,7 @@ def save(
     """Writes a model to a folder and returns the folder.
 
     Args:
-        model: its matrices may be packed, floats, or both.
+        model: of any family; its matrices may be packed, floats, or both.
         folder: a folder that is not there yet, or is empty.
         scheme: how packed matrices are written.
             "trustcore" holds every format, exactly; `trustcore.load` reads it.
@@ -63,7 +60,8 @@ def save(
             matrices, as they are; scales of the first two are float16, rounded where they were wider. Tables of
             embeddings, which these layouts do not pack, are decoded to float16.
         tokenizer: a folder with tokenizer.json or a GGUF file, from which the tokenizer is taken; None: from where the
-            model came. A model without a tokenizer is saved without one.
+            model came, with what else lies there (how images or sounds are prepared, texts pooled). A model without
+            a tokenizer is saved without one.
         shard_size: bytes of a file of weights at most, as a number or as "5GB" or "512MiB"; one weight alone may have
             more. Several files come with an index, `model.safetensors.index.json`.
 
@@ -81,8 +79,8 @@ def save(
     shard_bytes = parse_size(shard_size)
     refuse_occupied(folder)
     writer = WRITERS[scheme]()
-    units, packed, plain = _units(model, writer)
-    config = _config(model)
+    config, rules = _described(model)
+    units, packed, plain = _units(model, rules, writer)
     if packed:
         config["quantization_config"] = writer.config(packed, plain)
     beside = _tokenizer_files(model, tokenizer)
@@ -99,7 +97,7 @@ def save(
     return folder
 
 
-def _units(model: Decoder, writer: Writer) -> tuple[Units, list[str], list[str]]:
+def _units(model: Model, rules: list[Rule], writer: Writer) -> tuple[Units, list[str], list[str]]:
     """Tensors by weight, and the modules of matrices that are packed and that are not; or every fault at once."""
     units: Units = {}
     packed: list[str] = []
@@ -107,10 +105,8 @@ def _units(model: Decoder, writer: Writer) -> tuple[Units, list[str], list[str]]
     faults: list[str] = []
     scales = dict(model.input_scales) if isinstance(writer, OwnWriter) else {}
     parameters = parameters_of(model)
-    for rule in rules_of(model.config, FAMILIES[model.config.family].names_for(model.config)):
-        values = [parameters[path].get_value() for path in rule.paths if path in parameters]
-        if not values:
-            continue
+    for rule in rules:
+        values = [parameters[path].get_value() for path in rule.paths]
         path = rule.paths[0]
         modules = [name.removesuffix(".weight") for name in rule.names]
         try:
@@ -176,24 +172,31 @@ def _stored(value: Any) -> Any:
     return value.fields["values"].T if value.transposed else value.fields["values"]
 
 
-def _config(model: Decoder) -> dict[str, Any]:
-    """The config.json the model came with, where that still describes it; else one made of its configuration."""
-    origin = Path(model.origin).with_name("config.json") if model.origin else None
-    if origin is not None and origin.is_file() and half_order(model.config, "blocks.0.attention.query.kernel") is None:
-        found = read_object(origin, "config", MAX_CONFIG_BYTES, unique=False)
+def _described(model: Model) -> tuple[dict[str, Any], list[Rule]]:
+    """The config.json, and how the weights are called: as they came, where that still describes the model."""
+    family, config, parameters = family_named(model.config.family), model.config, parameters_of(model)
+
+    def rules(prefix: str | None) -> list[Rule]:
+        found = family.names(config).rules(config, prefix)
+        return [rule for rule in found if rule.paths[0] in parameters]
+
+    if model.described and half_order(config, "blocks.0.attention.query.kernel") is None:
+        found, kept = json.loads(model.described), rules(model.prefix)
         try:
-            same = DecoderConfig.from_hugging_face(found) == model.config
+            same = family.config(found, [name for rule in kept for name in rule.names]) == config
         except ModelError:
             same = False
         if same:
-            return {k: v for k, v in found.items() if k not in ("quantization_config", "compression_config")}
-    return hugging_face_config(dataclasses.replace(model.config))
+            return {k: v for k, v in found.items() if k not in ("quantization_config", "compression_config")}, kept
+    return hugging_face_config(config), rules(None)
 
 
-def _tokenizer_files(model: Decoder, given: str | os.PathLike[str] | None) -> Callable[[Path], None]:
-    """The function that puts the tokenizer's files into a folder."""
+def _tokenizer_files(model: Model, given: str | os.PathLike[str] | None) -> Callable[[Path], object]:
+    """The function that puts the tokenizer's files, and what else goes with a model, into a folder."""
     if given is None and model.tokenizer is None:
-        return lambda folder: None
+        beside = Path(model.origin).parent
+        known = bool(model.origin) and not model.origin.endswith(".gguf") and beside.is_dir()
+        return (lambda folder: copy_companions(beside, folder)) if known else (lambda folder: None)
     source = Path(given if given is not None else model.origin)
     wanted = "pass tokenizer=, a folder with tokenizer.json or a GGUF file"
     if not source.exists() or not (given or model.origin):
@@ -211,12 +214,6 @@ def _tokenizer_files(model: Decoder, given: str | os.PathLike[str] | None) -> Ca
             raise CheckpointError(f"the file has no tokenizer; {wanted}", path=source)
         return lambda folder: write_gguf(folder / TOKENIZER_GGUF, {"general.architecture": "tokenizer", **kept}, {})
     beside = source if source.is_dir() else source.parent
-    files = tokenizer_files(beside)
-    if not any(file.name in ("tokenizer.json", TOKENIZER_GGUF) for file in files):
+    if not {"tokenizer.json", TOKENIZER_GGUF}.intersection(companions(beside)):
         raise CheckpointError(f"there is no tokenizer.json; {wanted}", path=beside)
-
-    def copy(folder: Path) -> None:
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-
-    return copy
+    return lambda folder: copy_companions(beside, folder)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from trustcore.models.registry import model_from_checkpoint
+from trustcore.models import model_from_checkpoint
 from trustcore.weights import open_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "data" / "families"

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.models import Decoder, DecoderConfig
-from trustcore.models.decoder import parameters_of
-from trustcore.models.families import gguf_of, rules_of
+from trustcore.models.families import gguf_of
+from trustcore.models.model import parameters_of
 from trustcore.models.to_gguf import gguf_divisors, gguf_metadata
 from trustcore.weights.gguf_writer import write_gguf
 
@@ -54,7 +54,7 @@ def random_model(name):
 def gguf_tensors_of(model):
     """Returns the arrays of the file by name, made by the name map from the model itself."""
     values = {path: np.asarray(parameter.get_value()) for path, parameter in parameters_of(model).items()}
-    rules = [rule for rule in rules_of(model.config, gguf_of(model.config).names) if rule.paths[0] in values]
+    rules = [rule for rule in gguf_of(model.config).names.rules(model.config) if rule.paths[0] in values]
     return {rule.stored: np.ascontiguousarray(rule.join([values[p] for p in rule.paths])[0]) for rule in rules}
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from trustcore.models import Decoder, DecoderConfig
-from trustcore.models.decoder import parameters_of
-from trustcore.models.families import FAMILIES, gguf_of, rules_of
+from trustcore.models.families import FAMILIES, gguf_of
+from trustcore.models.model import parameters_of
 from trustcore.ops.rope import RopeConfig
 from trustcore.weights.gguf_writer import write_gguf
 
@@ -41,10 +41,8 @@ class Name(NamedTuple):
 def names(config):
     """Returns the names of the weights of a decoder whose files hold each as a tensor of its own."""
     theirs = FAMILIES[config.family].names_for(config)
-    stored = {rule.paths[0]: rule.stored for rule in rules_of(config, theirs)}
-    return [
-        Name(rule.paths[0], rule.stored, stored.get(rule.paths[0])) for rule in rules_of(config, gguf_of(config).names)
-    ]
+    stored = {rule.paths[0]: rule.stored for rule in theirs.rules(config)}
+    return [Name(rule.paths[0], rule.stored, stored.get(rule.paths[0])) for rule in gguf_of(config).names.rules(config)]
 
 
 def random_decoder(config=CONFIG, seed=0):

@@ -12,7 +12,7 @@ from tests.models.small import CONFIG, random_decoder, some_tokens
 from tests.models.test_families import CASES, QUICK, load, recorded, write
 from trustcore.errors import ModelError
 from trustcore.models import Decoder, DecoderConfig, decoder_links, decoder_stream, untie
-from trustcore.models.decoder import parameters_of
+from trustcore.models.model import parameters_of
 from trustcore.quant import quantize
 from trustcore.quant.quantize import path_name
 

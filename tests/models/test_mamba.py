@@ -13,7 +13,6 @@ from jax.test_util import check_grads
 
 from tests.models import families
 from trustcore.errors import ModelError
-from trustcore.models import registry
 from trustcore.ops.state_space import causal_conv, selective_scan, ssd
 
 
@@ -34,11 +33,6 @@ def test_logits_whole_and_step_by_step(name: str, tmp_path: Path) -> None:
     for t in range(70, 75):
         logits, state = call(model, tokens[:1, t : t + 1], state, None)
         assert families.apart(logits, case.outputs["logits"][:1, t : t + 1]) < families.TOLERANCE
-    written = registry.tensors(model)
-    expected = {key.removeprefix("backbone."): array for key, array in case.weights.items()}
-    assert written.keys() == expected.keys()
-    for key, array in expected.items():
-        np.testing.assert_array_equal(written[key], array)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from tests.models.random_weights import random_weight
 from tests.models.test_families import recorded
 from trustcore.errors import ModelError
 from trustcore.models import DecoderConfig
-from trustcore.models.families import FAMILIES, rules_of
-from trustcore.models.name_map import expand, fused, kernel, outputs_in, places, plain, shifted, stacked
+from trustcore.models.families import FAMILIES
+from trustcore.models.name_map import expand, fused, kernel, numbered, plain, shifted, stacked, window
+from trustcore.models.names import Names, described_by, under
+from trustcore.models.packed_outputs import outputs_in, places
 
 QKV = ["query.kernel", "key.kernel", "value.kernel"]
 
@@ -24,6 +26,9 @@ CASES = {
     "plain": (plain("norm.weight", "norm"), [(4,)], (4,)),
     "plain, in first": (plain("up.kernel", "up"), [(3, 4)], (3, 4)),
     "kernel": (kernel("up.kernel", "up"), [(3, 4)], (4, 3)),
+    "window": (window("up.kernel", "up"), [(5, 7, 3, 4)], (4, 3, 5, 7)),
+    "one window": (window("conv", "conv"), [(5, 1, 4)], (4, 1, 5)),
+    "scalar": (plain("scale", "scale"), [()], ()),
     "shifted": (shifted("norm.weight", "norm"), [(4,)], (4,)),
     "fused": (fused(QKV, "qkv"), [(3, 8), (3, 4), (3, 4)], (16, 3)),
     "fused, by head": (fused(QKV, "qkv", groups=2), [(3, 8), (3, 4), (3, 4)], (16, 3)),
@@ -55,7 +60,21 @@ def test_what_the_kinds_do():
     gate, up = np.float32([[0, 1]]), np.float32([[10, 11]])
     assert fused(QKV[:2], "gu", groups=2).join([gate, up])[0].reshape(-1).tolist() == [0, 10, 1, 11]
     assert [rule.kind for rule, *_ in CASES.values()] == [
-        *("plain", "plain", "kernel", "shifted", "fused", "fused", "fused", "fused", "stacked", "stacked")
+        *(
+            "plain",
+            "plain",
+            "kernel",
+            "window",
+            "window",
+            "plain",
+            "shifted",
+            "fused",
+            "fused",
+            "fused",
+            "fused",
+            "stacked",
+            "stacked",
+        )
     ]
 
 
@@ -100,11 +119,8 @@ def test_layers_and_fields_are_filled_in():
     class Config:
         kv_heads, expert_count = 2, 3
 
-    rules = expand(
-        [fused(["b.{}.q.bias", "b.{}.k.bias"], "{}.qk", groups="kv_heads"), stacked("b.{}.up.kernel", "{}.up.{e}")],
-        layers=range(2),
-        config=Config,
-    )
+    layer = [fused(["b.{}.q.bias", "b.{}.k.bias"], "{}.qk", groups="kv_heads"), stacked("b.{}.up.kernel", "{}.up.{e}")]
+    rules = expand(numbered(2, layer), Config)
     assert [rule.paths[0] for rule in rules] == ["b.0.q.bias", "b.0.up.kernel", "b.1.q.bias", "b.1.up.kernel"]
     assert rules[0].groups == 2 and rules[3].names == ("1.up.0", "1.up.1", "1.up.2")
 
@@ -115,5 +131,41 @@ def test_no_two_rules_of_a_family_speak_of_one_parameter(name):
     config = DecoderConfig.from_hugging_face(json.loads(str(recorded(case)["config"])))
     family = FAMILIES[name]
     for names in (family.names_for(config), *([family.gguf.names] if family.gguf else [])):
-        paths = [path for rule in rules_of(config, names) for path in rule.paths]
+        paths = [path for rule in names.rules(config) for path in rule.paths]
         assert len(paths) == len(set(paths))
+
+
+class OneLayer:
+    layers = 1
+
+
+def test_names_are_found_as_a_file_has_them():
+    """Another prefix, an older spelling, a second name, and what stands outside of the prefix."""
+    names = Names(
+        (plain("words.table", "shared.weight", others=("embed.weight",)), plain("norm.weight", "norm.weight")),
+        under("blocks.{}.", "h.{}.", [kernel("up.kernel", "up.weight")]),
+        (kernel("output.kernel", "lm_head.weight"),),
+        prefix="model.",
+        prefixes=("", "other."),
+        ignored=("*.ids", "cls.*"),
+        spellings=((".gamma", ".weight"),),
+    )
+
+    def found(*given):
+        rules, prefix = names.in_file(OneLayer, given)
+        return [rule.stored for rule in rules], prefix
+
+    usual = ["model.shared.weight", "model.norm.weight", "model.h.0.up.weight", "lm_head.weight"]
+    assert [rule.stored for rule in names.rules(OneLayer)] == usual == found()[0]
+    assert found("shared.weight", "h.0.up.weight", "norm.gamma") == (
+        ["shared.weight", "norm.gamma", "h.0.up.weight", "lm_head.weight"],
+        "",
+    )
+    assert found("other.embed.weight", "other.h.0.up.qweight", "lm_head.weight.codes", "model.norm.weight") == (
+        ["other.embed.weight", "other.norm.weight", "other.h.0.up.weight", "lm_head.weight"],
+        "other.",
+    )
+    assert names.ignores("other.cls.x", "other.") and names.ignores("cls.x") and names.ignores("a.ids")
+    assert not names.ignores("other.cls.x") and not names.ignores("model.up.weight")
+    assert [rule.stored for rule in names.rules(OneLayer, "x.")][2:] == ["x.h.0.up.weight", "lm_head.weight"]
+    assert described_by(["a.b.codes"]) == {"a.b.codes", "a.b", "a.b.weight"}

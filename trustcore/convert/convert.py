@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,14 +28,15 @@ from trustcore.convert.source import PLAIN, SourceTensor
 from trustcore.convert.verify import Verification, verify_conversion
 from trustcore.dtypes import named_dtype
 from trustcore.errors import CheckpointError, ModelError
-from trustcore.models.families import FAMILIES, gguf_of, rules_of
+from trustcore.models.families import gguf_of
 from trustcore.models.from_checkpoint import read_config
 from trustcore.models.hugging_face import half_order, hugging_face_config
 from trustcore.models.name_map import Rule
+from trustcore.models.registry import DECODERS
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray, open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
-from trustcore.weights.folder import appearing, refuse_occupied, tokenizer_files
+from trustcore.weights.folder import appearing, copy_companions, refuse_occupied
 from trustcore.weights.gguf_writer import write_gguf
 from trustcore.weights.orbax import write_orbax
 from trustcore.weights.packed_layout import KEY, header, packed_tensors
@@ -272,10 +272,6 @@ def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progre
     """The tensors of a GGUF file under Hugging Face's names, decoded, rotary rows in the order of halves."""
     config = read_config(checkpoint)
     described = hugging_face_config(config)
-    if config.layers > len(checkpoint):  # bounds the work below by the file's own size
-        raise ModelError(
-            f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
-        )
     packed = sorted({array.encoding for array in checkpoint.values() if array.encoding not in PLAIN})
     unknown = [encoding for encoding in packed if encoding not in BLOCK_FORMATS]
     if unknown or (packed and dtype is None):
@@ -286,8 +282,8 @@ def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progre
         )
     units: dict[str, dict[str, Planned]] = {}
     names = gguf_of(config).names
-    stored, used = {rule.paths: rule for rule in rules_of(config, names)}, set[str]()
-    for rule in rules_of(config, FAMILIES[config.family].names_for(config)):
+    stored, used = {rule.paths: rule for rule in names.rules(config)}, set[str]()
+    for rule in DECODERS.names(config).rules(config):
         given = stored.get(rule.paths)
         array = None if given is None else checkpoint.get(given.stored)
         if given is None or array is None:
@@ -300,7 +296,7 @@ def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progre
         used.add(array.name)
         row = SourceTensor(array.name, array.shape, array.encoding, array, half_order(config, rule.paths[0]))
         units[rule.stored] = {rule.stored: _decoded(row, array, given, rule, dtype, progress)}
-    left = [name for name in checkpoint if name not in used and not name.endswith(names.ignored)]
+    left = [name for name in checkpoint if name not in used and not names.ignores(name)]
     if left:
         raise ModelError(
             f"{checkpoint.path}: tensors that a {config.family} model does not have: {', '.join(left[:6])}."
@@ -344,7 +340,4 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
             return []
         write_gguf(folder / TOKENIZER_GGUF, {"general.architecture": "tokenizer", **kept}, {})
         return [TOKENIZER_GGUF]
-    files = tokenizer_files(checkpoint.path.parent)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    return [file.name for file in files]
+    return copy_companions(checkpoint.path.parent, folder)

@@ -16,6 +16,7 @@ import numpy as np
 
 from trustcore.errors import ModelError, QuantizationError
 from trustcore.models.config import DecoderConfig
+from trustcore.models.from_checkpoint import described_in, read_config
 from trustcore.models.to_gguf import Computed, gguf_divisors, gguf_metadata, gguf_tensors
 from trustcore.quant import QuantizedArray
 from trustcore.quant.formats import BLOCK_FORMATS
@@ -118,13 +119,11 @@ def _of_gguf(checkpoint: Checkpoint) -> Source:
 
 
 def _of_safetensors(checkpoint: Checkpoint) -> Source:
-    described = checkpoint.metadata.get("config")
-    if described is None:
-        raise ModelError(f"{checkpoint.path}: there is no config.json beside the weights; put the model's there.")
-    config = DecoderConfig.from_hugging_face(described)
-    if config.layers > len(checkpoint):  # bounds the work below by the file's own size
+    config = read_config(checkpoint)
+    if not isinstance(config, DecoderConfig):
         raise ModelError(
-            f"the configuration has {config.layers} layers, the checkpoint only {len(checkpoint)} tensors."
+            f"{checkpoint.path}: GGUF files hold decoders here, and this is a {config.family} model. Give a folder in "
+            "place of a .gguf file: it takes safetensors."
         )
     metadata = gguf_metadata(config)
     tensors = {
@@ -134,7 +133,7 @@ def _of_safetensors(checkpoint: Checkpoint) -> Source:
     divisors = gguf_divisors(config)
     tensors = {**{name: SourceTensor(name, d.shape, "f32", d) for name, d in divisors.items()}, **tensors}
     tokenizer = _tokenizer(checkpoint.path.parent, config.vocab_size)
-    given = described.get("_name_or_path") or checkpoint.path.resolve().parent.name
+    given = described_in(checkpoint).get("_name_or_path") or checkpoint.path.resolve().parent.name
     metadata = {"general.name": str(given).rstrip("/").rsplit("/", 1)[-1], **metadata}
     return Source({**metadata, **tokenizer}, tensors)
 

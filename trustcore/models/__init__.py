@@ -2,12 +2,11 @@
 
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
-from trustcore.models.from_checkpoint import decoder_from_checkpoint
+from trustcore.models.from_checkpoint import decoder_from_checkpoint, model_from_checkpoint
 from trustcore.models.importance import importance_by_path, importance_by_tensor
 from trustcore.models.links import decoder_links, decoder_stream, untie
 from trustcore.models.model import Model, TextEncoder
 from trustcore.models.random import random_model
-from trustcore.models.registry import model_from_checkpoint
 from trustcore.models.sentence_vectors import embed
 
 __all__ = [

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model, key_mask, run
+from trustcore.models.name_map import Rule, conv, linear, norm, numbered, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.nn.conv import Conv
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
@@ -303,44 +304,44 @@ def _step(block: Block, *args: Any) -> Any:
     return block.step(*args)
 
 
-def table(config: BartConfig) -> Table:
+def _attention(path: str, stored: str) -> tuple[Rule, ...]:
+    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+    return tuple(r for ours, theirs in parts.items() for r in linear(f"{path}.{ours}", f"{stored}.{theirs}"))
+
+
+_BLOCK = (
+    *_attention("attention", "self_attn"),
+    *norm("attention_norm", "self_attn_layer_norm"),
+    *linear("mlp.up", "fc1"),
+    *linear("mlp.down", "fc2"),
+    *norm("mlp_norm", "final_layer_norm"),
+)
+_DECODER_BLOCK = (*_BLOCK, *_attention("cross", "encoder_attn"), *norm("cross_norm", "encoder_attn_layer_norm"))
+
+
+def names(config: BartConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-
-    def attention(path: str, name: str) -> tuple[Entry, ...]:
-        parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
-        return tuple(e for ours, theirs in parts.items() for e in linear(f"{path}.{ours}", f"{name}.{theirs}"))
-
-    def block(path: str, name: str) -> tuple[Entry, ...]:
-        return (
-            *attention(f"{path}.attention", f"{name}.self_attn"),
-            *norm(f"{path}.attention_norm", f"{name}.self_attn_layer_norm"),
-            *linear(f"{path}.mlp.up", f"{name}.fc1"),
-            *linear(f"{path}.mlp.down", f"{name}.fc2"),
-            *norm(f"{path}.mlp_norm", f"{name}.final_layer_norm"),
-        )
-
-    decoder = (
-        *block("decoder.{}", "decoder.layers.{}"),
-        *attention("decoder.{}.cross", "decoder.layers.{}.encoder_attn"),
-        *norm("decoder.{}.cross_norm", "decoder.layers.{}.encoder_attn_layer_norm"),
-    )
     copies = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight")
     first = copies[1] if config.family == "whisper" else copies[0]
-    entries = (
-        Entry("words.table", first, others=(*(name for name in copies if name != first), "proj_out.weight")),
-        *conv("conv1", "encoder.conv1"),
-        *conv("conv2", "encoder.conv2"),
-        Entry("positions.table", "encoder.embed_positions.weight"),
-        Entry("decoder_positions.table", "decoder.embed_positions.weight"),
-        *norm("embedding_norm", "encoder.layernorm_embedding"),
-        *norm("decoder_embedding_norm", "decoder.layernorm_embedding"),
-        *numbered(config.layers, block("blocks.{}", "encoder.layers.{}")),
-        *norm("norm", "encoder.layer_norm"),
-        *numbered(config.decoder_layers, decoder),
-        *norm("decoder_norm", "decoder.layer_norm"),
-        Entry("logits_bias", "final_logits_bias"),
+    return Names(
+        (
+            plain("words.table", first, others=(*(name for name in copies if name != first), "proj_out.weight")),
+            *conv("conv1", "encoder.conv1"),
+            *conv("conv2", "encoder.conv2"),
+            plain("positions.table", "encoder.embed_positions.weight"),
+            plain("decoder_positions.table", "decoder.embed_positions.weight"),
+            *norm("embedding_norm", "encoder.layernorm_embedding"),
+            *norm("decoder_embedding_norm", "decoder.layernorm_embedding"),
+            *norm("norm", "encoder.layer_norm"),
+            *norm("decoder_norm", "decoder.layer_norm"),
+            *numbered(config.decoder_layers, under("decoder.{}.", "decoder.layers.{}.", _DECODER_BLOCK)),
+        ),
+        under("blocks.{}.", "encoder.layers.{}.", _BLOCK),
+        (plain("logits_bias", "final_logits_bias"),),
+        prefix="model.",
+        prefixes=("",),
+        ignored=("*.version", "classification_head.*"),
     )
-    return Table(entries, ("", "model."), ("*.version", "classification_head.*"))
 
 
-FAMILY = Family(BartConfig.from_hugging_face, Bart, table)
+FAMILY = Family(BartConfig.from_hugging_face, Bart, names)

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.name_map import linear, norm, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
@@ -205,45 +206,53 @@ class Bert(TextEncoder):
         return jnp.cumsum(counts, axis=1) * counts + padding
 
 
-def table(config: BertConfig) -> Table:
+_BLOCK = under(
+    "blocks.{}.",
+    "encoder.layer.{}.",
+    (
+        *linear("attention.query", "attention.self.query"),
+        *linear("attention.key", "attention.self.key"),
+        *linear("attention.value", "attention.self.value"),
+        *linear("attention.out", "attention.output.dense"),
+        *norm("attention_norm", "attention.output.LayerNorm"),
+        *linear("mlp.up", "intermediate.dense"),
+        *linear("mlp.down", "output.dense"),
+        *norm("mlp_norm", "output.LayerNorm"),
+    ),
+)
+_DISTIL_BLOCK = under(
+    "blocks.{}.",
+    "transformer.layer.{}.",
+    (
+        *linear("attention.query", "attention.q_lin"),
+        *linear("attention.key", "attention.k_lin"),
+        *linear("attention.value", "attention.v_lin"),
+        *linear("attention.out", "attention.out_lin"),
+        *norm("attention_norm", "sa_layer_norm"),
+        *linear("mlp.up", "ffn.lin1"),
+        *linear("mlp.down", "ffn.lin2"),
+        *norm("mlp_norm", "output_layer_norm"),
+    ),
+)
+
+
+def names(config: BertConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-    if config.family == "distilbert":
-        at = "transformer.layer.{}"
-        block = (
-            *linear("blocks.{}.attention.query", f"{at}.attention.q_lin"),
-            *linear("blocks.{}.attention.key", f"{at}.attention.k_lin"),
-            *linear("blocks.{}.attention.value", f"{at}.attention.v_lin"),
-            *linear("blocks.{}.attention.out", f"{at}.attention.out_lin"),
-            *norm("blocks.{}.attention_norm", f"{at}.sa_layer_norm"),
-            *linear("blocks.{}.mlp.up", f"{at}.ffn.lin1"),
-            *linear("blocks.{}.mlp.down", f"{at}.ffn.lin2"),
-            *norm("blocks.{}.mlp_norm", f"{at}.output_layer_norm"),
-        )
-    else:
-        at = "encoder.layer.{}"
-        block = (
-            *linear("blocks.{}.attention.query", f"{at}.attention.self.query"),
-            *linear("blocks.{}.attention.key", f"{at}.attention.self.key"),
-            *linear("blocks.{}.attention.value", f"{at}.attention.self.value"),
-            *linear("blocks.{}.attention.out", f"{at}.attention.output.dense"),
-            *norm("blocks.{}.attention_norm", f"{at}.attention.output.LayerNorm"),
-            *linear("blocks.{}.mlp.up", f"{at}.intermediate.dense"),
-            *linear("blocks.{}.mlp.down", f"{at}.output.dense"),
-            *norm("blocks.{}.mlp_norm", f"{at}.output.LayerNorm"),
-        )
-    entries = (
-        Entry("words.table", "embeddings.word_embeddings.weight"),
-        Entry("positions.table", "embeddings.position_embeddings.weight"),
-        Entry("types.table", "embeddings.token_type_embeddings.weight"),
-        *norm("norm", "embeddings.LayerNorm"),
-        *linear("widen", "embeddings_project"),
-        *numbered(config.layers, block),
-        *linear("pooler", "pooler.dense"),
+    return Names(
+        (
+            plain("words.table", "embeddings.word_embeddings.weight"),
+            plain("positions.table", "embeddings.position_embeddings.weight"),
+            plain("types.table", "embeddings.token_type_embeddings.weight"),
+            *norm("norm", "embeddings.LayerNorm"),
+            *linear("widen", "embeddings_project"),
+            *linear("pooler", "pooler.dense"),
+        ),
+        _DISTIL_BLOCK if config.family == "distilbert" else _BLOCK,
+        prefixes=("bert.", "roberta.", "distilbert.", "electra."),
+        ignored=_HEADS,
+        spellings=_SPELLINGS,
     )
-    return Table(entries, _PREFIXES, _HEADS, _SPELLINGS)
 
-
-_PREFIXES = ("", "bert.", "roberta.", "distilbert.", "electra.")
 
 # Heads for tasks, and numbers that older files hold.
 _HEADS = (
@@ -255,4 +264,4 @@ _HEADS = (
 # Files that were converted from TensorFlow call the norms' weights so.
 _SPELLINGS = ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias"))
 
-FAMILY = Family(BertConfig.from_hugging_face, Bert, table)
+FAMILY = Family(BertConfig.from_hugging_face, Bert, names)

@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model, key_mask, run
+from trustcore.models.name_map import linear, norm, numbered, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
-from trustcore.models.vit import Block, Vit, VitConfig, clip_block, tower_entries
+from trustcore.models.vit import CLIP_BLOCK, Block, Vit, VitConfig, tower_rules
 from trustcore.nn.decoder_state import causal_mask
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.linear import Linear
@@ -220,21 +221,24 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
 
 
-def table(config: ClipConfig) -> Table:
+def names(config: ClipConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-    entries = (
-        Entry("text.words.table", "text_model.embeddings.token_embedding.weight"),
-        Entry("text.positions.table", "text_model.embeddings.position_embedding.weight"),
-        *numbered(config.text.layers, clip_block("text.blocks.{}", "text_model.encoder.layers.{}")),
-        *norm("text.norm", "text_model.final_layer_norm"),
-        *linear("text.head", "text_model.head"),
-        *tower_entries(config.image, "image.", "vision_model."),
+    text = (
+        plain("words.table", "embeddings.token_embedding.weight"),
+        plain("positions.table", "embeddings.position_embedding.weight"),
+        *numbered(config.text.layers, under("blocks.{}.", "encoder.layers.{}.", CLIP_BLOCK)),
+        *norm("norm", "final_layer_norm"),
+        *linear("head", "head"),
+    )
+    rules = (
+        *under("text.", "text_model.", text),
+        *under("image.", "vision_model.", tower_rules(config.image)),
         *linear("text_projection", "text_projection"),
         *linear("image_projection", "visual_projection"),
-        Entry("scale", "logit_scale"),
-        Entry("bias", "logit_bias"),
+        plain("scale", "logit_scale"),
+        plain("bias", "logit_bias"),
     )
-    return Table(entries, ignored=("*.position_ids",))
+    return Names(rules, ignored=("*.position_ids",))
 
 
-FAMILY = Family(ClipConfig.from_hugging_face, Clip, table)
+FAMILY = Family(ClipConfig.from_hugging_face, Clip, names)

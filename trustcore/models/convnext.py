@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model, run
+from trustcore.models.name_map import conv, linear, norm, numbered, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
 from trustcore.models.resnet import check_channels
-from trustcore.models.table import Entry, Table, conv, linear, norm
 from trustcore.models.values import Values, integers
 from trustcore.models.vit import labels, make_patches
 from trustcore.nn.conv import Conv
@@ -178,23 +179,26 @@ class ConvNext(Model):
         return self.classifier(self.pool(self(images))).astype(jnp.float32)
 
 
-def table(config: ConvNextConfig) -> Table:
+_BLOCK = (
+    *conv("conv", "dwconv"),
+    *norm("norm", "layernorm"),
+    *linear("mlp.up", "pwconv1"),
+    *linear("mlp.down", "pwconv2"),
+    plain("scale", "layer_scale_parameter"),
+)
+
+
+def names(config: ConvNextConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-    entries = [*conv("patches", "embeddings.patch_embeddings"), *norm("patch_norm", "embeddings.layernorm")]
+    rules = [*conv("patches", "embeddings.patch_embeddings"), *norm("patch_norm", "embeddings.layernorm")]
     for stage, depth in enumerate(config.depths):
         at = f"encoder.stages.{stage}"
         if stage:
-            entries += norm(f"downsamples.{stage - 1}.norm", f"{at}.downsampling_layer.0")
-            entries += conv(f"downsamples.{stage - 1}.conv", f"{at}.downsampling_layer.1")
-        for i in range(depth):
-            path, name = f"stages.{stage}.{i}", f"{at}.layers.{i}"
-            entries += conv(f"{path}.conv", f"{name}.dwconv")
-            entries += norm(f"{path}.norm", f"{name}.layernorm")
-            entries += linear(f"{path}.mlp.up", f"{name}.pwconv1")
-            entries += linear(f"{path}.mlp.down", f"{name}.pwconv2")
-            entries.append(Entry(f"{path}.scale", f"{name}.layer_scale_parameter"))
-    entries += [*norm("norm", "layernorm"), *linear("classifier", "classifier")]
-    return Table(tuple(entries), ("", "convnext."))
+            rules += norm(f"downsamples.{stage - 1}.norm", f"{at}.downsampling_layer.0")
+            rules += conv(f"downsamples.{stage - 1}.conv", f"{at}.downsampling_layer.1")
+        rules += numbered(depth, under(f"stages.{stage}.{{}}.", f"{at}.layers.{{}}.", _BLOCK))
+    rules += norm("norm", "layernorm")
+    return Names(tuple(rules), head=linear("classifier", "classifier"), prefix="convnext.", prefixes=("",))
 
 
-FAMILY = Family(ConvNextConfig.from_hugging_face, ConvNext, table)
+FAMILY = Family(ConvNextConfig.from_hugging_face, ConvNext, names)

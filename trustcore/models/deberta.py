@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.name_map import conv, linear, norm, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.nn.conv import Conv
 from trustcore.nn.embedding import Embedding
@@ -308,35 +309,43 @@ class Deberta(TextEncoder):
         return x
 
 
-def table(config: DebertaConfig) -> Table:
+_BLOCK = under(
+    "blocks.{}.",
+    "encoder.layer.{}.",
+    (
+        *linear("attention.query", "attention.self.query_proj"),
+        *linear("attention.key", "attention.self.key_proj"),
+        *linear("attention.value", "attention.self.value_proj"),
+        *linear("attention.position_key", "attention.self.pos_key_proj"),
+        *linear("attention.position_query", "attention.self.pos_query_proj"),
+        *linear("attention.out", "attention.output.dense"),
+        *norm("attention_norm", "attention.output.LayerNorm"),
+        *linear("mlp.up", "intermediate.dense"),
+        *linear("mlp.down", "output.dense"),
+        *norm("mlp_norm", "output.LayerNorm"),
+    ),
+)
+
+
+def names(config: DebertaConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-    at = "encoder.layer.{}"
-    block = (
-        *linear("blocks.{}.attention.query", f"{at}.attention.self.query_proj"),
-        *linear("blocks.{}.attention.key", f"{at}.attention.self.key_proj"),
-        *linear("blocks.{}.attention.value", f"{at}.attention.self.value_proj"),
-        *linear("blocks.{}.attention.position_key", f"{at}.attention.self.pos_key_proj"),
-        *linear("blocks.{}.attention.position_query", f"{at}.attention.self.pos_query_proj"),
-        *linear("blocks.{}.attention.out", f"{at}.attention.output.dense"),
-        *norm("blocks.{}.attention_norm", f"{at}.attention.output.LayerNorm"),
-        *linear("blocks.{}.mlp.up", f"{at}.intermediate.dense"),
-        *linear("blocks.{}.mlp.down", f"{at}.output.dense"),
-        *norm("blocks.{}.mlp_norm", f"{at}.output.LayerNorm"),
-    )
-    entries = (
-        Entry("words.table", "embeddings.word_embeddings.weight"),
-        Entry("positions.table", "embeddings.position_embeddings.weight"),
-        Entry("types.table", "embeddings.token_type_embeddings.weight"),
-        *linear("widen", "embeddings.embed_proj"),
-        *norm("norm", "embeddings.LayerNorm"),
-        Entry("relative.table", "encoder.rel_embeddings.weight"),
-        *norm("relative_norm", "encoder.LayerNorm"),
-        *conv("conv", "encoder.conv.conv"),
-        *norm("conv_norm", "encoder.conv.LayerNorm"),
-        *numbered(config.layers, block),
-    )
     unused = () if config.position_table else ("embeddings.position_embeddings.weight",)
-    return Table(entries, ("", "deberta."), (*_HEADS, *unused))
+    return Names(
+        (
+            plain("words.table", "embeddings.word_embeddings.weight"),
+            plain("positions.table", "embeddings.position_embeddings.weight"),
+            plain("types.table", "embeddings.token_type_embeddings.weight"),
+            *linear("widen", "embeddings.embed_proj"),
+            *norm("norm", "embeddings.LayerNorm"),
+            plain("relative.table", "encoder.rel_embeddings.weight"),
+            *norm("relative_norm", "encoder.LayerNorm"),
+            *conv("conv", "encoder.conv.conv"),
+            *norm("conv_norm", "encoder.conv.LayerNorm"),
+        ),
+        _BLOCK,
+        prefixes=("deberta.",),
+        ignored=(*_HEADS, *unused),
+    )
 
 
 _HEADS = (
@@ -344,4 +353,4 @@ _HEADS = (
     "*.position_ids",
 )
 
-FAMILY = Family(DebertaConfig.from_hugging_face, Deberta, table)
+FAMILY = Family(DebertaConfig.from_hugging_face, Deberta, names)

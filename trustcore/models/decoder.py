@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
+from trustcore.models.model import Model
 from trustcore.nn.attention import Attention
 from trustcore.nn.cache import KVCache
 from trustcore.nn.embedding import Embedding
@@ -30,7 +31,6 @@ from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm, RMSNorm
 from trustcore.ops.attention import LayerCache
 from trustcore.ops.rope import angles
-from trustcore.quant.quantize import path_name
 
 
 class Block(nnx.Module):
@@ -116,30 +116,18 @@ def _mlp(config: DecoderConfig, index: int, made: Any) -> MLP | Experts:
     return MLP(c.features, c.hidden, activation=c.activation, gated=c.gated, bias=c.mlp_bias, **made)
 
 
-class Decoder(nnx.Module):
+class Decoder(Model):
     """A decoder-only language model.
 
     Args:
         config: its shape.
         dtype: of activations, and of the parameters that `rngs` draws.
         rngs: None leaves the parameters abstract, for a loader to fill.
-
-    Attributes:
-        tokenizer: set by `trustcore.load`; None in a model that was made by hand.
-        source: where the weights came from, for people.
-        origin: the file they came from, or "": `trustcore.save` takes the tokenizer's files from beside it.
-        input_scales: (path, scale) of matrices whose checkpoint has a static scale for quantized inputs. Products do
-            not use them; they are kept for whoever does.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
+        super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}
-        self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.tokenizer: Any = None
-        self.source = ""
-        self.origin = ""
-        self.input_scales: tuple[tuple[str, float], ...] = ()
         self.embedding = Embedding(config.vocab_size, config.features, **made)
         positions = config.learned_positions
         self.positions = Embedding(positions, config.features, **made) if positions else None
@@ -230,17 +218,6 @@ class Decoder(nnx.Module):
         """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`."""
         return empty_cache(self.config, batch, slots, dtype=dtype)
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights; a tied table counts once."""
-        leaves = jax.tree.leaves(nnx.state(self, nnx.Param), is_leaf=lambda x: hasattr(x, "dequantize"))
-        return sum(leaf.size for leaf in leaves)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights as they are held."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
     def __repr__(self) -> str:
         c = self.config
         source = f"{self.source}: " if self.source else ""
@@ -250,7 +227,7 @@ class Decoder(nnx.Module):
             f"context {c.context})"
         )
 
-    __str__ = __repr__  # nnx would print every layer
+    __str__ = __repr__
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: Any = jnp.float32) -> KVCache:
@@ -262,12 +239,6 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: Any = j
     else:
         sizes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
     return KVCache.zeros(batch, slots, layers=c.layers, dtype=dtype, **sizes)
-
-
-def parameters_of(model: Decoder) -> dict[str, nnx.Param[Any]]:
-    """Returns the parameters of a decoder by their paths, names joined by dots."""
-    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Param))[0]
-    return {path_name(path): parameter for path, parameter in flat}
 
 
 @jax.jit

@@ -20,9 +20,10 @@ from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model
+from trustcore.models.name_map import Rule, batch_norm, conv, linear, window
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
 from trustcore.models.resnet import NormedConv, check_channels
-from trustcore.models.table import Entry, Table, batch_norm, conv, linear
 from trustcore.models.values import LARGEST, Values, integers
 from trustcore.models.vit import labels
 from trustcore.nn.conv import Conv
@@ -262,24 +263,37 @@ class EfficientNet(Model):
         return self.classifier(self.pool(self(images))).astype(jnp.float32)
 
 
-def table(config: EfficientNetConfig) -> Table:
+def _normed(path: str, window_name: str, norm_name: str) -> tuple[Rule, ...]:
+    return window(f"{path}.conv.kernel", f"{window_name}.weight"), *batch_norm(f"{path}.norm", norm_name)
+
+
+_BLOCK = under(
+    "blocks.{}.",
+    "encoder.blocks.{}.",
+    (
+        *_normed("expand", "expansion.expand_conv", "expansion.expand_bn"),
+        *_normed("depthwise", "depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"),
+        *conv("gate.reduce", "squeeze_excite.reduce"),
+        *conv("gate.expand", "squeeze_excite.expand"),
+        *_normed("project", "projection.project_conv", "projection.project_bn"),
+    ),
+)
+
+
+def names(config: EfficientNetConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-
-    def normed(path: str, window: str, normal: str) -> tuple[Entry, ...]:
-        return (conv(f"{path}.conv", window)[0], *batch_norm(f"{path}.norm", normal))
-
-    entries = list(normed("stem", "embeddings.convolution", "embeddings.batchnorm"))
-    for i in range(config.layers):
-        path, at = f"blocks.{i}", f"encoder.blocks.{i}"
-        entries += normed(f"{path}.expand", f"{at}.expansion.expand_conv", f"{at}.expansion.expand_bn")
-        deep = f"{at}.depthwise_conv"
-        entries += normed(f"{path}.depthwise", f"{deep}.depthwise_conv", f"{deep}.depthwise_norm")
-        entries += conv(f"{path}.gate.reduce", f"{at}.squeeze_excite.reduce")
-        entries += conv(f"{path}.gate.expand", f"{at}.squeeze_excite.expand")
-        entries += normed(f"{path}.project", f"{at}.projection.project_conv", f"{at}.projection.project_bn")
-    entries += normed("top", "encoder.top_conv", "encoder.top_bn")
-    entries += linear("classifier", "classifier")
-    return Table(tuple(entries), ("", "efficientnet."), ("*.num_batches_tracked",))
+    del config
+    return Names(
+        (
+            *_normed("stem", "embeddings.convolution", "embeddings.batchnorm"),
+            *_normed("top", "encoder.top_conv", "encoder.top_bn"),
+        ),
+        _BLOCK,
+        linear("classifier", "classifier"),
+        prefix="efficientnet.",
+        prefixes=("",),
+        ignored=("*.num_batches_tracked",),
+    )
 
 
-FAMILY = Family(EfficientNetConfig.from_hugging_face, EfficientNet, table)
+FAMILY = Family(EfficientNetConfig.from_hugging_face, EfficientNet, names)

@@ -20,16 +20,19 @@ from trustcore.ops.rope import RopeConfig
 _LLAMA3 = {"low_frequency": 1.0, "high_frequency": 4.0, "original_context": 8192}
 
 
-def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
+def hugging_face_config(config: Any) -> dict[str, Any]:
     """Returns the `config.json` of a decoder, which `DecoderConfig.from_hugging_face` reads back.
 
     Raises:
         ModelError: the family, or its rotary positions, have no place in such a file.
     """
-    family, rope = FAMILIES[config.family], config.rope
-    if family.describe is None or rope is None:
+    family, rope = FAMILIES.get(config.family), getattr(config, "rope", None)
+    if family is None or family.describe is None or rope is None:
         known = ", ".join(f.name for f in FAMILIES.values() if f.describe is not None)
-        raise ModelError(f"config.json is written for {known}; a {config.family} model is saved with the one it has.")
+        raise ModelError(
+            f"config.json is written for {known}; a {config.family} model is "
+            "saved with the one that it was made of, as long as that describes it."
+        )
     described: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": config.family,
@@ -81,11 +84,13 @@ def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
     return described
 
 
-def half_order(config: DecoderConfig, path: str) -> np.ndarray | None:
+def half_order(config: Any, path: str) -> np.ndarray | None:
     """Returns which output of a product each output of it in the file is; None: the same."""
+    if not isinstance(config, DecoderConfig) or config.rope is None:
+        return None
     turned = {"query": config.heads, "key": config.kv_heads}
     heads = next((count for name, count in turned.items() if f".attention.{name}." in path), 0)
-    if config.rope is None or config.rope.interleaved == FAMILIES[config.family].interleaved or not heads:
+    if config.rope.interleaved == FAMILIES[config.family].interleaved or not heads:
         return None
     size, width = config.rope.size, config.head_dim
     head = np.concatenate((np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, width)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
-from trustcore.models.families import gguf_of, rules_of
+from trustcore.models.families import gguf_of
 
 
 def gguf_names(config: DecoderConfig) -> dict[str, str]:
@@ -18,7 +18,7 @@ def gguf_names(config: DecoderConfig) -> dict[str, str]:
     Raises:
         ModelError: GGUF files hold the family in no way that is supported.
     """
-    return {path: rule.stored for rule in rules_of(config, gguf_of(config).names) for path in rule.paths}
+    return {path: rule.stored for rule in gguf_of(config).names.rules(config) for path in rule.paths}
 
 
 def importance_by_path(importance: Mapping[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model, run
+from trustcore.models.name_map import kernel, linear, plain, window
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, linear, numbered
 from trustcore.models.values import Values
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.linear import Linear
@@ -194,34 +195,32 @@ class MambaModel(Model):
         return logits.astype(jnp.float32), tuple(after)
 
 
-def table(config: MambaConfig) -> Table:
+_MIXER = (
+    *linear("mixer.input", "mixer.in_proj"),
+    window("mixer.conv", "mixer.conv1d.weight"),
+    plain("mixer.conv_bias", "mixer.conv1d.bias"),
+    plain("mixer.decay", "mixer.A_log"),
+    plain("mixer.skip", "mixer.D"),
+    *linear("mixer.out", "mixer.out_proj"),
+)
+_OWN = {
+    "mamba": (kernel("mixer.select.kernel", "mixer.x_proj.weight"), *linear("mixer.steps", "mixer.dt_proj")),
+    "mamba2": (plain("mixer.steps", "mixer.dt_bias"), plain("mixer.norm", "mixer.norm.weight")),
+}
+
+
+def names(config: MambaConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-    at = "layers.{}.mixer"
-    own: tuple[Entry, ...] = (
-        *linear("blocks.{}.mixer.select", f"{at}.x_proj"),
-        *linear("blocks.{}.mixer.steps", f"{at}.dt_proj"),
+    return Names(
+        (
+            plain("words.table", "embeddings.weight", others=("embedding.weight",)),
+            plain("norm.weight", "norm_f.weight"),
+        ),
+        under("blocks.{}.", "layers.{}.", (plain("norm.weight", "norm.weight"), *_MIXER, *_OWN[config.family])),
+        (kernel("output.kernel", "lm_head.weight"),),
+        prefix="backbone.",
+        prefixes=("",),
     )
-    if config.family == "mamba2":
-        own = (Entry("blocks.{}.mixer.steps", f"{at}.dt_bias"), Entry("blocks.{}.mixer.norm", f"{at}.norm.weight"))
-    block = (
-        Entry("blocks.{}.norm.weight", "layers.{}.norm.weight"),
-        *linear("blocks.{}.mixer.input", f"{at}.in_proj"),
-        Entry("blocks.{}.mixer.conv", f"{at}.conv1d.weight", "conv"),
-        Entry("blocks.{}.mixer.conv_bias", f"{at}.conv1d.bias"),
-        *own,
-        Entry("blocks.{}.mixer.decay", f"{at}.A_log", wide=True),
-        Entry("blocks.{}.mixer.skip", f"{at}.D"),
-        *linear("blocks.{}.mixer.out", f"{at}.out_proj"),
-    )
-    # The product that selects has no bias.
-    block = tuple(entry for entry in block if entry.path != "blocks.{}.mixer.select.bias")
-    entries = (
-        Entry("words.table", "embeddings.weight", others=("embedding.weight",)),
-        *numbered(config.layers, block),
-        Entry("norm.weight", "norm_f.weight"),
-        Entry("output.kernel", "lm_head.weight", "kernel"),
-    )
-    return Table(entries, ("", "backbone."), ("lm_head.weight",) if config.tied else ())
 
 
-FAMILY = Family(MambaConfig.from_hugging_face, MambaModel, table)
+FAMILY = Family(MambaConfig.from_hugging_face, MambaModel, names)

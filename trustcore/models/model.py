@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trustcore.quant.quantize import path_name
+
 
 class Model(nnx.Module):
     """A model that a checkpoint describes.
@@ -18,7 +20,11 @@ class Model(nnx.Module):
         tokenizer: set by `trustcore.load`, where the model reads text.
         pooling: set by `trustcore.load`, where the checkpoint says how tokens become one vector.
         source: where the weights came from, for people.
-        origin: the file they came from, or "".
+        origin: the file they came from, or "": `trustcore.save` takes the tokenizer's files from beside it.
+        described: the config.json that it was made of, or "".
+        prefix: of the names in that file, see `Names`; None: the usual one.
+        input_scales: (path, scale) of matrices whose checkpoint has a static scale for quantized inputs. Products do
+            not use them; they are kept for whoever does.
     """
 
     def __init__(self, config: Any, dtype: Any):
@@ -28,10 +34,13 @@ class Model(nnx.Module):
         self.pooling: Any = None
         self.source = ""
         self.origin = ""
+        self.described = ""
+        self.prefix: str | None = None
+        self.input_scales: tuple[tuple[str, float], ...] = ()
 
     @property
     def parameters(self) -> int:
-        """Number of weights."""
+        """Number of weights; a tied table counts once."""
         leaves = jax.tree.leaves(nnx.state(self, nnx.Param), is_leaf=lambda x: hasattr(x, "dequantize"))
         return sum(leaf.size for leaf in leaves)
 
@@ -45,6 +54,12 @@ class Model(nnx.Module):
         return f"{type(self).__name__}({source}{self.config.family}, {self.parameters} parameters)"
 
     __str__ = __repr__  # nnx would print every layer
+
+
+def parameters_of(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
+    """Returns the parameters of a model, statistics of norms among them, by their paths, names joined by dots."""
+    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
+    return {path_name(path): parameter for path, parameter in flat}
 
 
 class TextEncoder(Model):

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.name_map import joined, linear, norm, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
@@ -205,27 +206,32 @@ class ModernBert(TextEncoder):
         return self.norm(x)
 
 
-def table(config: ModernBertConfig) -> Table:
+_BLOCK = under(
+    "blocks.{}.",
+    "layers.{}.",
+    (
+        *norm("attention_norm", "attn_norm"),
+        *joined(("attention.query", "attention.key", "attention.value"), "attn.Wqkv"),
+        *linear("attention.out", "attn.Wo"),
+        *norm("mlp_norm", "mlp_norm"),
+        *joined(("mlp.gate", "mlp.up"), "mlp.Wi"),
+        *linear("mlp.down", "mlp.Wo"),
+    ),
+)
+
+
+def names(config: ModernBertConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
-    at = "layers.{}"
-    block = (
-        *norm("blocks.{}.attention_norm", f"{at}.attn_norm"),
-        *linear("blocks.{}.attention.query", f"{at}.attn.Wqkv", (0, 3)),
-        *linear("blocks.{}.attention.key", f"{at}.attn.Wqkv", (1, 3)),
-        *linear("blocks.{}.attention.value", f"{at}.attn.Wqkv", (2, 3)),
-        *linear("blocks.{}.attention.out", f"{at}.attn.Wo"),
-        *norm("blocks.{}.mlp_norm", f"{at}.mlp_norm"),
-        *linear("blocks.{}.mlp.gate", f"{at}.mlp.Wi", (0, 2)),
-        *linear("blocks.{}.mlp.up", f"{at}.mlp.Wi", (1, 2)),
-        *linear("blocks.{}.mlp.down", f"{at}.mlp.Wo"),
+    return Names(
+        (
+            plain("words.table", "embeddings.tok_embeddings.weight"),
+            *norm("embedding_norm", "embeddings.norm"),
+            *norm("norm", "final_norm"),
+        ),
+        _BLOCK,
+        prefixes=("model.",),
+        ignored=("head.*", "decoder.*", "classifier.*"),
     )
-    entries = (
-        Entry("words.table", "embeddings.tok_embeddings.weight"),
-        *norm("embedding_norm", "embeddings.norm"),
-        *numbered(config.layers, block),
-        *norm("norm", "final_norm"),
-    )
-    return Table(entries, ("", "model."), ("head.*", "decoder.*", "classifier.*"))
 
 
-FAMILY = Family(ModernBertConfig.from_hugging_face, ModernBert, table)
+FAMILY = Family(ModernBertConfig.from_hugging_face, ModernBert, names)

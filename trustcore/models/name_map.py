@@ -5,13 +5,15 @@ the function that makes it:
 
     plain       the tensor is the parameter: norms, biases, tables, and kernels that files hold [in, out]
     kernel      a matrix that files hold [out, in] and layers [in, out]
+    window      the weights of a convolution: files hold [O, I, *window], layers [*window, I, O]
     shifted     a vector that files hold less a number (Gemma's norms multiply by 1 + what is stored)
     fused       several parameters are one tensor, their outputs side by side in groups: one group is "one after the
                 other" (Phi-3's qkv), a group for each key head has that head's queries, key and value (GPT-NeoX, BLOOM,
                 Falcon), a group for each output alternates (gpt-oss' gate and up)
     stacked     each piece of a parameter along its first axis is a tensor of its own (experts; norms of heads)
 
-A parameter's last axis is its outputs. Rows of outputs are only moved, so packed matrices stay packed:
+`linear`, `norm`, `conv` and `batch_norm` give the rules of a layer. A parameter's last axis is its outputs. Rows of
+outputs are only moved, so packed matrices stay packed:
 
     stored[..., order[i], :] = parameter_i                    order = `places(widths, groups)`
 """
@@ -19,15 +21,14 @@ A parameter's last axis is its outputs. Rows of outputs are only moved, so packe
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trustcore.errors import ModelError
+from trustcore.models.packed_outputs import outputs_in, places, side_by_side, stack_packed
 from trustcore.quant import QuantizedArray
 
 Shape = tuple[int, ...]
@@ -41,25 +42,31 @@ class Rule:
         paths: of the parameters in the model; `{}` is the layer.
         stored: name of the tensor; `{}` is the layer, `{e}` the piece.
         rows_first: whether the tensor's rows are outputs: it is `[..., out, in]`.
+        convolved: whether it is a convolution's: `[O, I, *window]`.
         groups: in which the outputs of several parameters alternate: a number, or the name of a field of the
             configuration ("kv_heads").
         pieces: how many tensors there are, one for each piece of the first axis: a number, or the name of a field; 0:
             one tensor for all.
         shift: what is added to the stored numbers.
+        others: further names that files give the tensor.
     """
 
     paths: tuple[str, ...]
     stored: str
     rows_first: bool = False
+    convolved: bool = False
     groups: int | str = 1
     pieces: int | str = 0
     shift: float = 0.0
+    others: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """Names of what the rule does, for people."""
         if self.shift:
             return "shifted"
+        if self.convolved:
+            return "window"
         parts = ["stacked"] if self.pieces else []
         parts += ["fused"] if len(self.paths) > 1 else []
         return " and ".join(parts) or ("kernel" if self.rows_first else "plain")
@@ -72,12 +79,12 @@ class Rule:
     @property
     def is_matrix(self) -> bool:
         """Whether the parameters may be packed."""
-        return self.paths[0].endswith(("kernel", "table"))
+        return self.paths[0].endswith(("kernel", "table")) and not self.convolved
 
     @property
     def moves_nothing(self) -> bool:
         """Whether the parameter is the tensor, but for its orientation."""
-        return len(self.paths) == 1 and not self.pieces and not self.shift
+        return len(self.paths) == 1 and not self.pieces and not self.shift and not self.convolved
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,14 +101,17 @@ class Rule:
         first = shapes[0]
         if any(shape[:-1] != first[:-1] for shape in shapes):
             raise ModelError(f"{self.stored}: parameters of shapes {[list(s) for s in shapes]} are no one tensor.")
-        fused = (*first[:-1], sum(shape[-1] for shape in shapes))
+        fused = first if len(shapes) == 1 else (*first[:-1], sum(shape[-1] for shape in shapes))
         fused = fused[1:] if self.pieces else fused
+        if self.convolved:
+            return (fused[-1], fused[-2], *fused[:-2])
         return (*fused[:-2], fused[-1], fused[-2]) if self.rows_first else fused
 
     def split(self, tensors: Sequence[np.ndarray], shapes: Sequence[Shape]) -> list[np.ndarray]:
         """Returns the parameters, in the order of their paths, from the arrays of the tensors."""
         whole = np.stack(tensors) if self.pieces else tensors[0]
         whole = np.swapaxes(whole, -1, -2) if self.rows_first else whole
+        whole = np.moveaxis(whole, (0, 1), (-1, -2)) if self.convolved else whole
         if self.shift:
             whole = whole + whole.dtype.type(self.shift)
         if len(shapes) == 1:
@@ -128,6 +138,7 @@ class Rule:
         if self.shift:
             whole = whole - whole.dtype.type(self.shift)
         whole = np.swapaxes(whole, -1, -2) if self.rows_first else whole
+        whole = np.moveaxis(whole, (-1, -2), (0, 1)) if self.convolved else whole
         return list(whole) if self.pieces else [whole]
 
     def join_packed(self, parameters: Sequence[QuantizedArray]) -> list[QuantizedArray]:
@@ -139,7 +150,7 @@ class Rule:
         whole = parameters[0]
         if len(parameters) > 1:
             order = np.concatenate(places([p.shape[-1] for p in parameters], self._count))
-            whole = outputs_in(_side_by_side(parameters), np.argsort(order))
+            whole = outputs_in(side_by_side(parameters), np.argsort(order))
         if not self.pieces:
             return [whole]
         return [jax.tree.map(lambda field, e=e: field[e], whole) for e in range(len(self.names))]
@@ -150,14 +161,46 @@ class Rule:
         return self.groups
 
 
-def plain(path: str, stored: str) -> Rule:
-    """Returns the rule for a tensor that is the parameter as it stands."""
-    return Rule((path,), stored)
+def plain(path: str, stored: str, *, others: Sequence[str] = ()) -> Rule:
+    """Returns the rule for a tensor that is the parameter as it stands; `others` are further names that it has."""
+    return Rule((path,), stored, others=tuple(others))
 
 
 def kernel(path: str, stored: str) -> Rule:
     """Returns the rule for a matrix `[in, out]` that files hold `[out, in]`."""
     return Rule((path,), stored, rows_first=True)
+
+
+def window(path: str, stored: str) -> Rule:
+    """Returns the rule for the weights `[*window, I, O]` of a convolution, which files hold `[O, I, *window]`."""
+    return Rule((path,), stored, convolved=True)
+
+
+def linear(path: str, stored: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a `Linear`."""
+    return kernel(f"{path}.kernel", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
+
+
+def joined(paths: Sequence[str], stored: str, **options: Any) -> tuple[Rule, Rule]:
+    """Returns the rules of several `Linear` layers of one input that are one in files; `options` as in `fused`."""
+    kernels, biases = ([f"{path}.{part}" for path in paths] for part in ("kernel", "bias"))
+    return fused(kernels, f"{stored}.weight", **options), fused(biases, f"{stored}.bias", **options)
+
+
+def norm(path: str, stored: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a `LayerNorm` or `RMSNorm`."""
+    return plain(f"{path}.weight", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
+
+
+def conv(path: str, stored: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a `flax.nnx.Conv`."""
+    return window(f"{path}.kernel", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
+
+
+def batch_norm(path: str, stored: str) -> tuple[Rule, ...]:
+    """Returns the rules of a `flax.nnx.BatchNorm`."""
+    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    return tuple(plain(f"{path}.{ours}", f"{stored}.{theirs}") for ours, theirs in names.items())
 
 
 def shifted(path: str, stored: str, shift: float = 1.0) -> Rule:
@@ -178,80 +221,21 @@ def stacked(path: str, stored: str, pieces: int | str = "expert_count") -> Rule:
     return Rule((path,), stored, rows_first=path.endswith("kernel"), pieces=pieces)
 
 
-def expand(rules: Sequence[Rule], *, layers: Sequence[int] | None, config: Any) -> tuple[Rule, ...]:
-    """Returns the rules of each layer in turn, with numbers in place of `{}` and of names of fields.
+def numbered(count: int, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Returns the rules of each of `count` layers in turn, the number in place of `{}`."""
+    held = tuple(rules)
 
-    Args:
-        rules: of one layer, or with `layers=None` of the whole model.
-        layers: numbers of the layers.
-        config: whose fields `groups` and `pieces` name.
-    """
+    def one(rule: Rule, layer: str) -> Rule:
+        paths = tuple(path.replace("{}", layer) for path in rule.paths)
+        return dataclasses.replace(rule, paths=paths, stored=rule.stored.replace("{}", layer))
 
-    def one(rule: Rule, layer: int | None) -> Rule:
-        groups, pieces = (getattr(config, x) if isinstance(x, str) else x for x in (rule.groups, rule.pieces))
-        put = (lambda text: text) if layer is None else (lambda text: text.replace("{}", str(layer)))
-        return dataclasses.replace(
-            rule, paths=tuple(map(put, rule.paths)), stored=put(rule.stored), groups=groups, pieces=pieces
-        )
-
-    return tuple(one(rule, layer) for layer, rule in itertools.product(layers or (None,), rules))
+    return tuple(one(rule, str(i)) for i in range(count) for rule in held)
 
 
-def places(widths: Sequence[int], groups: int) -> list[np.ndarray]:
-    """Returns for each of the parameters which outputs of the fused tensor are its own.
+def expand(rules: Iterable[Rule], config: Any) -> tuple[Rule, ...]:
+    """Returns the rules with the numbers that a configuration has in the fields that `groups` and `pieces` name."""
 
-    Raises:
-        ModelError: the outputs fall into no such groups.
-    """
-    if groups < 1 or any(width % groups for width in widths):
-        raise ModelError(f"outputs of {list(widths)} matrices fall into no {groups} groups.")
-    whole = np.arange(sum(widths)).reshape(groups, -1)
-    ends = np.cumsum([width // groups for width in widths])[:-1]
-    return [part.reshape(-1) for part in np.split(whole, ends, axis=1)]
+    def number(given: int | str) -> int:
+        return getattr(config, given) if isinstance(given, str) else given
 
-
-def outputs_in(weight: QuantizedArray, order: np.ndarray) -> QuantizedArray:
-    """Returns the outputs `order` of a packed `[..., K, N]` matrix, in that order; codes and scales stay as they are.
-
-    Raises:
-        ModelError: outputs that share a scale would no longer stand together.
-    """
-    fields = {}
-    for name, span in weight.spec.spans(weight.fields).items():
-        if span == 0:
-            fields[name] = weight.fields[name]
-            continue
-        shared = order[::span] // span
-        if not np.array_equal(order // span, np.repeat(shared, span)[: order.size]):
-            raise ModelError(f"has outputs that share their {name} and are to be put apart; quantize it anew")
-        fields[name] = jnp.take(weight.fields[name], shared, axis=-1)
-    return QuantizedArray(weight.format, fields)
-
-
-def stack_packed(weights: Sequence[QuantizedArray]) -> QuantizedArray:
-    """Returns packed matrices of one form as one stack `[E, ...]`.
-
-    Raises:
-        ModelError: they are not of one form.
-    """
-    forms = {(jax.tree.structure(w), tuple(f.shape for f in w.fields.values())) for w in weights}
-    if len(forms) > 1:
-        raise ModelError(f"are packed in different ways: {', '.join(sorted({repr(w) for w in weights})[:3])}")
-    return jax.tree.map(lambda *fields: jnp.stack(fields), *weights)
-
-
-def _side_by_side(weights: Sequence[QuantizedArray]) -> QuantizedArray:
-    first = weights[0]
-    for other in weights[1:]:
-        if other.description != first.description or set(other.fields) != set(first.fields):
-            raise ModelError(f"is to be one tensor of {first!r} and {other!r}, which differ in format")
-    fields = {}
-    for name, span in first.spec.spans(first.fields).items():
-        parts = [weight.fields[name] for weight in weights]
-        if span == 0:
-            if any(not np.array_equal(np.asarray(part), np.asarray(parts[0])) for part in parts[1:]):
-                raise ModelError(f"is to be one tensor of several that have a {name} for all their outputs at once")
-            fields[name] = parts[0]
-        else:
-            fields[name] = jnp.concatenate(parts, axis=-1)
-    return QuantizedArray(first.format, fields)
+    return tuple(dataclasses.replace(rule, groups=number(rule.groups), pieces=number(rule.pieces)) for rule in rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trustcore.models.config import DecoderConfig
-from trustcore.models.decoder import Decoder
-from trustcore.models.registry import family_of, is_known
+from trustcore.models.registry import family_of
 from trustcore.quant.quantize import path_name
 
 _STD = 0.02  # of matrices, as GPT-2's (Radford et al., 2019)
@@ -28,11 +27,9 @@ def random_model(config: Mapping[str, Any], *, seed: int = 0, dtype: Any = jnp.f
     Raises:
         ModelError: the family is not known, or a value is missing or out of range.
     """
-    if is_known(config.get("model_type")):
-        family = family_of(config["model_type"])
-        model = family.module(family.config(config, ()), dtype=dtype)
-    else:
-        model = Decoder(DecoderConfig.from_hugging_face(config), dtype=dtype)
+    family = family_of(config)
+    model = family.module(family.config(config, ()), dtype=dtype)
+    model.described = json.dumps(dict(config))
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _drawn(path_name(path), leaf, rng), model)
 

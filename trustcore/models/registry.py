@@ -1,7 +1,7 @@
-"""Which family a checkpoint belongs to, by config.json's `model_type`; the decoders have a loader of their own.
+"""Which family a checkpoint belongs to, by config.json's `model_type`.
 
-A family is a configuration, a module and a table of names; `trustcore.load` finds it here. Modules of families are
-imported when one of their models is opened.
+A family is a configuration, a module and the names of its weights. All decoders are one shape, whose brands stand in
+`trustcore.models.families`; every other family is a module of this package, imported when one of its models is opened.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import importlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from trustcore.dtypes import compute_dtype
 from trustcore.errors import ModelError
+from trustcore.models.config import DecoderConfig
+from trustcore.models.decoder import Decoder
+from trustcore.models.families import FAMILIES
 from trustcore.models.model import Model
-from trustcore.models.sentence import read_pooling
-from trustcore.models.table import Progress, Table, fill, stored
-from trustcore.weights import Checkpoint
+from trustcore.models.names import Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +24,23 @@ class Family:
     """A shape of model.
 
     Attributes:
-        config: from config.json and the names of the tensors (some parts are told by nothing else) to a configuration.
+        config: from config.json and the names of the weights (some parts are told by nothing else) to a configuration.
         module: of a configuration, called with `dtype=` too: an abstract module.
-        table: of a configuration: the names of its tensors.
+        names: of a configuration: the names of its weights.
     """
 
     config: Callable[[Mapping[str, Any], Collection[str]], Any]
     module: Callable[..., Model]
-    table: Callable[[Any], Table]
+    names: Callable[[Any], Names]
 
 
-# model_type -> the module that holds its FAMILY.
+DECODERS = Family(
+    lambda described, names: DecoderConfig.from_hugging_face(described),
+    Decoder,
+    lambda config: FAMILIES[config.family].names_for(config),
+)
+
+# model_type -> the module that holds its FAMILY; those of decoders are in `trustcore.models.families`.
 HOMES: Mapping[str, str] = {
     "bert": "bert",
     "roberta": "bert",
@@ -67,65 +73,22 @@ HOMES: Mapping[str, str] = {
 }
 
 
-def is_known(model_type: Any) -> bool:
-    """Returns whether a family here reads models of that type."""
-    return isinstance(model_type, str) and model_type in HOMES
+def family_named(name: str) -> Family:
+    """Returns the family of a configuration, by its `family`."""
+    return family_of({"model_type": name})
 
 
-def family_of(model_type: Any) -> Family:
-    """Returns the family of config.json's `model_type`.
+def family_of(described: Mapping[str, Any]) -> Family:
+    """Returns the family of the model that a config.json describes.
 
     Raises:
         ModelError: there is none.
     """
-    if not is_known(model_type):
-        raise ModelError(f"config.json: model_type is {model_type!r}; expected one of {', '.join(HOMES)}.")
-    # Family is defined here, and its modules import it: they can only be loaded later.
-    return importlib.import_module(f"trustcore.models.{HOMES[model_type]}").FAMILY
-
-
-def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Model:
-    """Returns the model whose configuration and weights the checkpoint holds.
-
-    Args:
-        checkpoint: an opened safetensors model with a config.json.
-        dtype: of weights and activations; None: float32 on CPUs, bfloat16 elsewhere.
-        progress: called with (bytes done, bytes in all) after each tensor.
-
-    Raises:
-        ModelError: the family is unknown, a value of config.json is impossible, or tensors do not fit: all of them in
-            one message.
-    """
-    described = checkpoint.metadata.get("config")
-    if described is None:
-        raise ModelError(f"{checkpoint.path}: there is no config.json beside the weights; put the model's there.")
-    compute = compute_dtype(dtype)
-    family = family_of(described.get("model_type"))
-    if described.get("quantization_config") is not None:
-        raise ModelError(
-            "config.json: quantization_config: packed weights of this family are not read; take its floats."
-        )
-    config = family.config(described, checkpoint.keys())
-    if _layers(config) > len(checkpoint):  # bounds the work below by the file's own size
-        raise ModelError(
-            f"the configuration has {_layers(config)} layers, the checkpoint only {len(checkpoint)} tensors."
-        )
-    table = family.table(config)
-    model = family.module(config, dtype=compute)
-    fill(model, table, checkpoint, dtype=compute, what=config.family, progress=progress)
-    model.source, model.origin = checkpoint.path.name, str(checkpoint.path.absolute())
-    model.pooling = read_pooling(checkpoint.path.parent)
-    return model
-
-
-def tensors(model: Model) -> dict[str, Any]:
-    """Returns the tensors of a model under the names, and in the layouts, of checkpoints: NumPy arrays."""
-    return stored(model, family_of(model.config.family).table(model.config))
-
-
-def _layers(config: Any) -> int:
-    """How many layers a configuration, and those in it, have together."""
-    values = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
-    inner = sum(_layers(value) for _, value in values if dataclasses.is_dataclass(value))
-    own = getattr(config, "layers", 0)
-    return inner + own + sum(value for name, value in values if name.endswith("_layers"))
+    model_type, inner = described.get("model_type"), described.get("text_config")
+    if isinstance(model_type, str) and model_type in HOMES:
+        # Family is defined here, and its modules import it: they can only be loaded later.
+        return importlib.import_module(f"trustcore.models.{HOMES[model_type]}").FAMILY
+    of_text = inner.get("model_type") if isinstance(inner, Mapping) else None  # of a model that sees, too
+    if any(isinstance(one, str) and one in FAMILIES for one in (model_type, of_text)):
+        return DECODERS
+    raise ModelError(f"config.json: model_type is {model_type!r}; supported: {', '.join((*FAMILIES, *HOMES))}.")

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model
+from trustcore.models.name_map import Rule, batch_norm, linear, window
+from trustcore.models.names import Names
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, batch_norm, conv, linear
 from trustcore.models.values import Values, integers
 from trustcore.models.vit import labels
 from trustcore.nn.conv import Conv
@@ -230,22 +231,23 @@ def check_channels(images: jax.Array, channels: int) -> None:
         raise ModelError(f"images are {list(images.shape)}; expected [B, height, width, {channels}].")
 
 
-def table(config: ResNetConfig) -> Table:
+def names(config: ResNetConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
 
-    def normed(path: str, name: str) -> tuple[Entry, ...]:
-        return (*conv(f"{path}.conv", f"{name}.convolution"), *batch_norm(f"{path}.norm", f"{name}.normalization"))
+    def normed(path: str, stored: str) -> tuple[Rule, ...]:
+        return window(f"{path}.conv.kernel", f"{stored}.convolution.weight"), *batch_norm(
+            f"{path}.norm", f"{stored}.normalization"
+        )
 
-    entries = list(normed("stem", "embedder.embedder"))
+    rules = list(normed("stem", "embedder.embedder"))
     places = [(stage, i) for stage, depth in enumerate(config.depths) for i in range(depth)]
     for i, (stage, layer) in enumerate(places):
         at = f"encoder.stages.{stage}.layers.{layer}"
         for part in range(3 if config.bottleneck else 2):
-            entries += normed(f"blocks.{i}.layers.{part}", f"{at}.layer.{part}")
-        entries += normed(f"blocks.{i}.shortcut", f"{at}.shortcut")
-    entries += linear("classifier", "classifier.1")
-    kept = tuple(entry for entry in entries if not entry.path.endswith("conv.bias"))
-    return Table(kept, ("", "resnet."), ("*.num_batches_tracked",))
+            rules += normed(f"blocks.{i}.layers.{part}", f"{at}.layer.{part}")
+        rules += normed(f"blocks.{i}.shortcut", f"{at}.shortcut")
+    head = linear("classifier", "classifier.1")
+    return Names(tuple(rules), head=head, prefix="resnet.", prefixes=("",), ignored=("*.num_batches_tracked",))
 
 
-FAMILY = Family(ResNetConfig.from_hugging_face, ResNet, table)
+FAMILY = Family(ResNetConfig.from_hugging_face, ResNet, names)

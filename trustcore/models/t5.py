@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
 from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.name_map import Rule, kernel, numbered, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
 from trustcore.nn.embedding import Embedding
@@ -150,7 +151,7 @@ class Block(nnx.Module):
         table = {"buckets": config.buckets, "distance": config.distance, "two_sided": not cross, **made}
         self.attention_norm = RMSNorm(config.features, eps=config.norm_eps, **made)
         self.attention = EncoderAttention(*shape, **options)
-        self.bias = RelativeBias(config.heads, **table) if biased else None
+        self.relative_bias = RelativeBias(config.heads, **table) if biased else None
         self.cross_norm = RMSNorm(config.features, eps=config.norm_eps, **made) if cross else None
         self.cross = EncoderAttention(*shape, **options) if cross else None
         self.mlp_norm = RMSNorm(config.features, eps=config.norm_eps, **made)
@@ -229,7 +230,7 @@ class T5(TextEncoder):
         visible = key_mask(mask)
         bias: Any = None
         for block in self.blocks:
-            bias = bias if block.bias is None else block.bias(places, places)
+            bias = bias if block.relative_bias is None else block.relative_bias(places, places)
             x = run(block, x, visible, bias)
         return self.norm(x)
 
@@ -259,7 +260,7 @@ class T5(TextEncoder):
         slots = jnp.arange(state.slots, dtype=jnp.int32)
         layers, bias = [], None
         for block, layer, memory in zip(self.decoder, state.layers, state.memory, strict=True):
-            bias = bias if block.bias is None else block.bias(places, slots)
+            bias = bias if block.relative_bias is None else block.relative_bias(places, slots)
             x, layer = _step(block, x, layer, memory, state.mask, state.length, bias)
             layers.append(layer)
         x = self.decoder_norm(x)
@@ -275,46 +276,48 @@ def _step(block: Block, *args: Any) -> Any:
     return block.step(*args)
 
 
-def table(config: T5Config) -> Table:
+def _attention(path: str, stored: str) -> tuple[Rule, ...]:
+    parts = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    return tuple(kernel(f"{path}.{ours}.kernel", f"{stored}.{theirs}.weight") for ours, theirs in parts.items())
+
+
+def _block(last: int, gated: bool) -> tuple[Rule, ...]:
+    """Rules of a block whose feed-forward layer is the sublayer of that number."""
+    dense = f"layer.{last}.DenseReluDense"
+    up = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
+    return (
+        *_attention("attention", "layer.0.SelfAttention"),
+        plain("relative_bias.table", "layer.0.SelfAttention.relative_attention_bias.weight"),
+        plain("attention_norm.weight", "layer.0.layer_norm.weight"),
+        *(kernel(f"mlp.{ours}.kernel", f"{dense}.{theirs}.weight") for ours, theirs in up.items()),
+        kernel("mlp.down.kernel", f"{dense}.wo.weight"),
+        plain("mlp_norm.weight", f"layer.{last}.layer_norm.weight"),
+    )
+
+
+_PARTS = ("encoder", "decoder")
+
+
+def names(config: T5Config) -> Names:
     """Returns the names of the weights in checkpoints."""
-
-    def attention(path: str, name: str) -> tuple[Entry, ...]:
-        parts = {"query": "q", "key": "k", "value": "v", "out": "o"}
-        return tuple(e for ours, theirs in parts.items() for e in linear(f"{path}.{ours}", f"{name}.{theirs}"))
-
-    def block(path: str, name: str, last: int) -> tuple[Entry, ...]:
-        dense = f"{name}.layer.{last}.DenseReluDense"
-        up = {"gate": "wi_0", "up": "wi_1"} if config.gated else {"up": "wi"}
-        return (
-            *attention(f"{path}.attention", f"{name}.layer.0.SelfAttention"),
-            Entry(f"{path}.bias.table", f"{name}.layer.0.SelfAttention.relative_attention_bias.weight"),
-            *norm(f"{path}.attention_norm", f"{name}.layer.0.layer_norm"),
-            *(e for ours, theirs in up.items() for e in linear(f"{path}.mlp.{ours}", f"{dense}.{theirs}")),
-            *linear(f"{path}.mlp.down", f"{dense}.wo"),
-            *norm(f"{path}.mlp_norm", f"{name}.layer.{last}.layer_norm"),
-        )
-
     decoder = (
-        *block("decoder.{}", "decoder.block.{}", 2),
-        *attention("decoder.{}.cross", "decoder.block.{}.layer.1.EncDecAttention"),
-        *norm("decoder.{}.cross_norm", "decoder.block.{}.layer.1.layer_norm"),
+        *_block(2, config.gated),
+        *_attention("cross", "layer.1.EncDecAttention"),
+        plain("cross_norm.weight", "layer.1.layer_norm.weight"),
     )
-    entries = (
-        Entry("words.table", "shared.weight", others=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
-        *numbered(config.layers, block("blocks.{}", "encoder.block.{}", 1)),
-        *norm("norm", "encoder.final_layer_norm"),
-        *numbered(config.decoder_layers, decoder),
-        *norm("decoder_norm", "decoder.final_layer_norm"),
-        Entry("output.kernel", "lm_head.weight", "kernel"),
+    return Names(
+        (
+            plain("words.table", "shared.weight", others=[f"{part}.embed_tokens.weight" for part in _PARTS]),
+            plain("norm.weight", "encoder.final_layer_norm.weight"),
+            plain("decoder_norm.weight", "decoder.final_layer_norm.weight"),
+            *numbered(config.decoder_layers, under("decoder.{}.", "decoder.block.{}.", decoder)),
+        ),
+        under("blocks.{}.", "encoder.block.{}.", _block(1, config.gated)),
+        (kernel("output.kernel", "lm_head.weight"),),
+        prefixes=("transformer.",),
+        # A table that old files hold and no layer reads.
+        ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     )
-    # A table that old files hold and no layer reads; a copy of the embedding, where it is the output layer.
-    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    tied = () if config.own_output else ("lm_head.weight",)
-    return Table(_without_biases(entries), ("", "transformer."), (unused, *tied))
 
 
-def _without_biases(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    return tuple(entry for entry in entries if not entry.path.endswith(".bias"))
-
-
-FAMILY = Family(T5Config.from_hugging_face, T5, table)
+FAMILY = Family(T5Config.from_hugging_face, T5, names)

@@ -10,20 +10,20 @@ shift differently, a tensor is computed when it is asked for (`Computed`).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
-from trustcore.models.families import FAMILIES, gguf_of, rules_of
+from trustcore.models.families import FAMILIES, gguf_of
+from trustcore.models.matching import Matching
+from trustcore.models.model import parameters_of
 from trustcore.models.name_map import Rule
+from trustcore.models.registry import DECODERS
 from trustcore.ops.rope import RopeConfig
-from trustcore.quant.quantize import path_name
 from trustcore.weights import Checkpoint, LazyArray
 
 
@@ -136,33 +136,13 @@ def gguf_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> dict[str, Pla
     Raises:
         ModelError: tensors are missing, unexpected or of the wrong shape: all of them in one message.
     """
-    family, file = FAMILIES[config.family], gguf_of(config)
-    leaves = jax.tree_util.tree_flatten_with_path(Decoder(config))[0]
-    shapes = {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
-    names = family.names_for(config).adapted(checkpoint)
-    theirs = [rule for rule in rules_of(config, names) if rule.paths[0] in shapes]
-    ours = [rule for rule in rules_of(config, file.names) if rule.paths[0] in shapes]
+    file = gguf_of(config)
+    shapes = {path: tuple(leaf.get_value().shape) for path, leaf in parameters_of(Decoder(config)).items()}
+    ours = [rule for rule in file.names.rules(config) if rule.paths[0] in shapes]
     homeless = set(shapes) - {path for rule in ours for path in rule.paths}
     if homeless:
         raise ModelError(f"GGUF files of {file.name} have no place for {', '.join(sorted(homeless)[:5])}.")
-    faults: list[str] = []
-    for rule in theirs:
-        expected = rule.shape([shapes[path] for path in rule.paths])
-        for name in rule.names:
-            tensor = checkpoint.get(name)
-            if tensor is None:
-                near = difflib.get_close_matches(name, list(checkpoint), n=1)
-                faults.append(f"{name} is missing" + (f" (nearest: {near[0]})" if near else ""))
-            elif tuple(tensor.shape) != expected:
-                faults.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")
-    used = {name for rule in theirs for name in rule.names}
-    tied = {rule.stored for rule in names.model if rule.paths == ("output.kernel",)} if config.tied else set[str]()
-    faults += [
-        f"{name} is unexpected" for name in checkpoint if name not in used | tied and not name.endswith(names.ignored)
-    ]
-    if faults:
-        shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise ModelError(f"{checkpoint.path}: the tensors do not fit a {config.family} model: {shown}.")
+    theirs = [match.rule for match in Matching(DECODERS.names(config), config, shapes, checkpoint).matches]
     by_path = {path: rule for rule in theirs for path in rule.paths}
     return {rule.stored: _placed(rule, by_path, config, checkpoint, shapes) for rule in ours}
 

@@ -23,8 +23,9 @@ from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
 from trustcore.models.model import Model, run
+from trustcore.models.name_map import Rule, conv, fused, joined, linear, norm, numbered, plain
+from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.table import Entry, Table, conv, linear, norm, numbered
 from trustcore.models.values import Values
 from trustcore.nn.conv import Conv
 from trustcore.nn.encoder_attention import EncoderAttention
@@ -356,84 +357,79 @@ def bicubic(old: int, new: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def tower_entries(config: VitConfig, path: str, name: str) -> tuple[Entry, ...]:
-    """Returns the entries of CLIP's or SigLIP's image tower, which stands at `path` of a module (with its dot)."""
-    head = f"{name}head"
-    packed = (f"{head}.attention.in_proj_weight", f"{head}.attention.in_proj_bias")
-    pool = f"{path}attention_pool"
-    third = tuple(
-        entry
-        for i, part in enumerate(("query", "key", "value"))
-        for entry in (
-            Entry(f"{pool}.attention.{part}.kernel", packed[0], "kernel", (i, 3)),
-            Entry(f"{pool}.attention.{part}.bias", packed[1], part=(i, 3)),
-        )
+CLIP_BLOCK = (
+    *norm("attention_norm", "layer_norm1"),
+    *linear("attention.query", "self_attn.q_proj"),
+    *linear("attention.key", "self_attn.k_proj"),
+    *linear("attention.value", "self_attn.v_proj"),
+    *linear("attention.out", "self_attn.out_proj"),
+    *norm("mlp_norm", "layer_norm2"),
+    *linear("mlp.up", "mlp.fc1"),
+    *linear("mlp.down", "mlp.fc2"),
+)
+
+
+def tower_rules(config: VitConfig) -> tuple[Rule, ...]:
+    """Returns the rules of CLIP's or SigLIP's image tower."""
+    parts = ("query", "key", "value")
+    pool = (
+        plain("probe", "probe"),
+        fused([f"attention.{part}.kernel" for part in parts], "attention.in_proj_weight"),
+        fused([f"attention.{part}.bias" for part in parts], "attention.in_proj_bias"),
+        *linear("attention.out", "attention.out_proj"),
+        *norm("norm", "layernorm"),
+        *linear("mlp.up", "mlp.fc1"),
+        *linear("mlp.down", "mlp.fc2"),
     )
     return (
-        *conv(f"{path}patches", f"{name}embeddings.patch_embedding"),
-        Entry(f"{path}class_token", f"{name}embeddings.class_embedding"),
-        Entry(f"{path}positions", f"{name}embeddings.position_embedding.weight"),
-        *norm(f"{path}early_norm", f"{name}pre_layrnorm"),
-        *numbered(config.layers, clip_block(f"{path}blocks.{{}}", f"{name}encoder.layers.{{}}")),
-        *norm(f"{path}norm", f"{name}post_layernorm"),
-        Entry(f"{pool}.probe", f"{head}.probe"),
-        *third,
-        *linear(f"{pool}.attention.out", f"{head}.attention.out_proj"),
-        *norm(f"{pool}.norm", f"{head}.layernorm"),
-        *linear(f"{pool}.mlp.up", f"{head}.mlp.fc1"),
-        *linear(f"{pool}.mlp.down", f"{head}.mlp.fc2"),
+        *conv("patches", "embeddings.patch_embedding"),
+        plain("class_token", "embeddings.class_embedding"),
+        plain("positions", "embeddings.position_embedding.weight"),
+        *norm("early_norm", "pre_layrnorm"),
+        *numbered(config.layers, under("blocks.{}.", "encoder.layers.{}.", CLIP_BLOCK)),
+        *norm("norm", "post_layernorm"),
+        *under("attention_pool.", "head.", pool),
     )
 
 
-def clip_block(path: str, name: str) -> tuple[Entry, ...]:
-    """Returns the entries of a block of CLIP's or SigLIP's towers."""
-    return (
-        *norm(f"{path}.attention_norm", f"{name}.layer_norm1"),
-        *linear(f"{path}.attention.query", f"{name}.self_attn.q_proj"),
-        *linear(f"{path}.attention.key", f"{name}.self_attn.k_proj"),
-        *linear(f"{path}.attention.value", f"{name}.self_attn.v_proj"),
-        *linear(f"{path}.attention.out", f"{name}.self_attn.out_proj"),
-        *norm(f"{path}.mlp_norm", f"{name}.layer_norm2"),
-        *linear(f"{path}.mlp.up", f"{name}.mlp.fc1"),
-        *linear(f"{path}.mlp.down", f"{name}.mlp.fc2"),
-    )
-
-
-def table(config: VitConfig) -> Table:
+def names(config: VitConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
     if config.family in _CLIP:
-        return Table(tower_entries(config, "", ""), ("", "vision_model."), ("*.position_ids", "visual_projection.*"))
-    at = "encoder.layer.{}"
+        ignored = ("*.position_ids", "visual_projection.*")
+        return Names(tower_rules(config), prefixes=("vision_model.",), ignored=ignored)
     dino = config.family in _DINO
-    mlp = (f"{at}.mlp.fc1", f"{at}.mlp.fc2") if dino else (f"{at}.intermediate.dense", f"{at}.output.dense")
-    up = linear("blocks.{}.mlp.up", mlp[0])
-    if config.gated:
-        mlp = (f"{at}.mlp.weights_in", f"{at}.mlp.weights_out")
-        up = (*linear("blocks.{}.mlp.gate", mlp[0], (0, 2)), *linear("blocks.{}.mlp.up", mlp[0], (1, 2)))
     norms = ("norm1", "norm2") if dino else ("layernorm_before", "layernorm_after")
+    if config.gated:
+        mlp = (*joined(("mlp.gate", "mlp.up"), "mlp.weights_in"), *linear("mlp.down", "mlp.weights_out"))
+    elif dino:
+        mlp = (*linear("mlp.up", "mlp.fc1"), *linear("mlp.down", "mlp.fc2"))
+    else:
+        mlp = (*linear("mlp.up", "intermediate.dense"), *linear("mlp.down", "output.dense"))
     block = (
-        *norm("blocks.{}.attention_norm", f"{at}.{norms[0]}"),
-        *linear("blocks.{}.attention.query", f"{at}.attention.attention.query"),
-        *linear("blocks.{}.attention.key", f"{at}.attention.attention.key"),
-        *linear("blocks.{}.attention.value", f"{at}.attention.attention.value"),
-        *linear("blocks.{}.attention.out", f"{at}.attention.output.dense"),
-        Entry("blocks.{}.attention_scale", f"{at}.layer_scale1.lambda1"),
-        *norm("blocks.{}.mlp_norm", f"{at}.{norms[1]}"),
-        *up,
-        *linear("blocks.{}.mlp.down", mlp[1]),
-        Entry("blocks.{}.mlp_scale", f"{at}.layer_scale2.lambda1"),
+        *norm("attention_norm", norms[0]),
+        *linear("attention.query", "attention.attention.query"),
+        *linear("attention.key", "attention.attention.key"),
+        *linear("attention.value", "attention.attention.value"),
+        *linear("attention.out", "attention.output.dense"),
+        plain("attention_scale", "layer_scale1.lambda1"),
+        *norm("mlp_norm", norms[1]),
+        *mlp,
+        plain("mlp_scale", "layer_scale2.lambda1"),
     )
-    entries = (
-        *conv("patches", "embeddings.patch_embeddings.projection"),
-        Entry("class_token", "embeddings.cls_token"),
-        Entry("registers", "embeddings.register_tokens"),
-        Entry("positions", "embeddings.position_embeddings"),
-        *numbered(config.layers, block),
-        *norm("norm", "layernorm"),
-        *linear("pooler", "pooler.dense"),
-        *linear("classifier", "classifier"),
+    return Names(
+        (
+            *conv("patches", "embeddings.patch_embeddings.projection"),
+            plain("class_token", "embeddings.cls_token"),
+            plain("registers", "embeddings.register_tokens"),
+            plain("positions", "embeddings.position_embeddings"),
+            *norm("norm", "layernorm"),
+            *linear("pooler", "pooler.dense"),
+        ),
+        under("blocks.{}.", "encoder.layer.{}.", block),
+        linear("classifier", "classifier"),
+        prefixes=("vit.", "dinov2.", "dinov2_with_registers."),
+        ignored=("embeddings.mask_token", "decoder.*"),
     )
-    return Table(entries, ("", "vit.", "dinov2.", "dinov2_with_registers."), ("embeddings.mask_token", "decoder.*"))
 
 
-FAMILY = Family(VitConfig.from_hugging_face, Vit, table)
+FAMILY = Family(VitConfig.from_hugging_face, Vit, names)

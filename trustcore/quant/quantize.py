@@ -30,7 +30,10 @@ Predicate = Callable[[str, Any], bool]
 Formats = str | Mapping[str, str | None] | Callable[[str, Any], str | None]
 
 # Small, and their errors reach everything behind them: every packer of the field leaves these in float.
-KEPT = re.compile(r"norm|router|gate_inp|position|token_type|rope|rel_b", re.IGNORECASE)
+# Nor are a table of two rows, biases that happen to have two axes, and a state space's exponents matrices of products.
+KEPT = re.compile(
+    r"norm|router|gate_inp|position|token_type|\btypes\b|rope|rel_b|relative|decay|a_log|bias$", re.IGNORECASE
+)
 TABLES = ("table", "embedding")
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from trustcore.errors import CheckpointError
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
 
-# A tokenizer and what goes with it, as Hugging Face's folders have them.
-TOKENIZER_FILES = (
+# A tokenizer and what else goes with a model, as folders of Hugging Face and of sentence-transformers have them.
+_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
-    *("generation_config.json", "preprocessor_config.json"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
+_MODULES = "[0-9]_*/config.json"  # of sentence-transformers: 1_Pooling/config.json
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -56,6 +58,16 @@ def appearing(path: Path, *, file: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # not there any more where it became the folder
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Returns the files of a tokenizer in a folder of a model, and what goes with them."""
-    return [folder / name for name in (*TOKENIZER_FILES, TOKENIZER_GGUF) if (folder / name).is_file()]
+def companions(folder: Path) -> list[str]:
+    """Returns what lies beside the weights of a model in its folder, config.json aside: tokenizer, preprocessor."""
+    modules = sorted(str(file.relative_to(folder)) for file in folder.glob(_MODULES))
+    return [name for name in (*_FILES, TOKENIZER_GGUF, *modules) if (folder / name).is_file()]
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copies `companions` from one folder to another, and returns them."""
+    names = companions(source)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    return names

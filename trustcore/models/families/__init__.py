@@ -12,25 +12,16 @@ from typing import Any
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.families import deepseek, experts, gemma, gpt, llama
-from trustcore.models.families.family import Family, Gguf, Names
+from trustcore.models.families.family import Family, Gguf
 from trustcore.models.families.fields import magnitude
-from trustcore.models.name_map import Rule, expand
 from trustcore.models.values import Values
 from trustcore.ops.rope import RopeConfig
 
-__all__ = ["FAMILIES", "Family", "Gguf", "Names", "gguf_of", "read_gguf", "read_hugging_face", "rules_of"]
+__all__ = ["FAMILIES", "Family", "Gguf", "gguf_of", "read_gguf", "read_hugging_face"]
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family for file in (llama, gemma, experts, deepseek, gpt) for family in file.FAMILIES
 }
-
-
-def rules_of(config: DecoderConfig, names: Names) -> tuple[Rule, ...]:
-    """Returns the rules of a whole model: some of parameters that it may not have."""
-    return (
-        *expand(names.model, layers=None, config=config),
-        *expand(names.layer, layers=range(config.layers), config=config),
-    )
 
 
 def read_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:

@@ -7,47 +7,12 @@ A brand is a `Family` in the table of `trustcore.models.families`; it takes no c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trustcore.models.config import DecoderConfig
-from trustcore.models.name_map import Rule
+from trustcore.models.names import Names
 from trustcore.models.values import Values
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """The names of a family's weights in one kind of file.
-
-    Attributes:
-        model: rules of the whole model.
-        layer: rules of a layer, `{}` being its number. A rule whose parameters a model does not have is left out.
-        prefix: with which most names begin, and in place of which some files have one of `prefixes`.
-        prefixes: see `prefix`.
-        ignored: endings of names that are in files and are no weights.
-    """
-
-    model: tuple[Rule, ...]
-    layer: tuple[Rule, ...]
-    prefix: str = ""
-    prefixes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-
-    def adapted(self, found: Mapping[str, Any]) -> Names:
-        """Returns the names with the prefix that the names `found` in a file have."""
-        first = self.model[0].stored  # the embedding, which every file has
-        for prefix in self.prefixes:
-            if first not in found and prefix + first.removeprefix(self.prefix) in found:
-                return dataclasses.replace(
-                    self, model=self._under(prefix, self.model), layer=self._under(prefix, self.layer), prefixes=()
-                )
-        return self
-
-    def _under(self, prefix: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-        def renamed(name: str) -> str:
-            return prefix + name.removeprefix(self.prefix) if name.startswith(self.prefix) else name
-
-        return tuple(dataclasses.replace(rule, stored=renamed(rule.stored)) for rule in rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,33 +63,3 @@ class Family:
     def names_for(self, config: DecoderConfig) -> Names:
         """Returns the names of the weights of a model of that configuration."""
         return self.names if isinstance(self.names, Names) else self.names(config)
-
-
-def names_of(
-    model: Sequence[Rule],
-    layer: Sequence[Rule],
-    *,
-    prefix: str,
-    block: str,
-    output: Rule | None = None,
-    prefixes: tuple[str, ...] = (),
-    ignored: tuple[str, ...] = (),
-) -> Names:
-    """Returns the names of a family whose rules are written without what all of them begin with.
-
-    Args:
-        model: rules of the whole model below `prefix`, the embedding first.
-        layer: rules of a layer, below `prefix` + `block`; paths are those within a block.
-        prefix: of the model.
-        block: of a layer, with `{}` for its number.
-        output: rule of the output layer, which stands outside of the prefix.
-        prefixes, ignored: see `Names`.
-    """
-    whole = tuple(dataclasses.replace(rule, stored=prefix + rule.stored) for rule in model)
-    layers = tuple(
-        dataclasses.replace(
-            rule, stored=f"{prefix}{block}{rule.stored}", paths=tuple(f"blocks.{{}}.{path}" for path in rule.paths)
-        )
-        for rule in layer
-    )
-    return Names((*whole, *([output] if output else [])), layers, prefix, prefixes, ignored)

@@ -18,7 +18,7 @@ from trustcore.models.families.llama import MLP, OUT, QKV, llama_names
 from trustcore.models.name_map import plain, shifted
 from trustcore.models.values import Values
 
-_MODEL = (plain("embedding.table", "embed_tokens.weight"), shifted("norm.weight", "norm.weight"))
+_BODY = (plain("embedding.table", "embed_tokens.weight"), shifted("norm.weight", "norm.weight"))
 _NORMS = (
     shifted("attention_norm.weight", "input_layernorm.weight"),
     shifted("mlp_norm.weight", "post_attention_layernorm.weight"),
@@ -97,7 +97,7 @@ FAMILIES = (
         "Gemma 1",
         "GemmaForCausalLM",
         _read_gemma,
-        llama_names((*_NORMS, *QKV, *OUT, *MLP), model=_MODEL),
+        llama_names((*_NORMS, *QKV, *OUT, *MLP), body=_BODY),
         gguf=gguf("gemma"),
     ),
     Family(
@@ -105,7 +105,7 @@ FAMILIES = (
         "Gemma 2",
         "Gemma2ForCausalLM",
         _read_gemma2,
-        llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP), model=_MODEL),
+        llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP), body=_BODY),
         gguf=gguf("gemma2"),
     ),
     Family(
@@ -113,7 +113,7 @@ FAMILIES = (
         "Gemma 3 (text)",
         "Gemma3ForCausalLM",
         _read_gemma3,
-        llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP, *_QK_NORM), model=_MODEL),
+        llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP, *_QK_NORM), body=_BODY),
         gguf=gguf("gemma3"),
     ),
 )

@@ -5,78 +5,59 @@ Names and keys are those of the public `gguf` package's constants (tensor names 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
-from trustcore.models.families.family import Gguf, Names
+from trustcore.models.families.family import Gguf
 from trustcore.models.families.fields import over_layers
-from trustcore.models.name_map import Rule, fused, kernel, plain
+from trustcore.models.name_map import Rule, fused, joined, kernel, linear, norm, plain
+from trustcore.models.names import Names, under
 from trustcore.models.values import Values
 from trustcore.ops.rope import RopeConfig
 
 Fields = Mapping[str, Any]
 
-NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight", ".attn_rot_embd.weight")
-_MODEL = (
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight", "*.attn_rot_embd.weight")
+_BODY = (
     plain("embedding.table", "token_embd.weight"),
-    plain("norm.weight", "output_norm.weight"),
-    plain("norm.bias", "output_norm.bias"),
+    *norm("norm", "output_norm"),
     kernel("output.kernel", "output.weight"),
     plain("positions.table", "position_embd.weight"),
 )
 
 
-def _product(path: str, stored: str) -> tuple[Rule, Rule]:
-    return kernel(f"{path}.kernel", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
-
-
-def _norm(path: str, stored: str) -> tuple[Rule, Rule]:
-    return plain(f"{path}.weight", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
-
-
 _NORMS = (
-    *_norm("attention_norm", "attn_norm"),
-    *_norm("mlp_norm", "ffn_norm"),
-    *_norm("attention_post_norm", "post_attention_norm"),
-    *_norm("mlp_post_norm", "post_ffw_norm"),
+    *norm("attention_norm", "attn_norm"),
+    *norm("mlp_norm", "ffn_norm"),
+    *norm("attention_post_norm", "post_attention_norm"),
+    *norm("mlp_post_norm", "post_ffw_norm"),
     plain("attention.query_norm.weight", "attn_q_norm.weight"),
     plain("attention.key_norm.weight", "attn_k_norm.weight"),
 )
 _QKV = (
-    *_product("attention.query", "attn_q"),
-    *_product("attention.key", "attn_k"),
-    *_product("attention.value", "attn_v"),
+    *linear("attention.query", "attn_q"),
+    *linear("attention.key", "attn_k"),
+    *linear("attention.value", "attn_v"),
 )
-_PARTS = ("query", "key", "value")
-_QKV_FUSED = (
-    fused([f"attention.{part}.kernel" for part in _PARTS], "attn_qkv.weight"),
-    fused([f"attention.{part}.bias" for part in _PARTS], "attn_qkv.bias"),
-)
-_OUT = _product("attention.out", "attn_output")
-_GATE = _product("mlp.gate", "ffn_gate")
-_UP = _product("mlp.up", "ffn_up")
+_QKV_FUSED = joined(("attention.query", "attention.key", "attention.value"), "attn_qkv")
+_OUT = linear("attention.out", "attn_output")
+_GATE = linear("mlp.gate", "ffn_gate")
+_UP = linear("mlp.up", "ffn_up")
 _GATE_UP_FUSED = (fused(["mlp.gate.kernel", "mlp.up.kernel"], "ffn_up.weight"),)
-_DOWN = _product("mlp.down", "ffn_down")
+_DOWN = linear("mlp.down", "ffn_down")
 
 
-def _names(layer: Sequence[Rule]) -> Names:
-    layers = tuple(
-        dataclasses.replace(
-            rule, paths=tuple(f"blocks.{{}}.{path}" for path in rule.paths), stored=f"blk.{{}}.{rule.stored}"
-        )
-        for rule in layer
-    )
-    return Names(_MODEL, layers, ignored=NOT_WEIGHTS)
+def _names(*layer: Rule) -> Names:
+    return Names(_BODY, under("blocks.{}.", "blk.{}.", layer), ignored=NOT_WEIGHTS)
 
 
-SEPARATE = _names((*_NORMS, *_QKV, *_OUT, *_GATE, *_UP, *_DOWN))
+SEPARATE = _names(*_NORMS, *_QKV, *_OUT, *_GATE, *_UP, *_DOWN)
 _FUSED = {
-    "phi3": _names((*_NORMS, *_QKV_FUSED, *_OUT, *_GATE_UP_FUSED, *_DOWN)),
-    "gpt2": _names((*_NORMS, *_QKV_FUSED, *_OUT, *_UP, *_DOWN)),
+    "phi3": _names(*_NORMS, *_QKV_FUSED, *_OUT, *_GATE_UP_FUSED, *_DOWN),
+    "gpt2": _names(*_NORMS, *_QKV_FUSED, *_OUT, *_UP, *_DOWN),
 }
 
 

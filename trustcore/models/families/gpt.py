@@ -10,112 +10,109 @@ from typing import Any
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
-from trustcore.models.families.family import Family, Names, names_of
+from trustcore.models.families.family import Family
 from trustcore.models.families.fields import ACTIVATIONS, rope_of
 from trustcore.models.families.gguf import gguf
-from trustcore.models.families.llama import OUTPUT, norm
-from trustcore.models.name_map import Rule, fused, kernel, plain
+from trustcore.models.families.llama import OUTPUT
+from trustcore.models.name_map import Rule, joined, kernel, linear, norm, plain
+from trustcore.models.names import Names, under
 from trustcore.models.values import Values
 
 _PARTS = ("query", "key", "value")
 
 
-def _product(path: str, stored: str) -> tuple[Rule, Rule]:
-    return kernel(f"{path}.kernel", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
-
-
-def _product_in_out(path: str, stored: str) -> tuple[Rule, Rule]:
+def _linear_in_out(path: str, stored: str) -> tuple[Rule, Rule]:
     """GPT-2's Conv1D, whose matrices lie [in, out]."""
     return plain(f"{path}.kernel", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
 
 
-def _qkv(stored: str, **options: Any) -> tuple[Rule, Rule]:
-    return (
-        fused([f"attention.{part}.kernel" for part in _PARTS], f"{stored}.weight", **options),
-        fused([f"attention.{part}.bias" for part in _PARTS], f"{stored}.bias", **options),
-    )
+_QKV = ("attention.query", "attention.key", "attention.value")
 
 
-_GPT2 = names_of(
+def _blocks(block: str, *rules: Rule) -> tuple[Rule, ...]:
+    return under("blocks.{}.", block, rules)
+
+
+_GPT2 = Names(
     (plain("embedding.table", "wte.weight"), plain("positions.table", "wpe.weight"), *norm("norm", "ln_f")),
-    (
-        *(*norm("attention_norm", "ln_1"), *_qkv("attn.c_attn", rows_first=False), *norm("mlp_norm", "ln_2")),
-        *_product_in_out("attention.out", "attn.c_proj"),
-        *_product_in_out("mlp.up", "mlp.c_fc"),
-        *_product_in_out("mlp.down", "mlp.c_proj"),
+    _blocks(
+        "h.{}.",
+        *(*norm("attention_norm", "ln_1"), *joined(_QKV, "attn.c_attn", rows_first=False), *norm("mlp_norm", "ln_2")),
+        *_linear_in_out("attention.out", "attn.c_proj"),
+        *_linear_in_out("mlp.up", "mlp.c_fc"),
+        *_linear_in_out("mlp.down", "mlp.c_proj"),
     ),
+    OUTPUT,
     prefix="transformer.",
-    block="h.{}.",
-    output=OUTPUT,
     prefixes=("",),
-    ignored=(".attn.bias", ".attn.masked_bias"),
+    ignored=("*.attn.bias", "*.attn.masked_bias"),
 )
-_NEOX = names_of(
+_NEOX = Names(
     (plain("embedding.table", "embed_in.weight"), *norm("norm", "final_layer_norm")),
-    (
+    _blocks(
+        "layers.{}.",
         *norm("attention_norm", "input_layernorm"),
         *norm("mlp_norm", "post_attention_layernorm"),
-        *_qkv("attention.query_key_value", groups="kv_heads"),
-        *_product("attention.out", "attention.dense"),
-        *_product("mlp.up", "mlp.dense_h_to_4h"),
-        *_product("mlp.down", "mlp.dense_4h_to_h"),
+        *joined(_QKV, "attention.query_key_value", groups="kv_heads"),
+        *linear("attention.out", "attention.dense"),
+        *linear("mlp.up", "mlp.dense_h_to_4h"),
+        *linear("mlp.down", "mlp.dense_4h_to_h"),
     ),
+    (kernel("output.kernel", "embed_out.weight"),),
     prefix="gpt_neox.",
-    block="layers.{}.",
-    output=kernel("output.kernel", "embed_out.weight"),
-    ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    ignored=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
 )
-_OPT = names_of(
+_OPT = Names(
     (
         plain("embedding.table", "embed_tokens.weight"),
         plain("positions.table", "embed_positions.weight"),
         *norm("norm", "final_layer_norm"),
     ),
-    (
+    _blocks(
+        "layers.{}.",
         *norm("attention_norm", "self_attn_layer_norm"),
         *norm("mlp_norm", "final_layer_norm"),
-        *(rule for part in _PARTS for rule in _product(f"attention.{part}", f"self_attn.{part[0]}_proj")),
-        *_product("attention.out", "self_attn.out_proj"),
-        *_product("mlp.up", "fc1"),
-        *_product("mlp.down", "fc2"),
+        *(rule for part in _PARTS for rule in linear(f"attention.{part}", f"self_attn.{part[0]}_proj")),
+        *linear("attention.out", "self_attn.out_proj"),
+        *linear("mlp.up", "fc1"),
+        *linear("mlp.down", "fc2"),
     ),
+    OUTPUT,
     prefix="model.decoder.",
-    block="layers.{}.",
-    output=OUTPUT,
     prefixes=("decoder.",),
 )
-_HEADS = (
-    *_qkv("self_attention.query_key_value", groups="kv_heads"),
-    *_product("attention.out", "self_attention.dense"),
-    *_product("mlp.up", "mlp.dense_h_to_4h"),
-    *_product("mlp.down", "mlp.dense_4h_to_h"),
-)
-_BLOOM = names_of(
-    (
-        plain("embedding.table", "word_embeddings.weight"),
-        *norm("embedding_norm", "word_embeddings_layernorm"),
-        *norm("norm", "ln_f"),
-    ),
-    (*norm("attention_norm", "input_layernorm"), *norm("mlp_norm", "post_attention_layernorm"), *_HEADS),
-    prefix="transformer.",
-    block="h.{}.",
-    output=OUTPUT,
-    prefixes=("",),
-)
+
+
+def _bloom_names(attention_norm: str, mlp_norm: str) -> Names:
+    """The names of BLOOM and Falcon, whose norms differ."""
+    return Names(
+        (
+            plain("embedding.table", "word_embeddings.weight"),
+            *norm("embedding_norm", "word_embeddings_layernorm"),
+            *norm("norm", "ln_f"),
+        ),
+        _blocks(
+            "h.{}.",
+            *norm("attention_norm", attention_norm),
+            *norm("mlp_norm", mlp_norm),
+            *joined(_QKV, "self_attention.query_key_value", groups="kv_heads"),
+            *linear("attention.out", "self_attention.dense"),
+            *linear("mlp.up", "mlp.dense_h_to_4h"),
+            *linear("mlp.down", "mlp.dense_4h_to_h"),
+        ),
+        OUTPUT,
+        prefix="transformer.",
+        prefixes=("",),
+    )
+
+
+_BLOOM = _bloom_names("input_layernorm", "post_attention_layernorm")
 
 
 def _falcon_names(config: DecoderConfig) -> Names:
-    """Falcon's names; the norms of a parallel block with two of them have names of their own."""
+    """The norms of a parallel block with two of them have names of their own."""
     two = config.parallel and not config.shared_norm
-    attention, mlp = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
-    return names_of(
-        (plain("embedding.table", "word_embeddings.weight"), *norm("norm", "ln_f")),
-        (*norm("attention_norm", attention), *norm("mlp_norm", mlp), *_HEADS),
-        prefix="transformer.",
-        block="h.{}.",
-        output=OUTPUT,
-        prefixes=("",),
-    )
+    return _bloom_names("ln_attn", "ln_mlp") if two else _BLOOM
 
 
 def _shape(values: Values, names: Mapping[str, str]) -> dict[str, Any]:

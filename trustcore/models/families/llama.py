@@ -6,61 +6,44 @@ StableLM and Cohere (layer norms, parallel blocks)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trustcore.models.config import DecoderConfig
-from trustcore.models.families.family import Family, Names, names_of
+from trustcore.models.families.family import Family
 from trustcore.models.families.fields import SCALINGS, common, over_layers, window_of
 from trustcore.models.families.gguf import gguf
-from trustcore.models.name_map import Rule, fused, kernel, plain, stacked
+from trustcore.models.name_map import Rule, fused, kernel, linear, norm, plain, stacked
+from trustcore.models.names import Names, under
 from trustcore.models.values import Values
 
-QKV = tuple(
-    rule
-    for part, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
-    for rule in (
-        kernel(f"attention.{part}.kernel", f"self_attn.{name}.weight"),
-        plain(f"attention.{part}.bias", f"self_attn.{name}.bias"),
-    )
+QKV = (
+    *linear("attention.query", "self_attn.q_proj"),
+    *linear("attention.key", "self_attn.k_proj"),
+    *linear("attention.value", "self_attn.v_proj"),
 )
-OUT = (
-    kernel("attention.out.kernel", "self_attn.o_proj.weight"),
-    plain("attention.out.bias", "self_attn.o_proj.bias"),
-)
-MLP = tuple(
-    rule
-    for part in ("gate", "up", "down")
-    for rule in (
-        kernel(f"mlp.{part}.kernel", f"mlp.{part}_proj.weight"),
-        plain(f"mlp.{part}.bias", f"mlp.{part}_proj.bias"),
-    )
+OUT = linear("attention.out", "self_attn.o_proj")
+MLP = (
+    *linear("mlp.gate", "mlp.gate_proj"),
+    *linear("mlp.up", "mlp.up_proj"),
+    *linear("mlp.down", "mlp.down_proj"),
 )
 QK_NORM = (
     plain("attention.query_norm.weight", "self_attn.q_norm.weight"),
     plain("attention.key_norm.weight", "self_attn.k_norm.weight"),
 )
-OUTPUT = kernel("output.kernel", "lm_head.weight")
-NOT_WEIGHTS = (".rotary_emb.inv_freq",)
-
-
-def norm(path: str, stored: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a norm's gain and bias."""
-    return plain(f"{path}.weight", f"{stored}.weight"), plain(f"{path}.bias", f"{stored}.bias")
-
-
+OUTPUT = (kernel("output.kernel", "lm_head.weight"),)
+NOT_WEIGHTS = ("*.rotary_emb.inv_freq",)
 NORMS = (*norm("attention_norm", "input_layernorm"), *norm("mlp_norm", "post_attention_layernorm"))
 
 
-def llama_names(layer: Sequence[Rule], *, model: Sequence[Rule] | None = None) -> Names:
+def llama_names(layer: Iterable[Rule], *, body: tuple[Rule, ...] | None = None) -> Names:
     """Returns names below `model.` and `model.layers.{}.`, as most of Hugging Face's decoders have them."""
-    whole = (plain("embedding.table", "embed_tokens.weight"), *norm("norm", "norm"))
-    return names_of(
-        whole if model is None else model,
-        layer,
+    return Names(
+        (plain("embedding.table", "embed_tokens.weight"), *norm("norm", "norm")) if body is None else body,
+        under("blocks.{}.", "layers.{}.", layer),
+        OUTPUT,
         prefix="model.",
-        block="layers.{}.",
-        output=OUTPUT,
         prefixes=("model.language_model.", "language_model.model.", "model.text_model.", ""),
         ignored=NOT_WEIGHTS,
     )
