@@ -199,7 +199,7 @@ def test_one_width_for_all_where_the_layout_has_one(tmp_path):
     model = model_of("int4:g64")
     model.output.kernel.set_value(random_weight("int8:g64", 256, 96))
     with pytest.raises(
-        ModelError, match=r"query\.kernel has 4 bits in groups of 64, matrices before it 8 bits in groups of 64; the"
+        ModelError, match=r"output\.kernel has 8 bits in groups of 64, matrices before it 4 bits in groups of 64; the"
     ):
         trustcore.save(model, tmp_path / "m", scheme="gptq")
     trustcore.save(model, tmp_path / "m", scheme="compressed-tensors")

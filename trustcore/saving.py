@@ -119,8 +119,8 @@ def _units(model: Model, rules: list[Rule], writer: Writer) -> tuple[Units, list
                     units[rule.stored] = {rule.stored: _decoded(values[0])}
                     continue
                 turned = values if order is None else [outputs_in(values[0], order)]
-                for name, module, weight in zip(rule.names, modules, rule.join_packed(turned), strict=True):
-                    units[name] = writer.tensors(module, weight)
+                for module, weight in zip(modules, rule.join_packed(turned), strict=True):
+                    units[f"{module}.weight"] = writer.tensors(module, weight)
                 packed += modules
             else:
                 for name, planned in zip(rule.names, _arrays(rule, values, order), strict=True):

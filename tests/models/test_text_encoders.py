@@ -87,7 +87,7 @@ def test_a_model_with_a_head_and_old_spellings(tmp_path: Path) -> None:
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("bert", {"is_decoder": True}, "is_decoder is true"),
         ("bert", {"type_vocab_size": -1}, "type_vocab_size is -1"),
-        ("bert", {"model_type": "burt"}, "model_type is 'burt'; expected one of bert"),
+        ("bert", {"model_type": "burt"}, "model_type is 'burt'; supported: llama, "),
         ("bert", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("modernbert", {"layer_types": ["full_attention"]}, "layer_types"),
         ("modernbert", {"local_attention": 0}, "local_attention is 0"),

@@ -106,8 +106,9 @@ class Matching:
     def _source(self, name: str, rule: Rule, shapes: tuple[Shape, ...]) -> LazyArray | Packed | None:
         """What holds one tensor of a rule; None, and a fault, where nothing does."""
         expected, checkpoint = rule.shape(shapes), self._checkpoint
-        if self._scheme is not None and rule.is_matrix and len(expected) >= 2:
-            module = name.removesuffix(".weight")
+        module = name.removesuffix(".weight")
+        whole = module == name and name in checkpoint  # no package packs a tensor that is not its module's weight
+        if self._scheme is not None and rule.is_matrix and len(expected) >= 2 and not whole:
             *lead, k, n = expected
             if rule.rows_first or rule.is_table:
                 k, n = n, k

@@ -55,7 +55,7 @@ class Names:
         """Returns the rules with the names that a file has, and its prefix; `given` are the names of its tensors."""
         known = described_by(given)
         choices = [(prefix, self.rules(config, prefix)) for prefix in (self.prefix, *self.prefixes)]
-        prefix, rules = max(choices, key=lambda choice: sum(rule.names[0] in known for rule in choice[1]))
+        prefix, rules = max(choices, key=lambda choice: sum(_is_there(rule, known) for rule in choice[1]))
 
         def named(rule: Rule) -> Rule:
             old = (rule.stored.removesuffix(new) + old for old, new in self.spellings if rule.stored.endswith(new))
@@ -82,6 +82,10 @@ def described_by(given: Iterable[str]) -> frozenset[str]:
         return iter((name, module, f"{module}.weight"))
 
     return frozenset(found for name in given for found in each(name))
+
+
+def _is_there(rule: Rule, known: frozenset[str]) -> bool:
+    return rule.names[0] in known or any(name in known for name in rule.others)
 
 
 def under(path: str, stored: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
