@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import trustcore
 from tests.convert.folders import hugging_face_folder
+from tests.models import families
 from trustcore.weights import open_checkpoint
 from trustcore.weights.gguf_writer import StreamedTensor, write_gguf
 
@@ -74,7 +76,7 @@ def test_an_importance_matrix(cli, model: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "out", "words", "complaint"),
     [
-        ("in.gguf", "out.bin", ["-f", "q4_0"], "does not end in .gguf"),
+        ("in.gguf", "out.bin", ["-f", "q4_0"], "out.bin is no .gguf file; give one, or a folder"),
         ("in.gguf", "nowhere/out.gguf", ["-f", "q4_0"], "lies in a folder that does not exist"),
         ("in.gguf", "in.gguf", ["-f", "q4_0"], "exists; write over it with --force"),
         ("in.gguf", "out.gguf", ["-f", "q9_9"], "format 'q9_9' is not known; choose one of f32"),
@@ -158,3 +160,24 @@ def test_a_calibration_text_leads_to_gptqs_codes(cli, tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "a.gguf") as a, open_checkpoint(tmp_path / "b.gguf") as b:
         assert not np.array_equal(a["blk.0.attn_q.weight"].raw(), b["blk.0.attn_q.weight"].raw())
     assert reports[0]["nbytes"] == reports[1]["nbytes"]
+
+
+def test_a_folder_takes_every_family(cli, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    source, out = families.read("bert").write(tmp_path / "a"), tmp_path / "b"
+    words = ("quantize", str(source), "-o", str(out), "-f", "int8:channel", "--keep", "embed,pooler")
+    found = json.loads(cli(*words, "--json").out)
+    formats = {leaf["path"]: leaf["format"] for leaf in found["tensors"]}
+    assert formats["words.table"] == formats["pooler.kernel"] == "float32"
+    assert formats["blocks.0.mlp.up.kernel"] == "int8:channel"
+    assert next(leaf["sqnr_db"] for leaf in found["tensors"] if leaf["path"] == "norm.weight") is None
+    model = trustcore.load(out)
+    assert model.blocks[0].mlp.up.kernel.get_value().description == "int8:channel"
+    assert "the folder is not empty" in cli(*words).err
+    for start, end, more, complaint in (
+        (out, "c", (), "is packed already, and packing it again adds to its error"),
+        (tmp_path / "a", "c", ("--keep", "nothing"), "keep: nothing match no weight"),
+        (tmp_path / "a", "c", ("--pure",), "it goes with a .gguf file; a folder takes a format alone"),
+    ):
+        done = cli("quantize", str(start), "-o", str(tmp_path / end), "-f", "int8:channel", *more)
+        assert done.status == 2 and complaint in done.err and not (tmp_path / end).exists()

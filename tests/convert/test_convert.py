@@ -15,6 +15,7 @@ from flax import serialization
 from safetensors.numpy import save_file
 
 from tests.convert.folders import hugging_face_folder
+from tests.models import families
 from tests.models.small import CONFIG, random_decoder, some_tokens, write_as_gguf
 from tests.models.test_packed_checkpoints import gptq_config
 from tests.weights.torch_files import archive, state, storage, tensor
@@ -307,3 +308,20 @@ def test_nothing_is_placed_on_a_device(tmp_path, monkeypatch):
     save_file({"w": np.zeros((2, 2), np.float32)}, tmp_path / "m.safetensors")
     monkeypatch.setattr(jax, "device_put", lambda *_, **__: pytest.fail("an array was put on a device"))
     convert_checkpoint(tmp_path / "m.safetensors", tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "clip", "mamba2", "resnet-basic"])
+def test_every_family_is_converted_and_verified(tmp_path, name):
+    case = families.read(name)
+    (tmp_path / "a").mkdir()
+    longer = {n: a * np.float32(1.001) for n, a in case.weights.items() if a.dtype == np.float32}  # than 16 bits
+    report = convert_checkpoint(case.write(tmp_path / "a", **longer), tmp_path / "b", dtype="bfloat16", verify=True)
+    assert report.files == ("config.json",) and 0 < report.verification.max_difference < 0.1
+    with open_checkpoint(tmp_path / "b") as checkpoint:
+        assert set(checkpoint) == set(case.weights)
+        assert {array.encoding for array in checkpoint.values()} <= {"bf16", "i64"}
+
+
+def test_gguf_is_for_decoders(tmp_path):
+    with pytest.raises(ModelError, match=r"GGUF files hold decoders here, and this is a bert model\. Give a folder"):
+        convert_checkpoint(families.read("bert").write(tmp_path), tmp_path / "m.gguf")

@@ -1,11 +1,19 @@
-"""`trustcore quantize`: a model on disk to a packed GGUF file, tensor by tensor, and a report of what it cost."""
+"""`trustcore quantize`: a model on disk to a packed one, and a report of what it cost.
+
+A GGUF file is written tensor by tensor, of a decoder. A folder takes a model of any family, which is loaded, packed and
+saved in trustcore's own layout.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import fnmatch
 import functools
 import json
+import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +22,7 @@ import typer
 
 from trustcore.cli import console, options
 from trustcore.cli.perplexity import read_text
-from trustcore.errors import CheckpointError
+from trustcore.errors import CheckpointError, QuantizationError
 
 
 class Method(enum.StrEnum):
@@ -30,7 +38,7 @@ def quantize(
         str, typer.Argument(metavar="SRC", help="A file or folder, a catalogue name, or owner/name[:Q4_K_M].")
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .gguf file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .gguf file to write, or a folder.")],
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="A format (q4_0, q6_k, f16) or a recipe of several (q4_k_m).")
     ] = None,
@@ -60,9 +68,14 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a model as a packed GGUF file. Ctrl-C leaves nothing behind."""
+    """Write a model packed: as a GGUF file, or as a folder of safetensors. Ctrl-C leaves nothing behind."""
     _check(out, force)
     bits = _check_calibration(format, method, calib, budget, importance)
+    kept = [word.strip() for words in keep or () for word in words.split(",") if word.strip()]
+    if out.suffix != ".gguf":
+        given = {"--calib": calib, "--importance": importance, "--pure": pure}
+        _to_folder(source, out, format, kept, search, requantize, as_json, [name for name, x in given.items() if x])
+        return
     import trustcore
     from trustcore.catalogue import resolve
     from trustcore.convert import Prepared, prepare, quantize_checkpoint
@@ -87,7 +100,7 @@ def quantize(
                 path,
                 out,
                 prepared.format,
-                keep=[word.strip() for words in keep or () for word in words.split(",") if word.strip()],
+                keep=kept,
                 importance=prepared.importance,
                 tensors=prepared.tensors,
                 search=search,
@@ -103,10 +116,71 @@ def quantize(
         _print(report)
 
 
+_KEPT = {"embed": ("embedding.table", "words.table")}
+_OTHER_FILES = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".msgpack")
+
+
+def _to_folder(
+    source: str,
+    out: Path,
+    format: str | None,
+    keep: list[str],
+    search: bool,
+    requantize: bool,
+    as_json: bool,
+    unfit: list[str],
+) -> None:
+    """Packs the matrices of a model of any family and saves it; `keep` are patterns of paths."""
+    if unfit:
+        raise typer.BadParameter("it goes with a .gguf file; a folder takes a format alone", param_hint=f"'{unfit[0]}'")
+    assert format is not None  # a budget needs a text
+    import trustcore
+    from trustcore.catalogue import resolve
+    from trustcore.models.model import parameters_of
+    from trustcore.quant import QuantizedArray, report
+    from trustcore.weights.folder import refuse_occupied
+
+    refuse_occupied(out)
+    begin = time.perf_counter()
+    with console.progress_bar() as progress:
+        model = trustcore.load(resolve(source, progress=progress), progress=functools.partial(progress, "reading"))
+        leaves = {path: parameter.get_value() for path, parameter in parameters_of(model).items()}
+        held = (path for path, x in leaves.items() if isinstance(x, QuantizedArray) and x.format not in ("f16", "bf16"))
+        again = next(held, None)
+        if again is not None and not requantize:
+            raise QuantizationError(
+                f"{again} is packed already, and packing it again adds to its error: start from a model in floats, or "
+                "allow it (--requantize)"
+            )
+        patterns = [pattern for word in keep for pattern in _KEPT.get(word, (word, f"{word}.*"))]
+        if keep and not any(fnmatch.filter(leaves, pattern) for pattern in patterns):
+            raise QuantizationError(f"keep: {', '.join(keep)} match no weight; give 'output', 'embed' or a path")
+        formats = {**dict.fromkeys(patterns), "*": format}
+        packed = trustcore.quantize(model, formats, requantize=True, search=search)
+        try:
+            trustcore.save(packed, out)
+        except OSError as error:
+            raise CheckpointError(f"cannot be written: {error}", path=out) from error
+    found = report(model, packed)
+    if not as_json:
+        console.out().print(f"{found}\n{console.plain(str(out))}: {time.perf_counter() - begin:.1f} s", soft_wrap=True)
+        return
+    tensors = [
+        {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in leaf.items()}
+        for leaf in map(dataclasses.asdict, found.leaves)
+    ]
+    totals = {"path": str(out), "format": format, "bits_per_weight": found.bits_per_weight}
+    print(json.dumps({**totals, "tensors": tensors}, indent=2, allow_nan=False))
+
+
 def _check(out: Path, force: bool) -> None:
     """Refuses an output that cannot be, before anything is read."""
-    if out.suffix != ".gguf":
-        raise typer.BadParameter(f"{out} does not end in .gguf; GGUF files are what is written", param_hint="'--out'")
+    if out.suffix in _OTHER_FILES:
+        raise typer.BadParameter(
+            f"{out} is no .gguf file; give one, or a folder for a model in safetensors", param_hint="'--out'"
+        )
+    if out.suffix != ".gguf" and out.absolute().parent.is_dir():
+        return  # a folder, which is refused where it holds something
     if out.is_dir() or not out.absolute().parent.is_dir():
         what = "is a folder" if out.is_dir() else "lies in a folder that does not exist"
         raise typer.BadParameter(f"{out} {what}", param_hint="'--out'")

@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is the same model: both are loaded in turn, and answer the same tokens."""
+"""Whether a converted checkpoint is the same model: both are loaded in turn, and answer the same input."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trustcore.errors import ModelError
-from trustcore.models import decoder_from_checkpoint
+from trustcore.models import model_from_checkpoint
 from trustcore.weights import Checkpoint, open_checkpoint
 
-TOKENS = 32
-# Largest difference of two logits, in units of the largest logit. Where numbers are the same only the order of sums
-# differs; where they were rounded to 16 bits, bfloat16's 2^-9 adds up over the layers.
+# Largest difference of two logits (of an encoder: of two numbers of its states), in units of the largest. Where numbers
+# are the same only the order of sums differs; where they were rounded to 16 bits, bfloat16's 2^-9 adds up over layers.
 EXACT, ROUNDED = 1e-4, 0.1
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far two models are apart on a fixed prompt.
+    """How far two models are apart on a fixed input.
 
     Attributes:
-        max_difference: the largest difference of two logits.
-        max_logit: the largest absolute logit of the source.
-        agreement: share of positions at which both find the same token likeliest.
-        tokens: of the prompt.
+        max_difference: the largest difference of two logits, or of two numbers of an encoder's states.
+        max_logit: the largest absolute one of the source.
+        agreement: share of positions at which the same one is the largest: the token that is likeliest.
+        tokens: positions.
         limit: that `max_difference / max_logit` was held to.
     """
 
@@ -39,7 +37,7 @@ class Verification:
 
 
 def verify_conversion(source: Checkpoint, out: Path, *, exact: bool) -> Verification:
-    """Returns how far the logits of two checkpoints are apart, both computed in float32.
+    """Returns how far what two checkpoints answer is apart, both computed in float32.
 
     Args:
         source: open.
@@ -64,12 +62,11 @@ def verify_conversion(source: Checkpoint, out: Path, *, exact: bool) -> Verifica
             f"verify: logits differ by up to {difference:.3g}, where the largest is {largest:.3g}; expected at most "
             f"{limit} of it. What was written is not the same model, and was removed."
         )
-    return Verification(difference, largest, agreement, expected.shape[0], limit)
+    return Verification(difference, largest, agreement, expected.size // expected.shape[-1], limit)
 
 
 def _logits(checkpoint: Checkpoint) -> np.ndarray:
-    """Logits of the fixed prompt, float32 `[T, V]`."""
-    model = decoder_from_checkpoint(checkpoint, dtype="float32")
-    vocabulary = model.config.vocab_size
-    tokens = (np.arange(TOKENS) * 7919 + 1) % vocabulary  # a prime: far apart, whatever the vocabulary
-    return np.asarray(jax.device_get(model(jnp.asarray(tokens[None], jnp.int32))), np.float32)[0]
+    """What the model answers to its example, float32: logits `[..., V]`, or states."""
+    model = model_from_checkpoint(checkpoint, dtype="float32")
+    found = model(*model.example())
+    return np.asarray(jax.device_get(found[0] if isinstance(found, tuple) else found), np.float32)

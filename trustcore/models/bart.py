@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, key_mask, run
+from trustcore.models.model import Model, key_mask, run, sample_images, sample_tokens
 from trustcore.models.name_map import Rule, conv, linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -227,6 +227,14 @@ class Bart(Model):
         """
         memory = self.encode(inputs, mask)
         return self.decode(decoder_tokens, self.start(memory, mask, slots=decoder_tokens.shape[1]))[0]
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        config = self.config
+        tokens = sample_tokens(config.vocab_size, min(config.positions, config.decoder_positions))
+        if not config.mel_bins:
+            return tokens, tokens[:, :8]
+        return sample_images(2 * min(config.positions, 16), config.mel_bins, 1)[..., 0], tokens[:, :8]
 
     def encode(self, inputs: Int[Array, "B S"] | Float[Array, "B S M"], mask: Any = None) -> Float[Array, "B _ D"]:
         """Returns the encoder's states; what stands in the rows of padding means nothing.

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, key_mask, run
+from trustcore.models.model import Model, key_mask, run, sample_images, sample_tokens
 from trustcore.models.name_map import linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -201,6 +201,11 @@ class Clip(Model):
         image, text = self.images(images), self.texts(tokens, mask)
         logits = jnp.matmul(image, text.T, precision="highest") * jnp.exp(self._number(self.scale))
         return logits if self.bias is None else logits + self._number(self.bias)
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        text, image = self.config.text, self.config.image
+        return sample_images(*image.image, image.channels), sample_tokens(text.vocab_size, text.context)
 
     def images(self, images: Float[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Returns the vectors of images, float32, of length one."""

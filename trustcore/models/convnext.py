@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, run
+from trustcore.models.model import Model, run, sample_images
 from trustcore.models.name_map import conv, linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -163,6 +163,10 @@ class ConvNext(Model):
             for block in stage:
                 x = run(block, x)
         return x
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        return (sample_images(64, 64, self.config.channels),)
 
     def pool(self, features: Float[Array, "B rows columns D"]) -> Float[Array, "B D"]:
         """Returns one vector an image: the normed mean."""

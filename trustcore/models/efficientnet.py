@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model
+from trustcore.models.model import Model, sample_images
 from trustcore.models.name_map import Rule, batch_norm, conv, linear, window
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -247,6 +247,10 @@ class EfficientNet(Model):
         for block in self.blocks:
             x = block(x)
         return act(self.top(x))
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        return (sample_images(64, 64, self.config.channels),)
 
     def pool(self, features: Float[Array, "B rows columns D"]) -> Float[Array, "B D"]:
         """Returns one vector an image."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, run
+from trustcore.models.model import Model, run, sample_tokens
 from trustcore.models.name_map import kernel, linear, plain, window
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -193,6 +193,10 @@ class MambaModel(Model):
         x = self.norm(x)
         logits = self.words.unembed(x) if self.output is None else self.output(x)
         return logits.astype(jnp.float32), tuple(after)
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        return (sample_tokens(self.config.vocab_size),)
 
 
 _MIXER = (

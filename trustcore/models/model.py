@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from trustcore.quant.quantize import path_name
@@ -49,6 +50,10 @@ class Model(nnx.Module):
         """Bytes of all weights as they are held."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
+    def example(self) -> tuple[Any, ...]:
+        """Returns arguments of a call, the same for every model of this shape: tokens, frames or images."""
+        return (sample_tokens(self.config.vocab_size, self.config.context),)
+
     def __repr__(self) -> str:
         source = f"{self.source}: " if self.source else ""
         return f"{type(self).__name__}({source}{self.config.family}, {self.parameters} parameters)"
@@ -60,6 +65,17 @@ def parameters_of(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
     """Returns the parameters of a model, statistics of norms among them, by their paths, names joined by dots."""
     flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
     return {path_name(path): parameter for path, parameter in flat}
+
+
+def sample_tokens(vocab_size: int, most: int = 32) -> jax.Array:
+    """Returns tokens `[1, T]`, T up to 32 and `most`, far apart in the vocabulary."""
+    return ((jnp.arange(min(most, 32), dtype=jnp.int32) * 7919 + 1) % vocab_size)[None]  # a prime
+
+
+def sample_images(height: int, width: int, channels: int) -> jax.Array:
+    """Returns an image `[1, height, width, channels]` of waves."""
+    down, across, color = np.ogrid[:height, :width, :channels]
+    return jnp.asarray(np.sin(down / 3 + across / 5 + color)[None], jnp.float32)
 
 
 class TextEncoder(Model):

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.model import TextEncoder, key_mask, run, sample_tokens
 from trustcore.models.name_map import Rule, kernel, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -222,6 +222,11 @@ class T5(TextEncoder):
         if decoder_tokens is None:
             return memory
         return self.decode(decoder_tokens, self.start(memory, mask, slots=decoder_tokens.shape[1]))[0]
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        tokens = sample_tokens(self.config.vocab_size)
+        return tokens, None, tokens[:, :8] if self.config.decoder_layers else None
 
     def encode(self, tokens: Int[Array, "B S"], mask: Any = None) -> Float[Array, "B S D"]:
         """Returns the encoder's states; what stands in the rows of padding means nothing."""

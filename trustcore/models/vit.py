@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, run
+from trustcore.models.model import Model, run, sample_images
 from trustcore.models.name_map import Rule, conv, fused, joined, linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -291,6 +291,10 @@ class Vit(Model):
         for block in self.blocks:
             x = run(block, x)
         return x if config.family == _CLIP[0] else self.norm(x)
+
+    def example(self) -> tuple[Any, ...]:
+        """See `Model.example`."""
+        return (sample_images(*self.config.image, self.config.channels),)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """Returns one vector an image: the class token's state, through the pooler where there is one."""
