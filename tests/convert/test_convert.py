@@ -310,7 +310,9 @@ def test_nothing_is_placed_on_a_device(tmp_path, monkeypatch):
     convert_checkpoint(tmp_path / "m.safetensors", tmp_path / "out", dtype="float16")
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "whisper", "clip", "mamba2", "resnet-basic"])
+@pytest.mark.parametrize(
+    "name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "whisper", "clip", "mamba2", "resnet"))]
+)
 def test_every_family_is_converted_and_verified(tmp_path, name):
     case = families.read(name)
     (tmp_path / "a").mkdir()

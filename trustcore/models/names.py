@@ -2,9 +2,9 @@
 
     Names --(configuration)--> rules, as we write them --(the names in a file)--> rules, as that file has them
 
-A file may put another prefix before most names, spell some of them as older programs did, hold a tensor under another
-of its names or under several, and hold what no model reads. What is packed has names of its own behind a module's
-(`qweight`, `weight.codes`), by which that module is known.
+A file may put another prefix before most names, spell some of them as older programs or Flax's layers did, hold a
+tensor under another of its names or under several, and hold what no model reads. What is packed has names of its own
+behind a module's (`qweight`, `weight.codes`), by which that module is known.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Names:
         def named(rule: Rule) -> Rule:
             old = (rule.stored.removesuffix(new) + old for old, new in self.spellings if rule.stored.endswith(new))
             choices = [dataclasses.replace(rule, stored=name) for name in (rule.stored, *rule.others, *old)]
+            choices += [spelled for choice in choices for spelled in _in_flax(choice)]
             found = (choice for names in (given, known) for choice in choices if choice.names[0] in names)
             return next(found, rule)
 
@@ -82,6 +83,19 @@ def described_by(given: Iterable[str]) -> frozenset[str]:
         return iter((name, module, f"{module}.weight"))
 
     return frozenset(found for name in given for found in each(name))
+
+
+def _in_flax(rule: Rule) -> Iterator[Rule]:
+    """How Flax's layers name and lay out what PyTorch's call `weight`: as a rule, whatever the family.
+
+    Matrices lie the other way round, also those that PyTorch holds `[in, out]` (GPT-2's); convolutions lie as here.
+    """
+    module = rule.stored.removesuffix(".weight")
+    if module != rule.stored:
+        turned = not rule.rows_first and not rule.convolved
+        if rule.is_matrix or rule.convolved:
+            yield dataclasses.replace(rule, stored=f"{module}.kernel", rows_first=turned, convolved=False)
+        yield from (dataclasses.replace(rule, stored=f"{module}.{name}") for name in ("embedding", "scale"))
 
 
 def _is_there(rule: Rule, known: frozenset[str]) -> bool:
