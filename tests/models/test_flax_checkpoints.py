@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Flax models: what PyTorch's files of the same weights hold, as Flax names and lays it."""
+"""Checkpoints of the Flax models of transformers: what PyTorch files of the same weights hold, as Flax lays it out."""
 
 from __future__ import annotations
 
