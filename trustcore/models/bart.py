@@ -234,7 +234,7 @@ class Bart(Model):
         tokens = sample_tokens(config.vocab_size, min(config.positions, config.decoder_positions))
         if not config.mel_bins:
             return tokens, tokens[:, :8]
-        return sample_images(2 * min(config.positions, 16), config.mel_bins, 1)[..., 0], tokens[:, :8]
+        return sample_images((2 * min(config.positions, 16), config.mel_bins), 1)[..., 0], tokens[:, :8]
 
     def encode(self, inputs: Int[Array, "B S"] | Float[Array, "B S M"], mask: Any = None) -> Float[Array, "B _ D"]:
         """Returns the encoder's states; what stands in the rows of padding means nothing.

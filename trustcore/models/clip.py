@@ -205,7 +205,7 @@ class Clip(Model):
     def example(self) -> tuple[Any, ...]:
         """See `Model.example`."""
         text, image = self.config.text, self.config.image
-        return sample_images(*image.image, image.channels), sample_tokens(text.vocab_size, text.context)
+        return sample_images(image.image, image.channels), sample_tokens(text.vocab_size, text.context)
 
     def images(self, images: Float[Array, "B h w c"]) -> Float[Array, "B D"]:
         """Returns the vectors of images, float32, of length one."""

@@ -18,13 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, run, sample_images
+from trustcore.models.image import ImageModel, check_channels, labels, make_patches
+from trustcore.models.model import run
 from trustcore.models.name_map import conv, linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.resnet import check_channels
 from trustcore.models.values import Values, integers
-from trustcore.models.vit import labels, make_patches
 from trustcore.nn.conv import Conv
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
@@ -122,7 +121,7 @@ class Downsample(nnx.Module):
         return self.conv(self.norm(x))
 
 
-class ConvNext(Model):
+class ConvNext(ImageModel):
     """A ConvNeXt.
 
     Args:
@@ -164,23 +163,9 @@ class ConvNext(Model):
                 x = run(block, x)
         return x
 
-    def example(self) -> tuple[Any, ...]:
-        """See `Model.example`."""
-        return (sample_images(64, 64, self.config.channels),)
-
     def pool(self, features: Float[Array, "B rows columns D"]) -> Float[Array, "B D"]:
         """Returns one vector an image: the normed mean."""
         return self.norm(jnp.mean(features, axis=(1, 2)))
-
-    def classify(self, images: Float[Array, "B h w c"]) -> Float[Array, "B labels"]:
-        """Returns float32 logits of the labels.
-
-        Raises:
-            ModelError: the checkpoint had no classifier.
-        """
-        if self.classifier is None:
-            raise ModelError("this model has no classifier; its features are model(images).")
-        return self.classifier(self.pool(self(images))).astype(jnp.float32)
 
 
 _BLOCK = (

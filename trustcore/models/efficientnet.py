@@ -19,13 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, sample_images
+from trustcore.models.image import ImageModel, check_channels, labels
 from trustcore.models.name_map import Rule, batch_norm, conv, linear, window
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
-from trustcore.models.resnet import NormedConv, check_channels
+from trustcore.models.resnet import NormedConv
 from trustcore.models.values import LARGEST, Values, integers
-from trustcore.models.vit import labels
 from trustcore.nn.conv import Conv
 from trustcore.nn.linear import Linear
 from trustcore.nn.module import made_module
@@ -212,7 +211,7 @@ class Block(nnx.Module):
         return y + x if self.residual else y
 
 
-class EfficientNet(Model):
+class EfficientNet(ImageModel):
     """An EfficientNet.
 
     Args:
@@ -248,23 +247,9 @@ class EfficientNet(Model):
             x = block(x)
         return act(self.top(x))
 
-    def example(self) -> tuple[Any, ...]:
-        """See `Model.example`."""
-        return (sample_images(64, 64, self.config.channels),)
-
     def pool(self, features: Float[Array, "B rows columns D"]) -> Float[Array, "B D"]:
         """Returns one vector an image."""
         return (jnp.mean if self.config.pooling == "mean" else jnp.max)(features, axis=(1, 2))
-
-    def classify(self, images: Float[Array, "B h w c"]) -> Float[Array, "B labels"]:
-        """Returns float32 logits of the labels.
-
-        Raises:
-            ModelError: the checkpoint had no classifier.
-        """
-        if self.classifier is None:
-            raise ModelError("this model has no classifier; its features are model(images).")
-        return self.classifier(self.pool(self(images))).astype(jnp.float32)
 
 
 def _normed(path: str, window_name: str, norm_name: str) -> tuple[Rule, ...]:

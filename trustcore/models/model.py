@@ -72,9 +72,9 @@ def sample_tokens(vocab_size: int, most: int = 32) -> jax.Array:
     return ((jnp.arange(min(most, 32), dtype=jnp.int32) * 7919 + 1) % vocab_size)[None]  # a prime
 
 
-def sample_images(height: int, width: int, channels: int) -> jax.Array:
+def sample_images(size: tuple[int, int], channels: int) -> jax.Array:
     """Returns an image `[1, height, width, channels]` of waves."""
-    down, across, color = np.ogrid[:height, :width, :channels]
+    down, across, color = np.ogrid[: size[0], : size[1], :channels]
     return jnp.asarray(np.sin(down / 3 + across / 5 + color)[None], jnp.float32)
 
 

@@ -19,12 +19,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
-from trustcore.models.model import Model, sample_images
+from trustcore.models.image import ImageModel, check_channels, labels
 from trustcore.models.name_map import Rule, batch_norm, linear, window
 from trustcore.models.names import Names
 from trustcore.models.registry import Family
 from trustcore.models.values import Values, integers
-from trustcore.models.vit import labels
 from trustcore.nn.conv import Conv
 from trustcore.nn.linear import Linear
 from trustcore.nn.module import made_module
@@ -174,7 +173,7 @@ class Block(nnx.Module):
         return activation(self.activation)(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class ResNet(Model):
+class ResNet(ImageModel):
     """A residual network.
 
     Args:
@@ -210,29 +209,9 @@ class ResNet(Model):
             x = block(x)
         return x
 
-    def example(self) -> tuple[Any, ...]:
-        """See `Model.example`."""
-        return (sample_images(64, 64, self.config.channels),)
-
     def pool(self, features: Float[Array, "B rows columns D"]) -> Float[Array, "B D"]:
         """Returns one vector an image: the mean."""
         return jnp.mean(features, axis=(1, 2))
-
-    def classify(self, images: Float[Array, "B h w c"]) -> Float[Array, "B labels"]:
-        """Returns float32 logits of the labels.
-
-        Raises:
-            ModelError: the checkpoint had no classifier.
-        """
-        if self.classifier is None:
-            raise ModelError("this model has no classifier; its features are model(images).")
-        return self.classifier(self.pool(self(images))).astype(jnp.float32)
-
-
-def check_channels(images: jax.Array, channels: int) -> None:
-    """Raises the ModelError that tells how images are laid out."""
-    if images.ndim != 4 or images.shape[3] != channels:
-        raise ModelError(f"images are {list(images.shape)}; expected [B, height, width, {channels}].")
 
 
 def names(config: ResNetConfig) -> Names:

@@ -22,16 +22,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from trustcore.errors import ModelError
+from trustcore.models.image import labels, make_patches
 from trustcore.models.model import Model, run, sample_images
 from trustcore.models.name_map import Rule, conv, fused, joined, linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
 from trustcore.models.values import Values
-from trustcore.nn.conv import Conv
 from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
-from trustcore.nn.module import made_module
 from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
 from trustcore.ops.activate import activation
@@ -142,20 +141,6 @@ class VitConfig:
 
 
 _ACTIVATIONS = {"clip_vision_model": "quick_gelu", "siglip_vision_model": "gelu_pytorch_tanh"}
-
-
-def labels(config: Mapping[str, Any], names: Collection[str]) -> int:
-    """Returns how many labels the classifier of a checkpoint tells apart; 0 where it has none.
-
-    Raises:
-        ModelError: config.json does not say how many.
-    """
-    if not any(name.startswith("classifier.") and name.endswith("weight") for name in names):
-        return 0
-    named = config.get("id2label")
-    if isinstance(named, Mapping) and named:
-        return len(named)
-    return Values(config, "config.json").integer("num_labels", 2)
 
 
 def _pair(values: Values, key: str, default: int) -> tuple[int, int]:
@@ -294,7 +279,7 @@ class Vit(Model):
 
     def example(self) -> tuple[Any, ...]:
         """See `Model.example`."""
-        return (sample_images(*self.config.image, self.config.channels),)
+        return (sample_images(self.config.image, self.config.channels),)
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """Returns one vector an image: the class token's state, through the pooler where there is one."""
@@ -334,14 +319,6 @@ class Vit(Model):
         grid = grid.reshape(*self.config.grid, -1)
         grid = jnp.einsum("ih,jw,hwd->ijd", jnp.asarray(down), jnp.asarray(across), grid, precision="highest")
         return jnp.concatenate([first, grid.reshape(1, height * width, -1)], axis=1)
-
-
-def make_patches(
-    channels: int, features: int, patch: tuple[int, int], bias: bool, dtype: Any, rngs: nnx.Rngs | None
-) -> Conv:
-    """Returns the convolution that makes one vector of each patch, `[B, h, w, c]` to `[B, rows, columns, D]`."""
-    options = {"strides": patch, "padding": "VALID", "use_bias": bias, "dtype": dtype, "param_dtype": dtype}
-    return made_module(lambda r: Conv(channels, features, patch, rngs=r, **options), rngs)
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
