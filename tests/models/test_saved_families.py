@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 import trustcore
 from tests.models import families
+from tests.models import test_packed_checkpoints as packed_checkpoints
 from trustcore.errors import ModelError, QuantizationError
 from trustcore.models import random_model, registry
 from trustcore.models.model import parameters_of
@@ -94,6 +96,33 @@ def test_other_packages_layouts(name: str, scheme: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(ours.dequantize(), theirs.dequantize(), atol=2e-3)
             count += 1
     assert count >= 2
+
+
+# The inputs of these matrices are 32, which the packers' groups divide.
+PACKED = r"(query|key|value|attention\.output\.dense|intermediate\.dense)\.weight$"
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq", "llm-int8", "pack-3-asym", "float", "fp8-tensor"])
+def test_an_encoder_that_another_package_packed(case: str, tmp_path: Path) -> None:
+    packer, quantization, _ = packed_checkpoints.CASES[case]
+    bert, tensors, plain = families.read("bert"), {}, {}
+    for name, array in bert.weights.items():
+        if re.search(PACKED, name) is None:
+            tensors[f"bert.{name}"] = plain[name] = array  # of a model with a head
+            continue
+        parts, plain[name] = packer(array)
+        tensors |= {f"bert.{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+    for folder in ("packed", "plain"):
+        (tmp_path / folder).mkdir()
+    config = {**bert.config, "quantization_config": quantization}
+    packed = trustcore.load(families.Case(config, tensors, {}, {}).write(tmp_path / "packed"))
+    floats = trustcore.load(families.Case(bert.config, plain, {}, {}).write(tmp_path / "plain"), dtype="float32")
+    kernels = {p: v.get_value() for p, v in parameters_of(packed).items() if isinstance(v.get_value(), QuantizedArray)}
+    assert len(kernels) == 5 * packed.config.layers
+    for path, kernel in kernels.items():
+        np.testing.assert_allclose(
+            kernel.dequantize(), parameters_of(floats)[path].get_value(), rtol=2e-7, atol=1e-9, err_msg=path
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "vit", "mamba", "resnet"])
