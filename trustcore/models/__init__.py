@@ -8,6 +8,7 @@ from trustcore.models.links import decoder_links, decoder_stream, untie
 from trustcore.models.model import Model, TextEncoder
 from trustcore.models.random import random_model
 from trustcore.models.registry import model_from_checkpoint
+from trustcore.models.scan import scan_layers, unscan_layers
 from trustcore.models.sentence_vectors import embed
 
 __all__ = [
@@ -23,5 +24,7 @@ __all__ = [
     "importance_by_tensor",
     "model_from_checkpoint",
     "random_model",
+    "scan_layers",
+    "unscan_layers",
     "untie",
 ]
