@@ -1,12 +1,12 @@
 """Compiling forward and backward of a deep decoder, layers as a list and as a scan (`trustcore.models.scan_layers`).
 
-    python benchmarks/scan_layers.py                    SmolLM2-135M's shape, 30 layers and 6
+    python benchmarks/scan_layers.py                    SmolLM2-135M's shape, several depths, float and packed
     python benchmarks/scan_layers.py --table JSON       makes docs/benchmarks.md from a result
 
-Weights are random float32; a batch of 1 row of 128 tokens; the gradient is of the mean square of the logits, with
-respect to all weights. Seconds to trace and to compile (no cache of programs), and of a call (median of five), forms in
+Weights are random; a batch of 1 row of 128 tokens; the gradient is of the mean square of the logits, with respect to all
+float32 weights, or to the scales of packed ones. Seconds to trace and to compile (no cache of programs), and of a call (median of five), forms in
 turn, one process. The result is written to benchmarks/results/scan_layers-DATE.json. Run it on a quiet machine. About
-five minutes.
+ten minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPE = {
     "intermediate_size": 1536,
     "tie_word_embeddings": True,
 }
-DEPTHS = (6, 30)
+CASES = (("float32", 6), ("float32", 30), ("float32", 60), ("q4_1", 6), ("q4_1", 30))
 LENGTH = 128
 FORMS = ("list", "scan", "scan, remat")
 
@@ -40,6 +40,7 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
+    import trustcore
     from trustcore.models import random_model, scan_layers
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -54,14 +55,15 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
         return jnp.mean(jnp.square(model(tokens)))
 
     found: dict[str, Any] = {}
-    for layers in DEPTHS:
+    for kind, layers in CASES:
         plain = random_model({**SHAPE, "num_hidden_layers": layers})
+        plain = plain if kind == "float32" else trustcore.quantize(plain, kind, search=False)
         for _ in range(rounds):
             for form in FORMS:
                 model = make[form](plain)
                 jax.clear_caches()
                 began = time.perf_counter()
-                lowered = jax.jit(jax.value_and_grad(loss)).lower(model, tokens)
+                lowered = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(model, tokens)
                 traced = time.perf_counter()
                 program = lowered.compile()
                 compiled = time.perf_counter()
@@ -70,21 +72,21 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
                     start = time.perf_counter()
                     value = jax.block_until_ready(program(model, tokens))[0]
                     seconds.append(time.perf_counter() - start)
-                row = found.setdefault(str(layers), {}).setdefault(form, {"trace": [], "compile": [], "call": []})
+                row = found.setdefault(f"{kind}, {layers}", {}).setdefault(form, {"trace": [], "compile": [], "call": []})
                 row["trace"].append(traced - began)
                 row["compile"].append(compiled - traced)
                 row["call"].append(statistics.median(seconds[1:]))
                 row["loss"] = float(value)
                 row["temporaries"] = program.memory_analysis().temp_size_in_bytes
                 told = ", ".join(f"{name} {row[name][-1]:.2f} s" for name in ("trace", "compile", "call"))
-                print(f"{layers} layers, {form}: {told}, loss {row['loss']:.6g}", flush=True)
+                print(f"{kind}, {layers} layers, {form}: {told}, loss {row['loss']:.6g}", flush=True)
     return found
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, a row for each depth and form."""
-    lines = ["| layers | form | trace, s | compile, s | a call, s | temporaries, MB |", "|---|---|---|---|---|---|"]
-    for layers, forms in result["depths"].items():
+    lines = ["| weights, layers | form | trace, s | compile, s | a call, s | temporaries, MB |", "|---|---|---|---|---|---|"]
+    for layers, forms in result["cases"].items():
         for form, row in forms.items():
             cells = [f"{statistics.median(row[name]):.2f}" for name in ("trace", "compile", "call")]
             lines.append(f"| {layers} | {form} | " + " | ".join(cells) + f" | {row['temporaries'] / 1e6:.0f} |")
@@ -102,7 +104,8 @@ def main() -> None:
         result, name = json.loads(args.table.read_text()), args.table.resolve().relative_to(ROOT)
         fill("docs/benchmarks.md", "scan", f"{table(result)}\n\n{described(result)} Data: [{name}](../{name}).\n")
         return
-    result = origin({"trustcore": ""}) | {"depths": measure(args.rounds, args.calls)}
+    about = origin({"trustcore": ""})
+    result = about | {"threads": about["machine"]["cores"], "cases": measure(args.rounds, args.calls)}
     write_result(result, args.out, "scan_layers")
     print(table(result))
 

@@ -4,6 +4,17 @@ A layer built with `rngs` holds initialized parameters. One built without is abs
 (`jax.ShapeDtypeStruct`) that a loader fills, possibly with packed weights, so that no weight is ever made twice.
 """
 
+from trustcore.nn.adapters import (
+    AdaptedWeight,
+    Adapter,
+    adapter_filter,
+    adapters_of,
+    add_adapters,
+    combine_adapters,
+    merge_adapters,
+    with_adapters,
+    without_adapters,
+)
 from trustcore.nn.attention import Attention
 from trustcore.nn.cache import KVCache
 from trustcore.nn.dropout import SpatialDropout
