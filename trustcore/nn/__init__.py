@@ -21,6 +21,7 @@ from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.experts import Experts, ExpertsConfig
+from trustcore.nn.initializers import initializer
 from trustcore.nn.latent import LatentAttention, LatentConfig
 from trustcore.nn.linear import Linear
 from trustcore.nn.mamba import Mamba, Mamba2
@@ -28,6 +29,7 @@ from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm, RMSNorm
 from trustcore.nn.positions import RelativeBias
 from trustcore.nn.recurrent import Recurrent
+from trustcore.nn.row_gradients import RowGradients, row_value_and_grad, update_rows
 from trustcore.nn.separable import SeparableConv
 
 __all__ = [
