@@ -20,6 +20,7 @@ from trustcore.nn.cache import KVCache
 from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
+from trustcore.nn.expert_parallel import expert_parallel
 from trustcore.nn.experts import Experts, ExpertsConfig
 from trustcore.nn.initializers import initializer
 from trustcore.nn.latent import LatentAttention, LatentConfig
