@@ -3,10 +3,10 @@
     python benchmarks/scan_layers.py                    SmolLM2-135M's shape, several depths, float and packed
     python benchmarks/scan_layers.py --table JSON       makes docs/benchmarks.md from a result
 
-Weights are random; a batch of 1 row of 128 tokens; the gradient is of the mean square of the logits, with respect to all
-float32 weights, or to the scales of packed ones. Seconds to trace and to compile (no cache of programs), and of a call (median of five), forms in
-turn, one process. The result is written to benchmarks/results/scan_layers-DATE.json. Run it on a quiet machine. About
-ten minutes.
+Weights are random; a batch of 1 row of 128 tokens; the gradient is of the mean square of the logits, with respect to
+all float32 weights, or to the scales of packed ones. Seconds to trace and to compile (no cache of programs), and of a
+call (median of five), forms in turn, one process. The result is written to benchmarks/results/scan_layers-DATE.json.
+Run it on a quiet machine. About ten minutes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
                     start = time.perf_counter()
                     value = jax.block_until_ready(program(model, tokens))[0]
                     seconds.append(time.perf_counter() - start)
-                row = found.setdefault(f"{kind}, {layers}", {}).setdefault(form, {"trace": [], "compile": [], "call": []})
+                rows = found.setdefault(f"{kind}, {layers}", {})
+                row = rows.setdefault(form, {"trace": [], "compile": [], "call": []})
                 row["trace"].append(traced - began)
                 row["compile"].append(compiled - traced)
                 row["call"].append(statistics.median(seconds[1:]))
@@ -85,7 +86,7 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, a row for each depth and form."""
-    lines = ["| weights, layers | form | trace, s | compile, s | a call, s | temporaries, MB |", "|---|---|---|---|---|---|"]
+    lines = ["| weights, layers | form | trace, s | compile, s | a call, s | temporaries, MB |", "|---" * 6 + "|"]
     for layers, forms in result["cases"].items():
         for form, row in forms.items():
             cells = [f"{statistics.median(row[name]):.2f}" for name in ("trace", "compile", "call")]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import trustcore
 from tests.models.small import random_decoder, some_tokens
 from tests.models.test_families import DATA, TOLERANCE, load, logits, recorded, write
+from tests.nn.adapters import moved
 from trustcore.errors import CheckpointError, ModelError
 from trustcore.models import load_adapters, save_adapters
 from trustcore.nn import Adapter, adapters_of, add_adapters, merge_adapters, with_adapters, without_adapters
@@ -65,8 +66,7 @@ def test_outputs_of_another_order(tmp_path):
     """The small model pairs rotary channels as GGUF files do, the folder it is saved to as PEFT's base does."""
     model = random_decoder()
     adapted = add_adapters(model, rank=2, magnitude=True, key=jax.random.key(0))
-    rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda a: a + jnp.asarray(0.2 * rng.standard_normal(a.shape), a.dtype), adapters_of(adapted))
+    adapters = moved(adapters_of(adapted))
     adapted = with_adapters(adapted, adapters)
     trustcore.save(model, tmp_path / "base")
     base = trustcore.load(tmp_path / "base")
@@ -82,15 +82,15 @@ def test_matrices_that_files_fuse_may_have_different_adapters(tmp_path):
     tokens = recorded("phi3")["tokens"]
     where = ["*.query.kernel", "*.key.kernel", "*.value.kernel"]
     adapted = add_adapters(model, rank=2, alpha=3, where=where, key=jax.random.key(0))
-    rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda a: a + jnp.asarray(0.2 * rng.standard_normal(a.shape), a.dtype), adapters_of(adapted))
+    adapters = moved(adapters_of(adapted))
     adapted = with_adapters(adapted, adapters)
     folder = save_adapters(adapted, tmp_path / "adapter", base="some/phi")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (6, 6, "some/phi")
     found = with_adapters(model, load_adapters(model, folder))
     np.testing.assert_allclose(logits(found, tokens), logits(adapted, tokens), atol=1e-5)
-    alone = with_adapters(without_adapters(adapted), {"blocks.0.attention.query.kernel": adapters["blocks.0.attention.query.kernel"]})
+    path = "blocks.0.attention.query.kernel"
+    alone = with_adapters(without_adapters(adapted), {path: adapters[path]})
     with pytest.raises(ModelError, match=r"qkv_proj is .*query.kernel and .* in one, and .*key.kernel has no adapter"):
         save_adapters(alone, tmp_path / "refused")
 

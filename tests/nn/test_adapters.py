@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 
 import trustcore
 from tests.models.small import random_decoder, some_tokens
+from tests.nn.adapters import moved
 from trustcore.errors import ModelError
 from trustcore.models import scan_layers
 from trustcore.nn import (
@@ -29,12 +30,6 @@ from trustcore.quant import QuantizedArray
 
 KEY = jax.random.key(0)
 KINDS = pytest.mark.parametrize("magnitude", (False, True), ids=("lora", "dora"))
-
-
-def moved(adapters, seed=1):
-    """The adapters with random numbers everywhere."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype), adapters)
 
 
 def by_definition(base, adapter):
@@ -62,7 +57,7 @@ def test_a_product_is_that_of_the_merged_matrix(packed, magnitude):
     np.testing.assert_allclose(linear(x, tree["kernel"]), np.asarray(x, np.float64) @ expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(tree["kernel"].dequantize(), expected, rtol=1e-4, atol=1e-5)
     if packed:
-        with pytest.raises(ModelError, match="kernel is packed: QuantizedArray.q8_0.*pass requantize=True"):
+        with pytest.raises(ModelError, match=r"kernel is packed: QuantizedArray.q8_0.*pass requantize=True"):
             merge_adapters(tree)
         merged = merge_adapters(tree, requantize=True)["kernel"]
         assert merged.format == "q8_0"
@@ -79,7 +74,8 @@ def test_gradients_reach_the_adapter_and_not_the_base(magnitude):
         base, x = (jnp.asarray(rng.standard_normal(shape)) for shape in ((6, 5), (3, 6)))
         tree = add_adapters({"w": base}, rank=2, magnitude=magnitude, key=KEY)
         tree = with_adapters(tree, moved(adapters_of(tree)))
-        norm = np.linalg.norm(np.asarray(base + tree["w"].adapter.scale * tree["w"].adapter.down @ tree["w"].adapter.up), axis=0)
+        there = tree["w"].adapter
+        norm = np.linalg.norm(np.asarray(base + there.scale * there.down @ there.up), axis=0)
 
         def total(adapters, x):
             return jnp.sum(jnp.sin(linear(x, with_adapters(tree, adapters)["w"])))
@@ -135,7 +131,8 @@ def test_a_decoder_trains_its_adapters_alone(magnitude):
 def test_layers_that_scan_with_adapters():
     model = random_decoder()
     adapted = add_adapters(model, rank=2, where=["*.query.kernel", "*.down.kernel"], key=KEY)
-    assert sorted(adapters_of(adapted)) == [f"blocks.{i}.{m}.kernel" for i in (0, 1) for m in ("attention.query", "mlp.down")]
+    names = [f"blocks.{i}.{name}.kernel" for i in (0, 1) for name in ("attention.query", "mlp.down")]
+    assert sorted(adapters_of(adapted)) == names
     adapted = with_adapters(adapted, moved(adapters_of(adapted)))
     scanned = scan_layers(adapted)
     assert scanned.blocks.repeats == (2,)
@@ -144,17 +141,17 @@ def test_layers_that_scan_with_adapters():
 
 def test_tables_and_sets_of_adapters():
     tree = {"table": jnp.asarray(np.random.default_rng(0).standard_normal((7, 4)), jnp.float32)}
-    first, second = (
-        moved(adapters_of(add_adapters(tree, rank=rank, where=["table"], key=KEY)), seed) for rank, seed in ((2, 3), (1, 4))
-    )
+    made = (add_adapters(tree, rank=rank, where=["table"], key=KEY) for rank in (2, 1))
+    first, second = (moved(adapters_of(each), seed) for seed, each in enumerate(made))
+    one, other = (each["table"].down @ each["table"].up for each in (first, second))
     layer = Embedding(7, 4)
     layer.table.set_value(with_adapters(tree, combine_adapters(first, second, weights=(1.0, -0.5)))["table"])
-    merged = np.asarray(tree["table"]) + first["table"].down @ first["table"].up - 0.5 * second["table"].down @ second["table"].up
+    merged = np.asarray(tree["table"] + one - 0.5 * other)
     np.testing.assert_allclose(layer(jnp.asarray([3, 6, 3])), merged[np.array([3, 6, 3])], atol=1e-5)
     x = jnp.ones((2, 4))
     np.testing.assert_allclose(layer.unembed(x), np.ones((2, 4)) @ merged.T, atol=1e-5)
     switched = with_adapters(with_adapters(tree, first), second)
-    np.testing.assert_allclose(switched["table"].dequantize(), tree["table"] + second["table"].down @ second["table"].up, atol=1e-6)
+    np.testing.assert_allclose(switched["table"].dequantize(), tree["table"] + other, atol=1e-6)
 
 
 def test_what_adapters_cannot_do():
@@ -169,7 +166,10 @@ def test_what_adapters_cannot_do():
         add_adapters(adapted, rank=2, key=KEY)
     with pytest.raises(ModelError, match="kernel is no matrix that is there"):
         add_adapters(Linear(4, 6), rank=2, where=["kernel"], key=KEY)
-    wrong = {"kernal": Adapter(jnp.zeros((4, 2)), jnp.zeros((2, 6))), "kernel": Adapter(jnp.zeros((4, 2)), jnp.zeros((2, 5)))}
+    wrong = {
+        "kernal": Adapter(jnp.zeros((4, 2)), jnp.zeros((2, 6))),
+        "kernel": Adapter(jnp.zeros((4, 2)), jnp.zeros((2, 5))),
+    }
     with pytest.raises(ModelError, match=r"kernal is not there \(nearest: kernel\); kernel is \[4, 6\], and up of its"):
         with_adapters(layer, wrong)
     with pytest.raises(ModelError, match="2 weights for 1 sets"):

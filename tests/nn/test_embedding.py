@@ -121,8 +121,7 @@ def test_no_array_of_all_rows_is_made():
     assert memory[0] < rows * width * 4 // 2
     assert memory[1] >= rows * width * 4
     made = re.findall(rf"= f32\[{rows},{width}\]\S* ([\w-]+)\(", compiled[0].as_text())
-    assert set(made) <= {"parameter", "scatter", "fusion", "while", "get-tuple-element", "dynamic-update-slice", "bitcast"}
-    assert "broadcast" not in made and "copy" not in made
+    assert "parameter" in made and not {"broadcast", "copy", "add", "multiply"} & set(made)
 
 
 def test_touched_rows_are_no_whole_table():
@@ -134,7 +133,7 @@ def test_touched_rows_are_no_whole_table():
     for refused in (
         lambda: layer.unembed(jnp.ones((1, D))),
         lambda: linear(jnp.ones((1, V)), seen[0]),
-        lambda: seen[0].dequantize(),
+        seen[0].dequantize,
     ):
         with pytest.raises(ModelError, match="a product with a table reads all of its rows, and these are some"):
             refused()
@@ -170,7 +169,7 @@ def test_other_named_initializers():
     assert np.std(cut) == pytest.approx(0.5, rel=0.01) and np.max(np.abs(cut)) <= 1.0 / 0.8796 + 1e-6
     assert np.std(np.asarray(initializer("normal")(key, (300, 300), jnp.float32))) == pytest.approx(0.02, rel=0.01)
     assert isinstance(Linear(3, 4, initializer="orthogonal").kernel.get_value(), jax.ShapeDtypeStruct)
-    with pytest.raises(ModelError, match="initializer is 'zeros'; choose from lecun_uniform"):
+    with pytest.raises(ModelError, match=r"initializer is 'zeros'; choose from lecun_uniform"):
         initializer("zeros")
-    with pytest.raises(ModelError, match="'orthogonal' has no such option: .*std"):
+    with pytest.raises(ModelError, match=r"'orthogonal' has no such option: .*std"):
         initializer("orthogonal", std=1)

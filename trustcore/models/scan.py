@@ -66,8 +66,8 @@ def _with_blocks(model: Any, caller: str, make: Any) -> Any:
 
     if not isinstance(model, Decoder | Bert | MambaModel | Vit):
         raise ModelError(
-            f"{caller}: a {type(model).__name__} has no list of blocks that follow each other; pass a Decoder, a Mamba, "
-            "a text encoder of BERT's shape or a vision transformer."
+            f"{caller}: a {type(model).__name__} has no list of blocks that follow each other; pass a Decoder, a "
+            "Mamba, a text encoder of BERT's shape or a vision transformer."
         )
     copy = jax.tree.map(lambda leaf: leaf, model)
     copy.blocks = make(model.blocks)

@@ -16,7 +16,9 @@ from trustcore.nn.adapters import (
     without_adapters,
 )
 from trustcore.nn.attention import Attention
+from trustcore.nn.batch_norm import BatchNorm, GroupNorm, SyncBatchNorm
 from trustcore.nn.cache import KVCache
+from trustcore.nn.conv import Conv1d, Conv2d, DepthwiseConv
 from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
@@ -32,14 +34,22 @@ from trustcore.nn.positions import RelativeBias
 from trustcore.nn.recurrent import Recurrent
 from trustcore.nn.row_gradients import RowGradients, row_value_and_grad, update_rows
 from trustcore.nn.separable import SeparableConv
+from trustcore.nn.stack import Stack, run_blocks
 
 __all__ = [
     "MLP",
+    "AdaptedWeight",
+    "Adapter",
     "Attention",
+    "BatchNorm",
+    "Conv1d",
+    "Conv2d",
+    "DepthwiseConv",
     "Embedding",
     "EncoderAttention",
     "Experts",
     "ExpertsConfig",
+    "GroupNorm",
     "KVCache",
     "LatentAttention",
     "LatentConfig",
@@ -50,6 +60,21 @@ __all__ = [
     "RMSNorm",
     "Recurrent",
     "RelativeBias",
+    "RowGradients",
     "SeparableConv",
     "SpatialDropout",
+    "Stack",
+    "SyncBatchNorm",
+    "adapter_filter",
+    "adapters_of",
+    "add_adapters",
+    "combine_adapters",
+    "expert_parallel",
+    "initializer",
+    "merge_adapters",
+    "row_value_and_grad",
+    "run_blocks",
+    "update_rows",
+    "with_adapters",
+    "without_adapters",
 ]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,11 +166,13 @@ class AdaptedWeight(Weight):
         y = y + linear(linear(x, a.down), a.up) * a.scale
         if a.magnitude is None:
             return y
-        factor = a.magnitude.astype(self.squares.dtype) / self._norm()
+        norm = self._norm()
+        factor = a.magnitude.astype(norm.dtype) / norm
         return y * jnp.broadcast_to(factor.astype(y.dtype), y.shape)
 
     def _norm(self) -> jax.Array:
         """|V| of each column, a constant."""
+        assert self.squares is not None
         wide = self.squares.dtype
         down, up = (jax.lax.stop_gradient(part.astype(wide)) for part in (self.adapter.down, self.adapter.up))
         crossed = jnp.sum(up * linear(down.T, _frozen(self.base)).astype(wide), axis=0)
@@ -346,7 +349,7 @@ def adapter_filter(path: tuple[Any, ...], leaf: Any) -> bool:
     `optax.masked(optimizer, jax.tree_util.tree_map_with_path(adapter_filter, model))`.
     """
     names = [getattr(key, "name", None) for key in path]
-    return any(pair[0] == "adapter" and pair[1] in ("down", "up", "magnitude") for pair in zip(names, names[1:]))  # noqa: RUF007
+    return any(a == "adapter" and b in ("down", "up", "magnitude") for a, b in itertools.pairwise(names))
 
 
 def _predicate(where: Where | None) -> Callable[[str, Any], bool]:
@@ -363,7 +366,7 @@ def _predicate(where: Where | None) -> Callable[[str, Any], bool]:
 
 
 def _misfit(leaf: Any, adapter: Adapter) -> str:
-    *lead, k, n = (leaf.shape if len(leaf.shape) > 1 else (0, 0))
+    *lead, k, n = leaf.shape if len(leaf.shape) > 1 else (0, 0)
     expected = ((*lead, k, adapter.rank), (*lead, adapter.rank, n), (*lead, n))
     given = [None if part is None else tuple(part.shape) for part in (adapter.down, adapter.up, adapter.magnitude)]
     for name, shape, wanted in zip(("down", "up", "magnitude"), given, expected, strict=True):

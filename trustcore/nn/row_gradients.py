@@ -57,7 +57,8 @@ class TouchedRows(Weight):
     @classmethod
     def tree_unflatten(cls, count: int, leaves: Sequence[Any]) -> TouchedRows:
         """The inverse of flattening."""
-        return cls(*leaves, count)
+        rows, values = leaves
+        return cls(rows, values, count)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

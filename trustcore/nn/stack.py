@@ -1,4 +1,4 @@
-"""Blocks of equal structure as one: their parameters stacked, and run by a scan, so that a program holds each kind once.
+"""Blocks of equal structure as one: their parameters stacked and run by a scan; a program then holds each kind once.
 
     blocks b0 b1 b2 b3 b4 b5 b6, of kinds A A B A A B A  ->  one group of period 3 (A A B), twice, and one block A
 
@@ -121,9 +121,7 @@ class Stack(nnx.Module):
         return jax.checkpoint(step, prevent_cse=False, policy=None if self.remat is True else self.remat)
 
 
-def run_blocks(
-    blocks: Any, call: Call, x: Any, states: Sequence[Any] | None = None
-) -> tuple[Any, tuple[Any, ...]]:
+def run_blocks(blocks: Any, call: Call, x: Any, states: Sequence[Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
     """Returns what the last block makes of x, and the blocks' states after it.
 
     Args:

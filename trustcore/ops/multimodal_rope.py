@@ -3,9 +3,9 @@
     pair i turns by position[axis of i] * frequency[i]
 
 *Sections* give the first s0 pairs of a head the time, the next s1 the row, the last s2 the column (Qwen2-VL: Wang et
-al., arXiv 2409.12191, section 2.1). *Interleaved* deals them out in turn, time, row, column, while rows and columns have
-pairs left, so that each gets fast and slow ones (Qwen3-VL). Tokens of text have one number for all three, and then both
-are plain rotary positions. `trustcore.ops.rope.rotate` turns queries and keys by these angles.
+al., arXiv 2409.12191, section 2.1). *Interleaved* deals them out in turn, time, row, column, while rows and columns
+have pairs left, so that each gets fast and slow ones (Qwen3-VL). Tokens of text have one number for all three, and then
+both are plain rotary positions. `trustcore.ops.rope.rotate` turns queries and keys by these angles.
 """
 
 from __future__ import annotations
