@@ -4,9 +4,9 @@
     python benchmarks/scan_layers.py --table JSON       makes docs/benchmarks.md from a result
 
 Weights are random; a batch of 1 row of 128 tokens; the gradient is of the mean square of the logits, with respect to
-all float32 weights, or to the scales of packed ones. Seconds to trace and to compile (no cache of programs), and of a
-call (median of five), forms in turn, one process. The result is written to benchmarks/results/scan_layers-DATE.json.
-Run it on a quiet machine. About ten minutes.
+all float32 weights, or to the scales of packed ones. Seconds are those of the processor, which other processes disturb
+less than the clock: to trace, to compile (no cache of programs), and of a call (median of five), forms in turn, one
+process. The result is written to benchmarks/results/scan_layers-DATE.json. About ten minutes.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
             for form in FORMS:
                 model = make[form](plain)
                 jax.clear_caches()
-                began = time.perf_counter()
+                began = time.process_time()
                 lowered = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(model, tokens)
-                traced = time.perf_counter()
+                traced = time.process_time()
                 program = lowered.compile()
-                compiled = time.perf_counter()
+                compiled = time.process_time()
                 seconds = []
                 for _ in range(calls + 1):  # the first one warms up
-                    start = time.perf_counter()
+                    start = time.process_time()
                     value = jax.block_until_ready(program(model, tokens))[0]
-                    seconds.append(time.perf_counter() - start)
+                    seconds.append(time.process_time() - start)
                 rows = found.setdefault(f"{kind}, {layers}", {})
                 row = rows.setdefault(form, {"trace": [], "compile": [], "call": []})
                 row["trace"].append(traced - began)

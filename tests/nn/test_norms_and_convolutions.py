@@ -91,7 +91,7 @@ def test_gradients_of_a_batch():
         graph, params, rest = nnx.split(BatchNorm(4, dtype=jnp.float64, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
         def total(params, rest, x):
-            return jnp.sum(nnx.merge(graph, params, rest)(x) * weight)
+            return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) * weight)
 
         run = jax.jit(total)
         check_grads(lambda params, x: run(params, rest, x), (params, x), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
