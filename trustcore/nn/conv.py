@@ -1,5 +1,4 @@
-"""Convolutions over sequences and images, full, grouped and of each channel by itself, channels last: Flax's module over
-our products.
+"""Convolutions of sequences and images, full, grouped and depthwise, channels last: Flax's module over our products.
 
     y[t, o] = bias[o] + sum over w, i of x[stride * t + dilation * w, i] * kernel[w, i, o]
 
