@@ -5,8 +5,8 @@
 
 Weights are random; a batch of 1 row of 128 tokens; the gradient is of the mean square of the logits, with respect to
 all float32 weights, or to the scales of packed ones. Seconds are those of the processor, which other processes disturb
-less than the clock: to trace, to compile (no cache of programs), and of a call (median of `--calls`), forms in turn, one
-process. The result is written to benchmarks/results/scan_layers-DATE.json. About ten minutes.
+less than the clock: to trace, to compile (no cache of programs), and of a call (median of `--calls`), forms in turn,
+one process. The result is written to benchmarks/results/scan_layers-DATE.json. About ten minutes.
 """
 
 from __future__ import annotations

@@ -147,6 +147,8 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ModelError, match=r"embedding.table has no place in these files"):
         save_adapters(with_adapters(model, table), tmp_path / "b")
     half = add_adapters(model, rank=1, where=["blocks.0.mlp.up.kernel"], key=jax.random.key(0))
+    with pytest.raises(ModelError, match=r"up.kernel is a AdaptedWeight, which has no place in a file: merge or dens"):
+        trustcore.save(half, tmp_path / "model")
     half = add_adapters(half, rank=1, where=["blocks.0.mlp.down.kernel"], magnitude=True, key=jax.random.key(0))
     with pytest.raises(ModelError, match="some adapters have a magnitude and some have none"):
         save_adapters(half, tmp_path / "c")

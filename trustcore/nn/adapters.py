@@ -218,7 +218,8 @@ def add_adapters(
         ModelError: rank is not positive, nothing is selected, or a leaf is no matrix or has an adapter already: all of
             them in one message.
 
-    `down` is drawn uniformly from +-1 / sqrt(K), `up` is zero, a magnitude the norm that is there.
+    `down` is drawn uniformly from +-1 / sqrt(K), `up` is zero, a magnitude the norm that is there. Pack matrices
+    before: `quantize` does not look beneath adapters.
     """
     if rank < 1:
         raise ModelError(f"add_adapters: rank is {rank}; it must be positive.")

@@ -54,7 +54,8 @@ class Embedding(nnx.Module):
         rows = table.take(tokens) if isinstance(table, Weight) else jnp.take(table, tokens, axis=0, mode="clip")
         if self.padding is None:
             return rows
-        return jnp.where((tokens == self.padding)[..., None], jax.lax.stop_gradient(rows), rows)
+        padded = jnp.clip(tokens, 0, table.shape[0] - 1) == self.padding
+        return jnp.where(padded[..., None], jax.lax.stop_gradient(rows), rows)
 
     def unembed(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Returns `x @ table.T`: the output layer of a model that ties it to its embedding."""
