@@ -113,7 +113,7 @@ def _units(model: Model, rules: list[Rule], writer: Writer) -> tuple[Units, list
             order = half_order(model.config, path)
             strange = next((v for v in values if isinstance(v, Weight) and not isinstance(v, QuantizedArray)), None)
             if strange is not None:
-                raise ModelError(f"is a {type(strange).__name__}, which has no place in a file")
+                raise ModelError(f"is a {type(strange).__name__}, which has no place in a file: merge or densify it")
             if all(isinstance(value, QuantizedArray) and value.format not in _PLAIN for value in values):
                 if rule.is_table and not isinstance(writer, OwnWriter):
                     units[rule.stored] = {rule.stored: _decoded(values[0])}

@@ -9,7 +9,18 @@ import pytest
 from flax import nnx
 from jax.test_util import check_vjp
 
-from trustcore.nn import MLP, Attention, Experts, ExpertsConfig, LatentAttention, LatentConfig, LayerNorm
+from trustcore.nn import (
+    MLP,
+    Attention,
+    Conv1d,
+    DepthwiseConv,
+    Experts,
+    ExpertsConfig,
+    GroupNorm,
+    LatentAttention,
+    LatentConfig,
+    LayerNorm,
+)
 from trustcore.ops.rope import RopeConfig, angles
 
 B, T, D = 2, 5, 8
@@ -43,6 +54,9 @@ LAYERS = {
     "experts by sigmoid in groups": experts(
         scoring="sigmoid", selection_bias=True, groups=3, active_groups=2, group_score="top2", scale=1.5
     ),
+    "group norm": lambda made: GroupNorm(D, 2, **made),
+    "grouped convolution": lambda made: Conv1d(D, 6, 3, groups=2, stride=2, **made),
+    "causal depthwise convolution": lambda made: DepthwiseConv(D, (3,), multiplier=2, padding="CAUSAL", **made),
     "experts with biases": experts(scoring="chosen", router_bias=True, bias=True, clip=(7.0, 1.702)),
 }
 

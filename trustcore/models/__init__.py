@@ -6,7 +6,9 @@ from trustcore.models.from_checkpoint import decoder_from_checkpoint, model_from
 from trustcore.models.importance import importance_by_path, importance_by_tensor
 from trustcore.models.links import decoder_links, decoder_stream, untie
 from trustcore.models.model import Model, TextEncoder
+from trustcore.models.peft import load_adapters, save_adapters
 from trustcore.models.random import random_model
+from trustcore.models.scan import scan_layers, unscan_layers
 from trustcore.models.sentence_vectors import embed
 
 __all__ = [
@@ -20,7 +22,11 @@ __all__ = [
     "embed",
     "importance_by_path",
     "importance_by_tensor",
+    "load_adapters",
     "model_from_checkpoint",
     "random_model",
+    "save_adapters",
+    "scan_layers",
+    "unscan_layers",
     "untie",
 ]

@@ -29,6 +29,7 @@ from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 
 
@@ -160,7 +161,7 @@ class Bert(TextEncoder):
         self.types = Embedding(config.token_types, width, **made) if config.token_types else None
         self.norm = LayerNorm(width, eps=config.norm_eps, **made)
         self.widen = Linear(width, config.features, bias=True, **made) if width != config.features else None
-        self.blocks = nnx.List([Block(config, **made) for _ in range(config.layers)])
+        self.blocks: nnx.List[Any] | Stack = nnx.List([Block(config, **made) for _ in range(config.layers)])
         self.pooler = Linear(config.features, config.features, bias=True, **made) if config.pooler else None
 
     def __call__(
@@ -184,9 +185,7 @@ class Bert(TextEncoder):
         x = self.norm(x.astype(self.dtype))
         x = x if self.widen is None else self.widen(x)
         visible = key_mask(mask)
-        for block in self.blocks:
-            x = run(block, x, visible)
-        return x
+        return run_blocks(self.blocks, lambda block, x, _: (run(block, x, visible), None), x)[0]
 
     def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """Returns `tanh(dense(hidden[:, 0]))`, what BERT's classifiers read.

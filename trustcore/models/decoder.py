@@ -6,7 +6,8 @@ Norms stand before the products, behind them or both; attention and feed-forward
 stream; positions turn queries and keys, are added, or lower scores; the feed-forward is plain, gated, or experts. The
 module is a pytree of its weights, so `model(tokens)` is a pure function of (weights, tokens, cache): jit, grad and vmap
 take it from the outside. The blocks are a list and not one stacked scan: packed weights are then read where they lie,
-and the trace of blocks of one kind is shared through one inner jit.
+and the trace of blocks of one kind is shared through one inner jit. `trustcore.models.scan_layers` stacks them, for
+programs that are long to compile.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from trustcore.nn.latent import LatentAttention
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm, RMSNorm
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.attention import LayerCache
 from trustcore.ops.rope import angles
 
@@ -132,7 +134,7 @@ class Decoder(Model):
         positions = config.learned_positions
         self.positions = Embedding(positions, config.features, **made) if positions else None
         self.embedding_norm = _norm(config, made) if config.embedding_norm else None
-        self.blocks = nnx.List([Block(config, i, **made) for i in range(config.layers)])
+        self.blocks: nnx.List[Any] | Stack = nnx.List([Block(config, i, **made) for i in range(config.layers)])
         self.norm = _norm(config, made) if config.last_norm else None
         self.output = None if config.tied else Linear(config.features, config.vocab_size, **made)
 
@@ -186,16 +188,17 @@ class Decoder(Model):
         positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
         context = length if cache is None else cache.slots
         turns = {rope: angles(positions, rope, context=context) for rope in self.config.ropes}
-        x = self._embed(tokens, positions)
-        layers = []
-        for i, block in enumerate(self.blocks):
+
+        def call(block: Any, x: jax.Array, layer: LayerCache | None) -> Any:
             turn = None if block.attention.rope is None else turns[block.attention.rope]
-            x, layer = _run_block(block, x, turn, positions, None if cache is None else cache.layers[i])
-            layers.append(layer)
+            return _run_block(block, x, turn, positions, layer)
+
+        x = self._embed(tokens, positions)
+        x, layers = run_blocks(self.blocks, call, x, None if cache is None else cache.layers)
         x = _through(self.norm, x)
         if cache is None:
             return x, None
-        return x, KVCache(tuple(layers), start + (length if lengths is None else lengths))
+        return x, KVCache(layers, start + (length if lengths is None else lengths))
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding(tokens).astype(self.dtype)
@@ -216,7 +219,8 @@ class Decoder(Model):
 
     def new_cache(self, batch: int, slots: int, *, dtype: Any = jnp.float32) -> KVCache:
         """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`."""
-        return empty_cache(self.config, batch, slots, dtype=dtype)
+        cache = empty_cache(self.config, batch, slots, dtype=dtype)
+        return cache._replace(layers=self.blocks.states(cache.layers)) if isinstance(self.blocks, Stack) else cache
 
     def __repr__(self) -> str:
         c = self.config

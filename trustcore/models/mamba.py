@@ -27,6 +27,7 @@ from trustcore.nn.embedding import Embedding
 from trustcore.nn.linear import Linear
 from trustcore.nn.mamba import Mamba, Mamba2, MambaState
 from trustcore.nn.norm import RMSNorm
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 
 States = tuple[MambaState, ...]
@@ -168,7 +169,7 @@ class MambaModel(Model):
         super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}
         self.words = Embedding(config.vocab_size, config.features, **made)
-        self.blocks = nnx.List([Block(config, **made) for _ in range(config.layers)])
+        self.blocks: nnx.List[Any] | Stack = nnx.List([Block(config, **made) for _ in range(config.layers)])
         self.norm = RMSNorm(config.features, eps=config.norm_eps, **made)
         self.output = None if config.tied else Linear(config.features, config.vocab_size, **made)
 
@@ -186,13 +187,10 @@ class MambaModel(Model):
         """
         x = self.words(tokens).astype(self.dtype)
         counts = None if mask is None else jnp.asarray(mask).astype(bool).astype(self.dtype)[..., None]
-        after = []
-        for i, block in enumerate(self.blocks):
-            x, state = run(block, x, None if states is None else states[i], counts)
-            after.append(state)
+        x, after = run_blocks(self.blocks, lambda block, x, state: run(block, x, state, counts), x, states)
         x = self.norm(x)
         logits = self.words.unembed(x) if self.output is None else self.output(x)
-        return logits.astype(jnp.float32), tuple(after)
+        return logits.astype(jnp.float32), after
 
     def example(self) -> tuple[Any, ...]:
         """See `Model.example`."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trustcore.nn.stack import Stack
 from trustcore.quant.quantize import path_name
 
 
@@ -62,7 +63,15 @@ class Model(nnx.Module):
 
 
 def parameters_of(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
-    """Returns the parameters of a model, statistics of norms among them, by their paths, names joined by dots."""
+    """Returns the parameters of a model, statistics of norms among them, by their paths, names joined by dots.
+
+    Of layers that are stacked, copies of each.
+    """
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, Stack):
+        listed: Any = jax.tree.map(lambda leaf: leaf, model)
+        listed.blocks = nnx.List(list(blocks))
+        model = listed
     flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
     return {path_name(path): parameter for path, parameter in flat}
 

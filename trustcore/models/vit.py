@@ -33,6 +33,7 @@ from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 
 _CLIP = ("clip_vision_model", "siglip_vision_model")
@@ -240,7 +241,7 @@ class Vit(Model):
             **made,
         }
         shape = (features, config.heads, config.hidden)
-        self.blocks = nnx.List([Block(*shape, **options) for _ in range(config.layers)])
+        self.blocks: nnx.List[Any] | Stack = nnx.List([Block(*shape, **options) for _ in range(config.layers)])
         self.norm = LayerNorm(features, eps=eps, **made)
         self.pooler = Linear(features, features, bias=True, **made) if config.pooler == "dense" else None
         self.attention_pool = AttentionPool(config, **made) if config.pooler == "attention" else None
@@ -273,8 +274,7 @@ class Vit(Model):
         x = jnp.concatenate([*heads, x], axis=1) + self._places(height, width).astype(self.dtype)
         x = jnp.concatenate([x[:, : len(heads)], *self._tokens(self.registers, x), x[:, len(heads) :]], axis=1)
         x = x if self.early_norm is None else self.early_norm(x)
-        for block in self.blocks:
-            x = run(block, x)
+        x, _ = run_blocks(self.blocks, lambda block, x, _: (run(block, x), None), x)
         return x if config.family == _CLIP[0] else self.norm(x)
 
     def example(self) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ class KVCache(NamedTuple):
     """A pytree: pass it donated (`jax.jit(..., donate_argnames="cache")`) and it is extended in place.
 
     Attributes:
-        layers: of the model, first to last.
+        layers: of the model, first to last; of a scanned model as `trustcore.nn.stack` says, stacked by kind of layer.
         length: int32 `[B]`, tokens each row holds.
     """
 
@@ -49,7 +49,7 @@ class KVCache(NamedTuple):
     @property
     def slots(self) -> int:
         """S, tokens a row can hold."""
-        return self.layers[0].keys.shape[3]
+        return self.layers[0].keys.shape[-1]
 
     @property
     def nbytes(self) -> int:

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from trustcore.dtypes import accumulation_dtype
 from trustcore.errors import ModelError
 from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.parameter import parameter
 from trustcore.ops.activate import clipped_swiglu, gated
 from trustcore.ops.experts import Scoring, by_expert, grouped_linear, route
+from trustcore.ops.router_losses import attach_loss, balance, router_z_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,9 @@ class ExpertsConfig:
         shared: F of the expert that every token goes through; 0: there is none.
         shared_gate: whether the shared expert's output is multiplied by a sigmoid of the token's own.
         clip: limit and alpha of `clipped_swiglu`, in place of the activation; None: the activation.
+        balance_loss, z_loss: what multiplies this layer's `trustcore.ops.router_losses.balance` and `router_z_loss` of
+            all rows of a call; their gradients are added to those of whatever is differentiated (`attach_loss`). 0 for
+            inference, and where the losses are to be computed by hand (with a mask, say).
     """
 
     count: int
@@ -56,6 +61,8 @@ class ExpertsConfig:
     shared: int = 0
     shared_gate: bool = False
     clip: tuple[float, float] | None = None
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.active <= self.count:
@@ -137,6 +144,9 @@ class Experts(nnx.Module):
         activation: of the experts, a name in `trustcore.ops.activate.ACTIVATIONS`.
         dtype: of the parameters.
         rngs: None leaves them abstract.
+
+    Attributes:
+        placement: None; or how the experts lie on a mesh, see `trustcore.nn.expert_parallel`.
     """
 
     def __init__(
@@ -151,6 +161,7 @@ class Experts(nnx.Module):
         made = {"dtype": dtype, "rngs": rngs}
         c = config
         self.config = config
+        self.placement: Any = None
         self.router = Linear(features, c.count, bias=c.router_bias, **made)
         zeros = jax.nn.initializers.zeros
         self.selection_bias = parameter(zeros, (c.count,), jnp.float32, rngs) if c.selection_bias else None
@@ -163,8 +174,9 @@ class Experts(nnx.Module):
         """Returns the layer's output, in the dtype of x."""
         c = self.config
         rows = x.reshape(-1, x.shape[-1])
+        logits = self.router(rows)
         chosen, shares = route(
-            self.router(rows),
+            logits,
             active=c.active,
             scoring=c.scoring,
             normalize=c.normalize,
@@ -174,13 +186,31 @@ class Experts(nnx.Module):
             active_groups=c.active_groups,
             group_score=c.group_score,
         )
-        order, sizes = by_expert(chosen, c.count)
-        out = self.experts(jnp.take(rows, order // c.active, axis=0), jnp.take(chosen.reshape(-1), order), sizes)
-        out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*chosen.shape, -1)  # [R, k, D]
-        y = jnp.sum(out * shares[..., None].astype(out.dtype), axis=1)
+        if self.placement is None:
+            y = self._mixture(rows, chosen, shares)
+        else:
+            y = self.placement.mixture(self.experts, rows, chosen, shares)
+        if c.balance_loss or c.z_loss:
+            y = attach_loss(y, self._losses(logits, chosen))
         if self.shared is not None:
             shared = self.shared(rows)
             if self.shared_gate is not None:
                 shared = shared * jax.nn.sigmoid(self.shared_gate(rows))
             y = y + shared
         return y.reshape(x.shape)
+
+    def _mixture(self, rows: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
+        active = self.config.active
+        order, sizes = by_expert(chosen, self.config.count)
+        out = self.experts(jnp.take(rows, order // active, axis=0), jnp.take(chosen.reshape(-1), order), sizes)
+        out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*chosen.shape, -1)  # [R, k, D]
+        return jnp.sum(out * shares[..., None].astype(out.dtype), axis=1)
+
+    def _losses(self, logits: jax.Array, chosen: jax.Array) -> jax.Array:
+        wide = logits.astype(accumulation_dtype(logits.dtype))
+        if self.config.scoring == "sigmoid":
+            scores = jax.nn.sigmoid(wide)
+            scores = scores / jnp.sum(scores, axis=-1, keepdims=True)  # DeepSeek-V3, arXiv 2412.19437, eq. 19
+        else:
+            scores = jax.nn.softmax(wide, axis=-1)
+        return self.config.balance_loss * balance(scores, chosen) + self.config.z_loss * router_z_loss(wide)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from trustcore.nn.initializers import initializer as named_initializer
 from trustcore.nn.parameter import parameter
 from trustcore.ops.linear import linear, linear_many
 
@@ -21,7 +22,8 @@ class Linear(nnx.Module):
         out_features: N.
         bias: whether there is one.
         dtype: of the parameters.
-        initializer: of the kernel, `[K, N]`; LeCun's normal by default. The bias starts at zero.
+        initializer: of the kernel, `[K, N]`: a name in `trustcore.nn.initializers`, such as "kaiming_normal", or a
+            function of (key, shape, dtype); LeCun's normal, cut, by default. The bias starts at zero.
         rngs: None leaves the parameters abstract.
     """
 
@@ -35,6 +37,8 @@ class Linear(nnx.Module):
         initializer: Any = None,
         rngs: nnx.Rngs | None = None,
     ):
+        if isinstance(initializer, str):
+            initializer = named_initializer(initializer)
         initializer = initializer or jax.nn.initializers.lecun_normal()
         self.kernel = parameter(initializer, (in_features, out_features), dtype, rngs)
         self.bias = parameter(jax.nn.initializers.zeros, (out_features,), dtype, rngs) if bias else None

@@ -1,0 +1,74 @@
+"""`scan_layers`: a model whose layers are run by a scan, so that compiling takes the same time at any depth.
+
+    model = scan_layers(model, remat=True)      the same function of the same numbers
+    save(unscan_layers(model), ...)             lists of layers again; `save` does it by itself
+
+Weights are stacked by kind of layer: float and packed alike, and layers that alternate (windows, experts, formats) in
+groups of a period; see `trustcore.nn.stack`. What a scan costs: each layer's weights are copied out of the stack when
+its turn comes, which products of one token notice (generation) and those of many do not (training). Quantize first and
+stack then: `quantize` packs matrices, and leaves stacks of them alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from trustcore.errors import ModelError
+from trustcore.models.decoder import Decoder
+from trustcore.nn.stack import Remat, Stack
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def scan_layers(model: M, *, remat: Remat = False, unroll: int = 1) -> M:
+    """Returns the model with its blocks stacked, to be run by `jax.lax.scan`; the one given stays as it is.
+
+    Args:
+        model: a decoder, a Mamba, a text encoder of BERT's shape or a vision transformer; arrays or shapes.
+        remat: whether activations within a repeat are computed again in the backward pass in place of being kept; or a
+            policy of `jax.checkpoint_policies`.
+        unroll: repeats that one step of the loop runs: a larger program that may run faster.
+
+    Raises:
+        ModelError: the model does not run its blocks one after the other, or unroll is not positive.
+
+    Gradients come in the same form as the stacked model. `model.new_cache` makes a cache of that form; one of another
+    form is stacked in each call. The stack is a copy: drop the given model to have its memory back.
+
+    Example:
+        >>> from trustcore.models import random_model, scan_layers
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> model = scan_layers(random_model({"model_type": "llama", "num_hidden_layers": 24, **sizes}))
+        >>> model.blocks.repeats
+        (24,)
+    """
+    if unroll < 1:
+        raise ModelError(f"scan_layers: a step of {unroll} repeats; unroll must be positive.")
+    return _with_blocks(model, "scan_layers", lambda blocks: Stack(list(blocks), remat=remat, unroll=unroll))
+
+
+def unscan_layers(model: M) -> M:
+    """Returns the model with a list of blocks, as it is loaded and saved; the inverse of `scan_layers`.
+
+    Raises:
+        ModelError: the model does not run its blocks one after the other.
+    """
+    return _with_blocks(model, "unscan_layers", lambda blocks: nnx.List(list(blocks)))
+
+
+def _with_blocks(model: Any, caller: str, make: Any) -> Any:
+    from trustcore.models.bert import Bert  # families are imported when they are used
+    from trustcore.models.mamba import MambaModel
+    from trustcore.models.vit import Vit
+
+    if not isinstance(model, Decoder | Bert | MambaModel | Vit):
+        raise ModelError(
+            f"{caller}: a {type(model).__name__} has no list of blocks that follow each other; pass a Decoder, a "
+            "Mamba, a text encoder of BERT's shape or a vision transformer."
+        )
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    copy.blocks = make(model.blocks)
+    return copy
