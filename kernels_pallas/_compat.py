@@ -30,6 +30,10 @@ def triton() -> Any:
     return module
 
 
+# Pallas-Triton asks which chip it compiles for from this release on.
+TRITON_NEEDS_A_CHIP: bool = JAX_VERSION >= (0, 11)
+
+
 def varying(arrays: Sequence[Any]) -> frozenset[Any]:
     """Returns the axes of a `shard_map` over which any of the arrays varies; none outside of one."""
     kinds = (getattr(jax.typeof(x), "manual_axis_type", None) for x in arrays)
@@ -79,7 +83,9 @@ def device_kind(platform: str) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
     if abstract is not None:
-        return _CAPABILITIES.get(abstract.device_kind, abstract.device_kind)
+        kind = _CAPABILITIES.get(abstract.device_kind, abstract.device_kind)
+        family = "rocm" if kind.startswith("gfx") else "cuda" if abstract.platform == "gpu" else abstract.platform
+        return kind if family == platform else None
     if jax.default_backend() == {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform) != "cpu":
         device = jax.devices()[0]
         return str(getattr(device, "compute_capability", device.device_kind))

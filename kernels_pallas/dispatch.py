@@ -24,6 +24,7 @@ from jax.interpreters import batching
 from kernels_pallas import _compat
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+ANY_CHIP = "any chip"
 
 
 class ImplementationError(ValueError):
@@ -128,7 +129,7 @@ class Op:
         if home is None:
             able = ", ".join(i.name for i in self.implementations if i.home)
             raise ImplementationError(f"{self.name}: interpret=True needs one of {able}, and {name!r} was given.")
-        return Target(home)
+        return Target(home, ANY_CHIP)
 
     def choose(self, target: Target, call: Any, name: str | None = None) -> Implementation:
         """Returns the implementation of that name, or for None the first that can compute the call.

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
-from kernels_pallas.attention import xla
+from kernels_pallas.attention import triton, xla
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
-from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
 
 _BY_BATCH = ("query", "key", "value", "query_positions", "key_positions", "query_segments", "key_segments")
 _ROWS = ("lse", "delta", "cotangent")
@@ -99,7 +99,7 @@ def attention(
         if interpret:
             ATTENTION.choose(ATTENTION.interpreted(implementation), call, implementation)
         elif named.home is not None:  # a reason that holds wherever it is lowered is told at once
-            ATTENTION.choose(Target(named.home), call, implementation)
+            ATTENTION.choose(Target(named.home, ANY_CHIP), call, implementation)
     elif interpret:
         ATTENTION.interpreted(None)
     fields = call.ops._asdict()
@@ -281,7 +281,10 @@ def _xla_backward(target: Target, call: Call, interpret: bool) -> Any:
 
 
 _XLA = Implementation("xla", lambda target, call: "", {"forward": _xla_forward, "backward": _xla_backward})
-ATTENTION = Op("attention", (_XLA,))
+_TRITON = Implementation(
+    "triton", triton.refusal, {"forward": triton.forward, "backward": triton.backward}, home="cuda"
+)
+ATTENTION = Op("attention", (_TRITON, _XLA))
 _forward = primitive(ATTENTION, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(ATTENTION, "backward", _call, _backward_shapes, _folded)
 
