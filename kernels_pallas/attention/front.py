@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
-from kernels_pallas.attention import triton, xla
+from kernels_pallas.attention import tpu, triton, xla
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
 from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
@@ -284,7 +284,10 @@ _XLA = Implementation("xla", lambda target, call: "", {"forward": _xla_forward, 
 _TRITON = Implementation(
     "triton", triton.refusal, {"forward": triton.forward, "backward": triton.backward}, home="cuda"
 )
-ATTENTION = Op("attention", (_TRITON, _XLA))
+_MOSAIC_TPU = Implementation(
+    "mosaic_tpu", tpu.refusal, {"forward": tpu.forward, "backward": tpu.backward}, home="tpu"
+)
+ATTENTION = Op("attention", (_TRITON, _MOSAIC_TPU, _XLA))
 _forward = primitive(ATTENTION, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(ATTENTION, "backward", _call, _backward_shapes, _folded)
 
