@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         shapes = {n: x for n, x in self.ops._asdict().items() if x is not None}
-        return "(" + ", ".join(f"{n} {x.dtype}{list(x.shape)}" for n, x in shapes.items()) + ")"
+        return "(" + ", ".join(f"{n} {x.dtype}[{','.join(map(str, x.shape))}]" for n, x in shapes.items()) + ")"
 
 
 def attention(
