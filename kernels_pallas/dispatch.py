@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
-from jax.interpreters import batching
+from jax.interpreters import ad, batching
 
 from kernels_pallas import _compat
 
@@ -199,5 +199,13 @@ def primitive(
     made.def_abstract_eval(abstract)
     for platform in (*PLATFORMS, None):
         _compat.register_lowering(made, run, platform)
+
+    def derivative(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            f"{made.name} has no derivative of its own: kernels are differentiated once, in reverse. For more, write "
+            f"the op's oracle, plain jax: {op.name}_oracle."
+        )
+
+    ad.primitive_jvps[made] = derivative
     batching.primitive_batchers[made] = functools.partial(fold, made)
     return made

@@ -149,7 +149,7 @@ class _Made:
         moving = jnp.minimum(jnp.maximum(ids[-1], begin), jnp.maximum(end - 1, 0))
         if self.of_keys:
             return ids[0], ids[1] * self.groups + ids[3], ids[1], moving, fixed
-        return ids[0], ids[1], ids[1] // self.groups, fixed, moving
+        return ids[0], ids[1], jax.lax.div(ids[1], jnp.int32(self.groups)), fixed, moving
 
     def spec(self, kind: str, shape: tuple[int, ...]) -> pl.BlockSpec:
         block_q, block_k = self.blocks.queries, self.blocks.keys
