@@ -411,7 +411,7 @@ def _backward_head(
         tile = _tile(spec, ops, shared, head, number, product, t, s)
         weights = jnp.exp(tile.scores - rows_of(lse, t)[..., None])
         dropped = weights if tile.keep is None else weights * tile.keep
-        dv = dv + dot("qs,qh->sh", dropped.reshape(rows, -1).astype(do.dtype), do)
+        dv = dv + dot("qh,qs->hs", do, dropped.reshape(rows, -1).astype(do.dtype))
         dw = dot("qh,sh->qs", do, v).reshape(weights.shape)
         dw = dw if tile.keep is None else dw * tile.keep
         ds = weights * (dw - rows_of(delta, t)[..., None])
@@ -423,7 +423,7 @@ def _backward_head(
         if bias is not None:
             bias = _added_block(bias, ds, (number // kv_heads, number % kv_heads), t, s)
         ds = uncapped(spec, tile.bent, ds).reshape(rows, -1).astype(q.dtype)
-        dk = dk + dot("qs,qh->sh", ds, q)
+        dk = dk + dot("qh,qs->hs", q, ds)
         return dot("qs,sh->qh", ds, k), (dk, dv, more, bias)
 
     more: dict[str, jax.Array] = {}
@@ -433,12 +433,14 @@ def _backward_head(
         assert head.relative is not None
         more["relative"] = jnp.zeros(head.relative.shape, wide)
 
+    # dk and dv are summed as [H, keys]: XLA's CPU product turns its smaller factor around, not the tile (128 and 318
+    # microseconds for 256 queries, 512 keys, H=64).
     def empty() -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros((plan.block_k, size), wide), jnp.zeros((plan.block_k, value_size), wide)
+        return jnp.zeros((size, plan.block_k), wide), jnp.zeros((value_size, plan.block_k), wide)
 
     if plan.block_q is queries and plan.block_k is keys:
         dq, (dk, dv, more, bias) = tile_gradients(0, 0, head.key, head.value, (*empty(), more, bias))
-        return (dq.reshape(groups, queries, size) * spec.scale, dk * spec.scale, dv, more), bias
+        return (dq.reshape(groups, queries, size) * spec.scale, dk.T * spec.scale, dv.T, more), bias
 
     blocks_q, blocks_k = queries // plan.block_q, keys // plan.block_k
     number_b = number // kv_heads
@@ -457,7 +459,7 @@ def _backward_head(
             return jax.lax.dynamic_update_index_in_dim(dq, part, i, 0), *rest
 
         dq, dk, dv, more, bias = jax.lax.fori_loop(begin, end, step, (dq, *empty(), more, bias))
-        return (dq, more, bias), (dk * spec.scale, dv)
+        return (dq, more, bias), (dk.T * spec.scale, dv.T)
 
     dq = jnp.zeros((blocks_q, rows, size), wide)
     numbers = jax.lax.broadcasted_iota(jnp.int32, (blocks_k,), 0)
