@@ -83,6 +83,8 @@ def measure(args: argparse.Namespace) -> None:
                 jax.block_until_ready(program(*operands))
                 row["seconds"][name].append(time.perf_counter() - begin)
         rows.append(row)
+        if path:
+            path.write_text(json.dumps(result))
         print({n: f"{statistics.median(t) * 1e3:.2f} ms" for n, t in row["seconds"].items()}, row["bytes"], flush=True)
         print({k: row[k] for k in ("shape", "length", "causal", "direction")}, flush=True)
     write_result(result, args.out, "attention")

@@ -1,10 +1,10 @@
 """Every difference between the jax releases that the kernels support (0.10.2 to 0.12), in one place.
 
-    Pallas-Triton    importing it warns from 0.11 on, where it is deprecated
-    compiler         `pallas_call` without parameters means Mosaic-GPU for cuda in 0.10.2 and Triton later: kernels here
-                     always name theirs
-    shard_map        a primitive's outputs must say over which axes of the mesh they vary
-    devices          an abstract device stands in for one that is not here
+Pallas-Triton    importing it warns from 0.11 on, where it is deprecated
+compiler         `pallas_call` without parameters means Mosaic-GPU for cuda in 0.10.2 and Triton later: kernels here
+                 always name theirs
+shard_map        a primitive's outputs must say over which axes of the mesh they vary
+devices          an abstract device stands in for one that is not here
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend import core
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType
@@ -83,7 +84,7 @@ def device_kind(platform: str) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
     if abstract is not None:
-        kind = _CAPABILITIES.get(abstract.device_kind, abstract.device_kind)
+        kind = str(_CAPABILITIES.get(abstract.device_kind, abstract.device_kind))
         family = "rocm" if kind.startswith("gfx") else "cuda" if abstract.platform == "gpu" else abstract.platform
         return kind if family == platform else None
     if jax.default_backend() == {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform) != "cpu":

@@ -117,7 +117,9 @@ class Op:
             if implementation.name == name:
                 return implementation
         known = ", ".join(i.name for i in self.implementations)
-        raise ImplementationError(f"{self.name}: implementation {name!r} is not known; choose of {known}, or pass None.")
+        raise ImplementationError(
+            f"{self.name}: implementation {name!r} is not known; choose of {known}, or pass None."
+        )
 
     def interpreted(self, name: str | None) -> Target:
         """Returns the target that the interpreter of the named implementation stands in for.

@@ -7,7 +7,7 @@ where they are asked for alone. The choice among implementations is `dispatch.py
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def attention(
     alike = dict(zip(names, _compat.vary_alike([fields[n] for n in names]), strict=True))
     smooth = {n: x for n, x in alike.items() if n in _SMOOTH}
     fixed = {n: x for n, x in alike.items() if n not in _SMOOTH}
-    out, lse = _attend((call.spec, implementation, interpret), smooth, fixed)
+    out, lse = cast(tuple[Any, Any], _attend((call.spec, implementation, interpret), smooth, fixed))
     return (out, lse) if return_lse else out
 
 
@@ -148,7 +148,8 @@ def _checked(
         raise ValueError(f"attention: {shapes}, key {list(key.shape)} and value {list(value.shape)} must have 4 axes.")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[2] % key.shape[2]:
         raise ValueError(
-            f"attention: {shapes} does not fit key [B, S, K, H] {list(key.shape)}: B and H must agree and K must divide N."
+            f"attention: {shapes} does not fit key [B, S, K, H] {list(key.shape)}: B and H must agree and K must divide "
+            "N."
         )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
@@ -175,7 +176,9 @@ def _checked(
     ):
         x = getattr(ops, name)
         if x is not None and tuple(x.shape) != expected:
-            raise ValueError(f"attention: {name} has the shape {list(x.shape)} and must have {list(expected)} ({shapes}).")
+            raise ValueError(
+                f"attention: {name} has the shape {list(x.shape)} and must have {list(expected)} ({shapes})."
+            )
     for name in ("mask", "bias"):
         x = getattr(ops, name)
         if x is None:
@@ -221,7 +224,7 @@ def _forward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
 def _backward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
     batch, _, heads, _ = call.ops.query.shape
     wide = jnp.float64 if call.ops.query.dtype == jnp.float64 else jnp.float32
-    shapes = {"slopes": (batch, heads)}
+    shapes: dict[str, tuple[Any, ...]] = {"slopes": (batch, heads)}
     if call.ops.relative is not None:
         shapes["relative"] = (batch, *call.ops.relative.shape)
     if call.ops.bias is not None:
@@ -284,9 +287,7 @@ _XLA = Implementation("xla", lambda target, call: "", {"forward": _xla_forward, 
 _TRITON = Implementation(
     "triton", triton.refusal, {"forward": triton.forward, "backward": triton.backward}, home="cuda"
 )
-_MOSAIC_TPU = Implementation(
-    "mosaic_tpu", tpu.refusal, {"forward": tpu.forward, "backward": tpu.backward}, home="tpu"
-)
+_MOSAIC_TPU = Implementation("mosaic_tpu", tpu.refusal, {"forward": tpu.forward, "backward": tpu.backward}, home="tpu")
 ATTENTION = Op("attention", (_TRITON, _MOSAIC_TPU, _XLA))
 _forward = primitive(ATTENTION, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(ATTENTION, "backward", _call, _backward_shapes, _folded)
@@ -311,7 +312,7 @@ def _attend(static: Any, smooth: dict[str, jax.Array], fixed: dict[str, jax.Arra
 def _attend_forward(static: Any, smooth: Any, fixed: Any) -> Any:
     wanted = _Wanted(n for n in ("slopes", "relative", "bias") if n in smooth and smooth[n].perturbed)
     smooth, fixed = ({n: x.value for n, x in part.items()} for part in (smooth, fixed))
-    out, lse = _attend(static, smooth, fixed)
+    out, lse = cast(tuple[Any, Any], _attend(static, smooth, fixed))
     return (out, lse), (smooth, fixed, out, lse, wanted)
 
 

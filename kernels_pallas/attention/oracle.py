@@ -117,9 +117,7 @@ def dropout_weights(
 ) -> jax.Array:
     """Returns what each weight is multiplied by, float32 `[B, N, T, S]`: 0 or `1 / (1 - dropout)`."""
     iota = jax.lax.broadcasted_iota
-    row = row_numbers(
-        iota(jnp.int32, (batch * heads, 1, 1), 0), length, iota(jnp.int32, (1, length, 1), 1)
-    )
+    row = row_numbers(iota(jnp.int32, (batch * heads, 1, 1), 0), length, iota(jnp.int32, (1, length, 1), 1))
     column = iota(jnp.uint32, (1, 1, span), 2)
     keep = kept(Spec(1.0, dropout=dropout), dropout_seed(dropout_key), row, column)
     return keep.reshape(batch, heads, length, span)
@@ -132,9 +130,7 @@ def dropout_seed(key: jax.Array | None) -> jax.Array:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def window_bounds(
-    causal: bool, window: int | tuple[int | None, int | None] | None
-) -> tuple[int | None, int | None]:
+def window_bounds(causal: bool, window: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
     """Returns how far a query sees back and ahead, itself not included; None is as far as there are keys."""
     left, right = window if isinstance(window, tuple) else (window, window)
     if window is not None and not isinstance(window, tuple):

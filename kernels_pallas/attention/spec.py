@@ -8,7 +8,7 @@ tile are plain elementwise jax, so they run inside Pallas kernels as they are.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,12 @@ def uncapped(spec: Spec, scores: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def added(
-    scores: jax.Array, distance: jax.Array, *, slope: jax.Array | None, bias: jax.Array | None, relative: jax.Array | None
+    scores: jax.Array,
+    distance: jax.Array,
+    *,
+    slope: jax.Array | None,
+    bias: jax.Array | None,
+    relative: jax.Array | None,
 ) -> jax.Array:
     """Returns scores with what a call adds to them; `distance` is key position - query position."""
     if slope is not None:
@@ -90,7 +95,7 @@ def seen(
     return visible if mask is None else visible & mask
 
 
-def kept(spec: Spec, seed: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+def kept(spec: Spec, seed: Any, row: jax.Array, column: jax.Array) -> jax.Array:
     """Returns `1 / (1 - dropout)` where a weight is kept and 0 where it is dropped, float32.
 
     A weight's fate is a hash of the two words of the seed, its row (of all batches, heads and queries) and its key: any

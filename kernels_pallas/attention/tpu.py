@@ -140,9 +140,9 @@ class _Made:
         pairs = visible_blocks(call.spec, here, there, segments(ops, queries, keys), blocks.queries, blocks.keys)
         self.runs = runs(pairs.swapaxes(1, 2) if of_keys else pairs)  # int32 [B or 1, blocks]
 
-    def at(self, *ids: Any) -> tuple[Any, Any, Any, Any, Any]:
+    def at(self, *given: Any) -> tuple[Any, Any, Any, Any, Any]:
         """Batch, query head, key head, query block and key block of a grid's step; blocks that are seen alone."""
-        *ids, begins, ends = ids
+        *ids, begins, ends = given
         fixed = ids[2]
         b = 0 if begins.shape[0] == 1 else ids[0]
         begin, end = begins[b, fixed], ends[b, fixed]
@@ -227,7 +227,7 @@ class _Made:
             inputs = dict(zip(self.names, refs[: len(self.names)], strict=True))
             kernel(_Step(self, inputs, begins, ends), *refs[len(self.names) :])
 
-        turns = ["parallel"] * 3 + ["arbitrary"] * (len(grid) - 3)
+        turns: list[Any] = ["parallel"] * 3 + ["arbitrary"] * (len(grid) - 3)
         return pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -354,8 +354,8 @@ def _forward_kernel(step: _Step, out_ref: Any, lse_ref: Any, out: Any, top: Any,
         lse_ref[...] = jnp.where(some, top[...] + jnp.log(sums), -jnp.inf)
 
 
-def _dq_kernel(step: _Step, dq_ref: Any, *refs: Any) -> None:
-    refs = list(refs)
+def _dq_kernel(step: _Step, dq_ref: Any, *others: Any) -> None:
+    refs = list(others)
     slopes_ref = refs.pop(0) if "slopes" in step.made.call.wanted else None
     bias_ref = refs.pop(0) if "bias" in step.made.call.wanted else None
     dq, slopes = refs.pop(0), refs.pop(0) if refs else None
@@ -385,7 +385,7 @@ def _dq_kernel(step: _Step, dq_ref: Any, *refs: Any) -> None:
     def _end() -> None:
         dq_ref[...] = (dq[...] * step.spec.scale).astype(dq_ref.dtype)
         if slopes is not None:
-            slopes_ref[...] = slopes[...]
+            slopes_ref[...] = slopes[...]  # pyright: ignore[reportOptionalSubscript]
 
 
 def _dkv_kernel(step: _Step, dk_ref: Any, dv_ref: Any, dk: Any, dv: Any) -> None:

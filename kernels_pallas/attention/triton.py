@@ -105,8 +105,8 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
     blocks = blocks or blocks_of(call, "backward")
     ops = call.ops
-    batch, length, heads, size = ops.query.shape
-    span, kv_heads = ops.key.shape[1:3]
+    batch, length, heads, _ = ops.query.shape
+    span = ops.key.shape[1]
     lse = jnp.where(jnp.isneginf(call.lse), jnp.float32(NO_KEY), call.lse)
     call = call._replace(lse=lse)
 
@@ -178,9 +178,7 @@ class _Operands:
         if ops.mask is not None:
             zero = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
             shape = ops.mask.shape if bias is None else jnp.broadcast_shapes(ops.mask.shape, bias.shape)
-            bias = jnp.where(
-                jnp.broadcast_to(ops.mask, shape), jnp.broadcast_to(zero, shape), jnp.float32(-jnp.inf)
-            )
+            bias = jnp.where(jnp.broadcast_to(ops.mask, shape), jnp.broadcast_to(zero, shape), jnp.float32(-jnp.inf))
         if bias is not None:
             self.add("bias", bias, self.by_tile(bias.shape))
         for name in ("slopes", "sinks", "seed"):
@@ -217,7 +215,9 @@ class _Operands:
         if kind == "key":
             return pl.BlockSpec(
                 (None, self.keys, None, _power(shape[3])),
-                (lambda i, n, b: (b, 0, n, 0)) if of_keys else (lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(groups)), 0)),
+                (lambda i, n, b: (b, 0, n, 0))
+                if of_keys
+                else (lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(groups)), 0)),
             )
         if kind == "row":
             return pl.BlockSpec((None, group, self.queries), lambda i, n, b: (b, n, 0))
@@ -247,9 +247,7 @@ class _Operands:
             in_specs=self.specs,
             out_specs=[self.spec(k, s.shape) for k, s in zip(kinds, shapes, strict=True)],
             out_shape=shapes,
-            compiler_params=_compat.triton().CompilerParams(
-                num_warps=self.blocks.warps, num_stages=self.blocks.stages
-            ),
+            compiler_params=_compat.triton().CompilerParams(num_warps=self.blocks.warps, num_stages=self.blocks.stages),
             interpret=interpret,
             name=name,
         )(*self.arrays)
@@ -315,7 +313,7 @@ class _Tiles:
         return self.refs["begin"][i], self.refs["end"][i]
 
     def scores(self, product: jax.Array, t: Any, s: Any, head: Any, g: Any = None) -> Any:
-        """`(scores, capped scores, distance, dropout weights)` of a tile; `head` counts query heads, `g` in the block."""
+        """`(scores, capped scores, distance, dropout weights)` of a tile of query head `head`, in the block `g`."""
         block_q, block_k = self.blocks.queries, self.blocks.keys
         here, there = (t + jnp.arange(block_q, dtype=jnp.int32), s + jnp.arange(block_k, dtype=jnp.int32))
         query, key = here, there

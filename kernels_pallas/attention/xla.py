@@ -81,7 +81,7 @@ def _even(length: int, block: int) -> int:
     if length <= block:
         return length
     count = -(-length // block)
-    return -(-(-(-length // count)) // 16) * 16
+    return -(-length // (16 * count)) * 16
 
 
 class _Head(NamedTuple):
@@ -192,7 +192,7 @@ def backward(
 
 
 def _dtypes(query: jax.Array, platform: str) -> tuple[Any, Any]:
-    """The dtype of sums, and that of the factors of products: on the CPU narrow products are slower than float32 ones."""
+    """The dtype of sums, and that of the factors of products: on the CPU, narrow products are the slower ones."""
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     return wide, wide if platform == "cpu" else query.dtype
 
@@ -300,7 +300,9 @@ def _tile(
     slope = None if head.slopes is None else head.slopes[:, None, None]
     bent = capped(spec, product)
     scores = added(bent, distance, slope=slope, bias=block(shared.bias), relative=relative)
-    scores = jnp.where(seen(spec, there, distance, packed, block(shared.mask)), scores, jnp.asarray(HIDDEN, scores.dtype))
+    scores = jnp.where(
+        seen(spec, there, distance, packed, block(shared.mask)), scores, jnp.asarray(HIDDEN, scores.dtype)
+    )
     keep = None
     if shared.seed is not None:
         iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32)
@@ -469,7 +471,7 @@ def _backward_head(
 
 
 def _added_block(whole: jax.Array, part: jax.Array, at: tuple[jax.Array, jax.Array], t: Any, s: Any) -> jax.Array:
-    """`whole` [B0, K0, G0, T0, S] with the block `part` [G, Q, C] added where it came from, summed where it was spread."""
+    """`whole` [B0, K0, G0, T0, S] with the block `part` [G, Q, C] added in its place, summed over axes that are 1."""
     batch, heads, groups, length, _ = whole.shape
     part = part if groups > 1 or part.shape[0] == 1 else jnp.sum(part, axis=0, keepdims=True)
     part = part if length > 1 or part.shape[1] == 1 else jnp.sum(part, axis=1, keepdims=True)

@@ -3,7 +3,8 @@
     python tests/kernels_pallas/compile_for_tpu.py v5e:2x2 [CASE ...]
 
 libtpu compiles without a device. It aborts the process where it fails hard, so each topology is one process. A line of
-an outcome has the case, the direction, `ok`, and either the bytes of temporary memory or the error's first lines.
+an outcome has the case, the direction, `ok`, and either the bytes of temporary memory and the number of kernels in the
+program, or the error's first lines.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main(topology: str, names: list[str]) -> None:
                 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                     compiled = jax.jit(function).trace(arrays).lower(lowering_platforms=("tpu",)).compile()
                 found["temporary"] = compiled.memory_analysis().temp_size_in_bytes
+                found["kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')
             except Exception as error:
                 found.update(ok=False, error=str(error)[:800])
             print(json.dumps(found), flush=True)

@@ -39,8 +39,8 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 ONLY_XLA = ("relative positions",)
 QUICK = (
-    "grouped heads, T and S differ, other value size", "window, soft cap, queries behind", "segments", "sinks and slopes",
-    "mask and bias", "dropout",
+    "grouped heads, T and S differ, other value size", "window, soft cap, queries behind", "segments",
+    "sinks and slopes", "mask and bias", "dropout",
 )  # fmt: skip
 
 
@@ -51,7 +51,9 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(xla.BLOCK, "cpu", (16, 32))
     monkeypatch.setattr(triton, "blocks_of", lambda call, direction: triton.Blocks(16, 32))
     monkeypatch.setattr(
-        tpu, "blocks_of", lambda call, direction: tpu.Blocks(*map(min, (16, 32), (call.ops.query.shape[1], call.ops.key.shape[1])))
+        tpu,
+        "blocks_of",
+        lambda call, direction: tpu.Blocks(*map(min, (16, 32), (call.ops.query.shape[1], call.ops.key.shape[1]))),
     )
 
 
@@ -105,7 +107,9 @@ def table() -> Iterator[Any]:
 def close(found: Any, expected: Any, atol: float) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, float(np.max(np.abs(b), where=np.isfinite(b), initial=0))))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=atol * max(1.0, float(np.max(np.abs(b), where=np.isfinite(b), initial=0)))
+        )
 
 
 @pytest.mark.parametrize(("name", "implementation"), list(table()))
@@ -209,7 +213,9 @@ def test_rows_that_see_nothing_give_zeros_and_zero_gradients(implementation: str
     arrays, _ = operands((1, 20, 2, 1, 16, 40), {})
     hidden = {"key_positions": jnp.full((1, 40), -1, jnp.int32)}
     function = functools.partial(attention, implementation=implementation, interpret=implementation != "xla")
-    gradients, (out, lse) = jax.jit(jax.grad(functools.partial(loss, function, hidden, (1.0, 1.0)), has_aux=True))(arrays)
+    gradients, (out, lse) = jax.jit(jax.grad(functools.partial(loss, function, hidden, (1.0, 1.0)), has_aux=True))(
+        arrays
+    )
     assert (out == 0).all() and jnp.isneginf(lse).all()
     assert all((g == 0).all() for g in gradients.values())
 

@@ -12,7 +12,7 @@ from jax import export
 import kernels_pallas
 import trustcore
 from kernels_pallas import _compat
-from kernels_pallas.attention import ATTENTION, attention, attention_oracle, explain
+from kernels_pallas.attention import ATTENTION, attention, explain
 from trustcore.errors import ImplementationError
 from trustcore.ops.attention import attention as front
 
@@ -22,7 +22,12 @@ def typed(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
 
 
 X = typed(2, 300, 4, 64)
-CHIPS = [("cuda", "NVIDIA H200", "gpu"), ("cuda", "NVIDIA A10", "gpu"), ("rocm", "gfx942", "gpu"), ("tpu", "TPU v5 lite", "tpu")]
+CHIPS = [
+    ("cuda", "NVIDIA H200", "gpu"),
+    ("cuda", "NVIDIA A10", "gpu"),
+    ("rocm", "gfx942", "gpu"),
+    ("tpu", "TPU v5 lite", "tpu"),
+]
 NAMES = {"cuda": "triton", "rocm": "triton", "tpu": "mosaic_tpu"}
 MARKS = {"triton": "__gpu$xla.gpu.triton", "mosaic_tpu": "tpu_custom_call"}
 
@@ -66,7 +71,9 @@ def test_a_refusal_says_why_and_a_named_implementation_raises_it(shapes: Any, op
 
 def test_what_is_named_never_falls_back() -> None:
     x = jnp.ones((1, 20, 2, 16))
-    with pytest.raises(kernels_pallas.ImplementationError, match="'triton' cannot compute .* on cpu: it runs on cuda and rocm"):
+    with pytest.raises(
+        kernels_pallas.ImplementationError, match=r"'triton' cannot compute .* on cpu: it runs on cuda and rocm"
+    ):
         attention(x, x, x, implementation="triton")
     with pytest.raises(ImplementationError, match="'fast' is not known; choose of triton, mosaic_tpu, xla"):
         front(x, x, x, implementation="fast")
@@ -134,7 +141,8 @@ def test_shard_map_over_batch_and_heads(fresh_python: Any) -> None:
         from jax.sharding import AxisType, PartitionSpec as P
         from kernels_pallas.attention import attention, attention_oracle
         mesh = jax.make_mesh((2, 2), ("b", "n"), axis_types=(AxisType.Auto,) * 2)
-        q, k, v = (jax.random.normal(key, (4, 300, n, 16)) for key, n in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2)))
+        keys = jax.random.split(jax.random.key(0), 3)
+        q, k, v = (jax.random.normal(key, (4, 300, n, 16)) for key, n in zip(keys, (4, 2, 2)))
         slopes = jnp.linspace(0.1, 1.0, 4)
         segments = jnp.sort(jax.random.randint(jax.random.key(1), (4, 300), 0, 4))
         def run(f, q, k, v, slopes, s):
