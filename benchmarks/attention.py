@@ -126,7 +126,7 @@ def main() -> None:
     if args.table:
         result = json.loads(Path(args.table).read_text())
         name = Path(args.table).resolve().relative_to(ROOT)
-        note = f"{described(result)}\nData: [{name}](../{name})."
+        note = f"{described(result)}\nData: [{name}](../{name}).\n"
         fill("docs/benchmarks.md", "attention", f"{table(result)}\n\n{note}")
     else:
         measure(args)

@@ -71,7 +71,9 @@ def register_lowering(primitive: core.Primitive, function: Any, platform: str | 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         # The function is traced for one device's part: it has loops, whose carries would have to vary alike.
         plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
-        return rule(ctx.replace(avals_in=plain), *operands, **params)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+            return rule(ctx.replace(avals_in=plain), *operands, **params)
 
     mlir.register_lowering(primitive, lower, platform=platform)
 

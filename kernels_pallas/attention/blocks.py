@@ -74,7 +74,7 @@ def visible_blocks(
 
 
 def runs(pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns where the visible blocks of each row of the last axis begin and end, int32; the same if there are none."""
+    """Returns where the visible blocks of each row of the last axis begin and end, int32; equal if there are none."""
     count = pairs.shape[-1]
     number = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, pairs.ndim - 1)
     end = jnp.max(jnp.where(pairs, number + 1, 0), axis=-1)

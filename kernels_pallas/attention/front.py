@@ -148,8 +148,8 @@ def _checked(
         raise ValueError(f"attention: {shapes}, key {list(key.shape)} and value {list(value.shape)} must have 4 axes.")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[2] % key.shape[2]:
         raise ValueError(
-            f"attention: {shapes} does not fit key [B, S, K, H] {list(key.shape)}: B and H must agree and K must divide "
-            "N."
+            f"attention: {shapes} does not fit key [B, S, K, H] {list(key.shape)}: B and H must agree and K must "
+            "divide N."
         )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(

@@ -217,7 +217,7 @@ class _Operands:
                 (None, self.keys, None, _power(shape[3])),
                 (lambda i, n, b: (b, 0, n, 0))
                 if of_keys
-                else (lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(groups)), 0)),
+                else (lambda i, n, b: (b, 0, n // groups, 0)),
             )
         if kind == "row":
             return pl.BlockSpec((None, group, self.queries), lambda i, n, b: (b, n, 0))
