@@ -215,9 +215,7 @@ class _Operands:
         if kind == "key":
             return pl.BlockSpec(
                 (None, self.keys, None, _power(shape[3])),
-                (lambda i, n, b: (b, 0, n, 0))
-                if of_keys
-                else (lambda i, n, b: (b, 0, n // groups, 0)),
+                (lambda i, n, b: (b, 0, n, 0)) if of_keys else (lambda i, n, b: (b, 0, n // groups, 0)),
             )
         if kind == "row":
             return pl.BlockSpec((None, group, self.queries), lambda i, n, b: (b, n, 0))
