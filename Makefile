@@ -3,6 +3,7 @@
 #
 #   make demo                      answers a question with a real model
 #   make test                      all tests but the slow ones   (TESTS="tests/quant tests/cli" takes a part)
+#   make aot                       compiles the TPU kernels for chips that are not here (downloads libtpu, 200 MB)
 #   make lint                      ruff and pyright
 #   make demo PYTHON=python3.12    any of them with another interpreter (3.11 or newer)
 #   make clean                     removes what these made; downloaded models stay in the cache folder
@@ -10,7 +11,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint clean python
+.PHONY: help demo test aot lint clean python
 
 OLDEST := (3, 11)
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -34,6 +35,16 @@ demo: $(VENV)/.installed-package
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "serial and not slow" $(TESTS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not serial" $(TESTS)
+
+# libtpu lies in a folder of its own: where jax finds it, it looks for a TPU.
+aot: $(VENV)/.installed-test $(VENV)/.libtpu
+	TRUSTCORE_LIBTPU=$(abspath $(VENV)/libtpu) $(BIN)/python -m pytest -m aot tests/kernels_pallas
+
+$(VENV)/.libtpu: $(VENV)/.installed-test
+	@echo "Installing libtpu into $(VENV)/libtpu"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/libtpu \
+		"$$($(BIN)/python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	@touch $@
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/python -m ruff check .

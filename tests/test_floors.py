@@ -27,6 +27,7 @@ FLOORS: dict[str, int] = {
     "trustcore.catalogue": 1,
     "trustcore.graph": 1,
     "trustcore.hub": 1,
+    "trustcore.kernels": 1,
     "trustcore.ops": 1,
     "trustcore.debug": 2,
     "trustcore.dist": 2,

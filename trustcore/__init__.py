@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trustcore import kernels
     from trustcore.catalogue import pull
     from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError
@@ -52,6 +53,8 @@ _HOMES = {
     "save": "trustcore.saving",
 }
 
+_MODULES = ("kernels",)
+
 __all__ = [  # noqa: RUF022 - in the order in which they are met
     "load",
     "generate",
@@ -66,6 +69,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "perplexity",
     "compare",
     "open_checkpoint",
+    "kernels",
     "Checkpoint",
     "Decoder",
     "DecoderConfig",
@@ -79,6 +83,8 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"trustcore.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'trustcore' has no attribute {name!r}")
@@ -88,4 +94,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, *_MODULES])

@@ -1,210 +1,482 @@
-"""Attention in plain XLA: the implementation for every platform that has no kernel of its own.
+"""Attention in plain XLA: blocks of queries times blocks of keys with an online softmax. Runs on every platform.
 
 Heads stay grouped: the G = N / K query heads that share a key head are rows of one product, so keys and values are
-never repeated. Queries are taken `QUERY_BLOCK` at a time, so the scores held at once are O(QUERY_BLOCK * S), forward
-and backward (each block is recomputed in its backward pass). Scores and sums are float32.
+never repeated. A block of queries goes through the blocks of keys it sees with the running maximum m, the running sum l
+and the running output (Dao, arXiv 2307.08691, algorithm 1); the backward pass computes each tile again from the
+log-sum-exp (algorithm 2), keys outside, so that all of dK and dV is written once. Beyond operands and results both hold
+one tile a head, O(T) in all. Scores and sums are float32, float64 for float64.
 
-The cache holds keys with their positions innermost, `[B, K, H, S]`, and values `[B, K, S, H]`: in both products of a
-decode step the longest axis that is not summed over is then contiguous in memory. Slot s of a row holds position s.
+On the CPU one head is computed after the other, so that a tile stays in the cache; elsewhere all at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention.oracle import default_positions
+from kernels_pallas.attention.blocks import padded, positions, runs, segments, visible_blocks
+from kernels_pallas.attention.spec import (
+    HIDDEN,
+    NO_KEY,
+    NOTHING,
+    Operands,
+    Spec,
+    added,
+    capped,
+    kept,
+    row_numbers,
+    seen,
+    uncapped,
+)
 
-QUERY_BLOCK = 512
-_MASKED = -1e30  # far below any score, and finite: a row that sees nothing gives no NaN
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a tile, and how many key heads (of all batches) are computed at once."""
+
+    block_q: int
+    block_k: int
+    heads: int
 
 
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    query_positions: jax.Array | None = None,
-    key_positions: jax.Array | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Returns attention outputs `[B, T, N, H]` in the dtype of `query`; arguments as in `attention_oracle`.
+# Scores of a tile on the CPU: 256 queries by 512 keys of one head are 0.5 MB. Of 128 to 512 by 256 to 1024, the
+# smallest and largest took up to twice as long (B=1 T=2048 N=8 H=64 causal, forward and backward, 2 cores, 2026-11).
+BLOCK = {"cpu": (256, 512), "other": (512, 512)}
+FEWEST_QUERIES = 64
+# Up to this length of both, one head is one tile: as fast (4.7 and 4.6 ms at T=512), and without a loop to compile.
+ONE_TILE = 512
 
-    Differentiable in query, key, value, slopes and sinks. O(QUERY_BLOCK * S) memory beyond the operands.
 
-    Raises:
-        ValueError: the shapes do not fit each other.
+def plan_of(ops: Operands, platform: str) -> Plan:
+    """Returns the plan for a call, by its shapes and the platform."""
+    batch, length, heads, _ = ops.query.shape
+    span, kv_heads = ops.key.shape[1:3]
+    rows, groups = batch * kv_heads, heads // kv_heads
+    if not (isinstance(length, int) and isinstance(span, int) and isinstance(rows, int)):
+        return Plan(length, span, rows)  # a symbolic length: one tile
+    block_q, block_k = BLOCK.get(platform, BLOCK["other"])
+    if platform != "cpu":
+        return Plan(_even(length, block_q), _even(span, block_k), rows)
+    most = block_q * block_k
+    if groups * length <= ONE_TILE and span <= ONE_TILE:
+        block_q, block_k = length, span
+    else:
+        block_q, block_k = _even(length, max(FEWEST_QUERIES, block_q // groups)), _even(span, block_k)
+    tile = groups * block_q * block_k
+    if rows * tile <= most:
+        return Plan(block_q, block_k, rows)
+    at_once = 1
+    while rows % (2 * at_once) == 0 and 2 * at_once * tile <= most:
+        at_once *= 2
+    return Plan(block_q, block_k, at_once)
+
+
+def _even(length: int, block: int) -> int:
+    """The size of equal blocks, none above `block`, that cover a length with little to spare."""
+    if length <= block:
+        return length
+    count = -(-length // block)
+    return -(-length // (16 * count)) * 16
+
+
+class _Head(NamedTuple):
+    """What one key head needs of the operands: T and S filled up to whole blocks."""
+
+    query: jax.Array  # [G, T, H]
+    key: jax.Array  # [S, H]
+    value: jax.Array  # [S, Hv]
+    slopes: jax.Array | None  # [G]
+    relative: jax.Array | None  # [G, W]
+    sinks: jax.Array | None  # [G]
+
+
+class _Shared(NamedTuple):
+    """What is picked by batch and head where a tile is computed."""
+
+    here: jax.Array  # [B or 1, T]
+    there: jax.Array  # [B or 1, S]
+    segments: tuple[jax.Array, jax.Array] | None
+    mask: jax.Array | None  # [B or 1, K or 1, G or 1, T or 1, S]
+    bias: jax.Array | None
+    seed: jax.Array | None
+    begin: jax.Array  # [B or 1, blocks]
+    end: jax.Array
+
+
+class _Prepared(NamedTuple):
+    heads: _Head  # with a leading axis B * K
+    shared: _Shared
+    queries: int  # T filled up
+    keys: int
+
+
+def forward(spec: Spec, ops: Operands, *, platform: str, plan: Plan | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns attention outputs `[B, T, N, Hv]` in the query's dtype and the log-sum-exp, `[B, N, T]`.
+
+    The log-sum-exp is -inf where a query sees neither a key nor a sink.
     """
-    _check(query, key.shape[0], key.shape[2], key.shape[3], "key [B, S, K, H]", key.shape)
-    if key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"attention: key {list(key.shape)} and value {list(value.shape)} must agree in all but their last axis."
-        )
-    batch, length = query.shape[:2]
-    query_positions = default_positions(query_positions, batch, length)
-    key_positions = default_positions(key_positions, batch, key.shape[1])
-    if not causal:  # every key that exists is in the past of every query
-        window = None
-        query_positions = jnp.full_like(query_positions, jnp.iinfo(jnp.int32).max)
-    return _by_blocks(
-        query,
-        key.transpose(0, 2, 3, 1),
-        value.transpose(0, 2, 1, 3),
-        query_positions,
-        key_positions,
-        window,
-        size_scale(query, scale),
-        soft_cap,
-        slopes,
-        sinks,
+    plan = plan or plan_of(ops, platform)
+    batch, length, heads, _ = ops.query.shape
+    made = _prepared(spec, ops, plan, platform, transposed=False)
+    one = functools.partial(_forward_head, spec, plan, ops, made.shared)
+    out, lse = _over_heads(one, made.heads, plan)  # [B K, G, T, Hv], [B K, G, T]
+    out = out[:, :, :length].reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
+    return out.astype(ops.query.dtype), lse[:, :, :length].reshape(batch, heads, length)
+
+
+def backward(
+    spec: Spec,
+    ops: Operands,
+    lse: jax.Array,
+    delta: jax.Array,
+    cotangent: jax.Array,
+    *,
+    wanted: tuple[str, ...] = (),
+    platform: str,
+    plan: Plan | None = None,
+) -> tuple[jax.Array, ...]:
+    """Returns the gradients of query, key, value, and of each of `wanted`.
+
+    Args:
+        spec, ops: of the call.
+        lse: `[B, N, T]`, as `forward` gave it.
+        delta: `[B, N, T]`, sum of output * cotangent, minus the cotangent of the log-sum-exp.
+        cotangent: of the output, `[B, T, N, Hv]`.
+        wanted: of "slopes" (given by batch, `[B, N]`), "relative" (`[B, N, W]`) and "bias" (of its shape, float32).
+        platform, plan: where and how it is computed.
+    """
+    plan = plan or plan_of(ops, platform)
+    batch, length, heads, size = ops.query.shape
+    span, kv_heads = ops.key.shape[1:3]
+    made = _prepared(spec, ops, plan, platform, transposed=True)
+    wide, narrow = _dtypes(ops.query, platform)
+    groups = heads // kv_heads
+    lse = jnp.where(jnp.isneginf(lse), jnp.asarray(NO_KEY, lse.dtype), lse)
+
+    def by_head(x: jax.Array, **how: Any) -> jax.Array:  # [B, N, T, ...] -> [B K, G, T, ...]
+        return padded(x.reshape(batch * kv_heads, groups, *x.shape[2:]), 2, made.queries, **how)
+
+    rows = (
+        by_head(lse.astype(wide), constant_values=NO_KEY),
+        by_head(delta.astype(wide)),
+        by_head(cotangent.transpose(0, 2, 1, 3).astype(narrow)),
+    )
+    one = functools.partial(_backward_head, spec, plan, ops, made.shared, wanted)
+    bias = None
+    if "bias" in wanted:  # one buffer that all heads add to
+        assert made.shared.bias is not None
+        bias = jnp.zeros(made.shared.bias.shape, wide)
+        (dq, dk, dv, more), bias = _through_heads(one, (made.heads, rows), bias)
+    else:
+        dq, dk, dv, more = _over_heads(lambda number, part: one(number, part, None)[0], (made.heads, rows), plan)
+    dq = dq[:, :, :length].reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
+    dk, dv = (x[:, :span].reshape(batch, kv_heads, span, -1).transpose(0, 2, 1, 3) for x in (dk, dv))
+    if bias is not None:
+        assert ops.bias is not None
+        t, s = ops.bias.shape[2:]
+        more["bias"] = bias[..., :t, :s].reshape(ops.bias.shape)
+    for name in ("slopes", "relative"):
+        if name in more:
+            more[name] = more[name].reshape(batch, heads, *more[name].shape[2:])
+    return (
+        dq.astype(ops.query.dtype),
+        dk.astype(ops.key.dtype),
+        dv.astype(ops.value.dtype),
+        *(more[name] for name in wanted),
     )
 
 
-def cached_attention(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    start: jax.Array,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Returns causal attention of T tokens over a cache that already holds them, `[B, T, N, H]`.
-
-    Args:
-        query: `[B, T, N, H]`; token t of row b has position `start[b] + t`.
-        keys: `[B, K, H, S]`, float.
-        values: `[B, K, S, H]`, float.
-        start: int32 `[B]`.
-        window, scale, soft_cap, slopes, sinks: as in `attention_oracle`.
-    """
-    batch, length = query.shape[:2]
-    _check(query, keys.shape[0], keys.shape[1], keys.shape[2], "keys [B, K, H, S]", keys.shape)
-    positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
-    slots = default_positions(None, batch, keys.shape[3])
-    scale = size_scale(query, scale)
-    return _by_blocks(query, keys, values, positions, slots, window, scale, soft_cap, slopes, sinks)
-
-
-def extend_cache(cache: jax.Array, tokens: jax.Array, start: jax.Array, *, axis: int) -> jax.Array:
-    """Returns `cache` with `tokens` written from slot `start[b]` on; what would lie beyond the end is dropped.
-
-    Args:
-        cache: `[B, ...]`, slots along `axis`.
-        tokens: the same shape but for T slots, T at most those of the cache.
-        start: int32 `[B]`.
-        axis: of the slots, counted with the batch axis.
-    """
-    span, length = cache.shape[axis], tokens.shape[axis]
-    tokens = tokens.astype(cache.dtype)
-    if length > span:
-        raise ValueError(f"extend_cache: {length} tokens do not fit a cache of {span} slots.")
-
-    # Row by row and in place: a batched update would become a scatter, which XLA runs element by element on the CPU.
-    for b in range(cache.shape[0]):
-        # A slice that would cross the end is moved back by XLA: move its contents along and keep what was there.
-        held = jnp.minimum(start[b], span - length)
-        shift = start[b] - held
-        at = [jnp.zeros((), held.dtype)] * cache.ndim
-        at[0], at[axis] = jnp.full((), b, held.dtype), held
-        before = jax.lax.dynamic_slice(cache, at, (1, *tokens.shape[1:]))
-        slot = jax.lax.broadcasted_iota(jnp.int32, before.shape, axis)
-        part = jnp.where(slot >= shift, jnp.roll(tokens[b : b + 1], shift, axis), before)
-        cache = jax.lax.dynamic_update_slice(cache, part, at)
-    return cache
-
-
-def size_scale(query: jax.Array, scale: float | None) -> float:
-    """Returns the factor of the scores: `scale`, or `H ** -0.5`."""
-    return query.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _check(query: jax.Array, batch: int, kv_heads: int, size: int, name: str, shape: Any) -> None:
-    if query.shape[0] != batch or query.shape[3] != size or query.shape[2] % kv_heads:
-        raise ValueError(
-            f"attention: query [B, T, N, H] {list(query.shape)} does not fit {name} {list(shape)}: B and H must agree "
-            "and K must divide N."
-        )
-
-
-def _by_blocks(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    slopes: jax.Array | None,
-    sinks: jax.Array | None,
-) -> jax.Array:
-    batch, length, heads, size = query.shape
-    kv_heads = keys.shape[1]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    one = functools.partial(_attend, keys=keys, values=values, key_positions=key_positions)
-    slopes, sinks = (None if x is None else x.reshape(kv_heads, -1) for x in (slopes, sinks))
-    one = functools.partial(one, window=window, scale=scale, soft_cap=soft_cap, slopes=slopes, sinks=sinks)
-    if length <= QUERY_BLOCK:
-        out = one(grouped, query_positions)
-    else:
-        blocks = -(-length // QUERY_BLOCK)
-        pad = blocks * QUERY_BLOCK - length
-        q = jnp.pad(grouped, ((0, 0), (0, pad), (0, 0), (0, 0), (0, 0)))
-        p = jnp.pad(query_positions, ((0, 0), (0, pad)))
-        q = jnp.moveaxis(q.reshape(batch, blocks, QUERY_BLOCK, *grouped.shape[2:]), 1, 0)
-        p = jnp.moveaxis(p.reshape(batch, blocks, QUERY_BLOCK), 1, 0)
-        out = jax.lax.map(jax.checkpoint(lambda qp: one(*qp)), (q, p))
-        out = jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *out.shape[3:])[:, :length]
-    return out.reshape(*query.shape[:3], values.shape[3]).astype(query.dtype)
-
-
-def _attend(
-    query: jax.Array,  # [B, T, K, G, H]
-    positions: jax.Array,  # [B, T]
-    *,
-    keys: jax.Array,  # [B, K, H, S]
-    values: jax.Array,  # [B, K, S, H]
-    key_positions: jax.Array,  # [B, S]
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    slopes: jax.Array | None,  # [K, G]
-    sinks: jax.Array | None,  # [K, G]
-) -> jax.Array:
-    # Sums of float64 stay float64. On the CPU narrow products are slower than float32 ones; elsewhere the matrix units
-    # take them as they are.
+def _dtypes(query: jax.Array, platform: str) -> tuple[Any, Any]:
+    """The dtype of sums, and that of the factors of products: on the CPU, narrow products are the slower ones."""
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    narrow = wide if jax.default_backend() == "cpu" else query.dtype
-    q, k, v = query.astype(narrow), keys.astype(narrow), values.astype(narrow)
-    scores = jnp.einsum("btkgh,bkhs->bkgts", q, k, preferred_element_type=wide) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    here, there = positions[:, :, None], key_positions[:, None, :]
-    visible = (there <= here) & (there >= 0)
-    if window is not None:
-        visible = visible & (there > here - window)
-    if slopes is not None:
-        distance = (there - here).astype(wide)[:, None, None]
-        scores = scores + slopes.astype(wide)[None, :, :, None, None] * distance
-    visible = visible[:, None, None]  # [B, 1, 1, T, S]
-    scores = jnp.where(visible, scores, _MASKED)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    sink = None if sinks is None else sinks.astype(wide)[None, :, :, None, None]
-    top = top if sink is None else jnp.maximum(top, sink)
-    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
-    total = jnp.sum(weights, axis=-1)  # [B, K, G, T]
-    total = total if sink is None else total + jnp.exp(sink - top)[..., 0]
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(narrow), v, preferred_element_type=wide)
-    return out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]
+    return wide, wide if platform == "cpu" else query.dtype
+
+
+def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transposed: bool) -> _Prepared:
+    batch, length, heads, size = ops.query.shape
+    span, kv_heads = ops.key.shape[1:3]
+    groups = heads // kv_heads
+    _, narrow = _dtypes(ops.query, platform)
+    single = plan.block_q is length and plan.block_k is span
+    queries = length if plan.block_q is length else -(-length // plan.block_q) * plan.block_q
+    keys = span if plan.block_k is span else -(-span // plan.block_k) * plan.block_k
+
+    def by_head(x: jax.Array, to: Any) -> jax.Array:  # [B, S, K, H] -> [B K, S, H]
+        return padded(x.astype(narrow).transpose(0, 2, 1, 3).reshape(batch * kv_heads, *x.shape[1::2]), 1, to)
+
+    query = ops.query.astype(narrow).reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    query = padded(query.reshape(batch * kv_heads, groups, length, size), 2, queries)
+    per_head = [
+        None if x is None else jnp.tile(x.reshape(kv_heads, groups, *x.shape[1:]), (batch, *[1] * x.ndim))
+        for x in (ops.slopes, ops.relative, ops.sinks)
+    ]
+
+    def by_group(x: jax.Array | None) -> jax.Array | None:  # [B0, N0, T0, S] -> [B0, K0, G0, T0, S]
+        if x is None:
+            return None
+        split = (kv_heads, groups) if x.shape[1] == heads and heads > 1 else (1, 1)
+        x = padded(x.reshape(x.shape[0], *split, *x.shape[2:]), 4, keys)
+        return x if x.shape[3] == 1 and length != 1 else padded(x, 3, queries)
+
+    here, there = positions(ops, queries, keys)
+    packed = segments(ops, queries, keys)
+    if single:
+        begin = end = jnp.zeros((1, 1), jnp.int32)  # not looked at
+    else:
+        pairs = visible_blocks(spec, here, there, packed, plan.block_q, plan.block_k)
+        begin, end = runs(pairs.swapaxes(1, 2) if transposed else pairs)
+        if plan.heads > 1:  # computed together: what any of them sees
+            begin, end = jnp.min(begin, axis=0, keepdims=True), jnp.max(end, axis=0, keepdims=True)
+    shared = _Shared(here, there, packed, by_group(ops.mask), by_group(ops.bias), ops.seed, begin, end)
+    made = _Head(query, by_head(ops.key, keys), by_head(ops.value, keys), *per_head)
+    return _Prepared(made, shared, queries, keys)
+
+
+def _over_heads(one: Callable[..., Any], operands: Any, plan: Plan) -> Any:
+    """Returns `one(number, operands of one head)` of all heads, `plan.heads` computed at a time."""
+    count = jax.tree.leaves(operands)[0].shape[0]
+    numbers = jax.lax.broadcasted_iota(jnp.int32, (count,), 0)
+    if plan.heads is count or plan.heads == count:
+        return jax.vmap(one)(numbers, operands)
+    if plan.heads == 1:
+        return jax.lax.map(lambda xs: one(*xs), (numbers, operands))
+    groups = jax.tree.map(lambda x: x.reshape(-1, plan.heads, *x.shape[1:]), (numbers, operands))
+    results = jax.lax.map(lambda xs: jax.vmap(one)(*xs), groups)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), results)
+
+
+def _through_heads(one: Callable[..., Any], operands: Any, carried: jax.Array) -> Any:
+    """Returns `one(number, operands of one head, carried) -> result, carried` of one head after the other."""
+    count = jax.tree.leaves(operands)[0].shape[0]
+
+    def step(carry: Any, xs: Any) -> Any:
+        result, carry = one(*xs, carry)
+        return carry, result
+
+    carried, results = jax.lax.scan(step, carried, (jax.lax.broadcasted_iota(jnp.int32, (count,), 0), operands))
+    return results, carried
+
+
+class _Tile(NamedTuple):
+    scores: jax.Array  # [G, Q, C], HIDDEN where not seen
+    bent: jax.Array  # capped, with nothing added
+    distance: jax.Array  # [1, Q, C]
+    keep: jax.Array | None  # of the dropout
+
+
+def _tile(
+    spec: Spec, ops: Operands, shared: _Shared, head: _Head, number: jax.Array, product: jax.Array, t: Any, s: Any
+) -> _Tile:
+    """The scores of queries t, t + 1 .. and keys s, s + 1 .. of one key head, of their products `[G, Q, C]`."""
+    groups, block_q, block_k = product.shape
+    kv_heads = ops.key.shape[2]
+    b, k = number // kv_heads, number % kv_heads
+
+    def along(x: jax.Array, start: Any, size: Any) -> jax.Array:  # [B or 1, T]
+        return _sliced(_picked(x, b), 0, start, size)
+
+    here = along(shared.here, t, block_q)[None, :, None]
+    there = along(shared.there, s, block_k)[None, None, :]
+    distance = there - here
+    packed = None
+    if shared.segments is not None:
+        q_segments, k_segments = shared.segments
+        packed = along(q_segments, t, block_q)[None, :, None], along(k_segments, s, block_k)[None, None, :]
+
+    def block(x: jax.Array | None) -> jax.Array | None:  # [B0, K0, G0, T0, S] -> [G0, T0 or Q, C]
+        if x is None:
+            return None
+        x = _sliced(_picked(_picked(x, b), k), 2, s, block_k)
+        return x if x.shape[1] == 1 else _sliced(x, 1, t, block_q)
+
+    relative = None
+    if head.relative is not None:
+        relative = jnp.take(head.relative, _places(head.relative, distance[0]), axis=1)
+    slope = None if head.slopes is None else head.slopes[:, None, None]
+    bent = capped(spec, product)
+    scores = added(bent, distance, slope=slope, bias=block(shared.bias), relative=relative)
+    scores = jnp.where(
+        seen(spec, there, distance, packed, block(shared.mask)), scores, jnp.asarray(HIDDEN, scores.dtype)
+    )
+    keep = None
+    if shared.seed is not None:
+        iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32)
+        heads = number * groups + iota((groups, 1, 1), 0)
+        row = row_numbers(heads, ops.query.shape[1], iota((1, block_q, 1), 1) + t)
+        keep = kept(spec, shared.seed, row, (iota((1, 1, block_k), 2) + s).astype(jnp.uint32)).astype(scores.dtype)
+    return _Tile(scores, bent, distance, keep)
+
+
+def _places(table: jax.Array, distance: jax.Array) -> jax.Array:
+    reach = table.shape[-1] // 2
+    return jnp.clip(distance, -reach, reach) + reach
+
+
+def _picked(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.squeeze(x, 0) if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+
+
+def _sliced(x: jax.Array, axis: int, start: Any, size: Any) -> jax.Array:
+    if x.shape[axis] is size or x.shape[axis] == size:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _forward_head(
+    spec: Spec, plan: Plan, ops: Operands, shared: _Shared, number: jax.Array, head: _Head
+) -> tuple[jax.Array, jax.Array]:
+    """Output `[G, T, Hv]` and log-sum-exp `[G, T]` of one key head."""
+    groups, queries, _ = head.query.shape
+    keys, value_size = head.value.shape
+    wide = jnp.float64 if ops.query.dtype == jnp.float64 else jnp.float32
+
+    def products(q: jax.Array, s: Any) -> tuple[jax.Array, jax.Array]:  # q [G Q, H]
+        k, v = (_sliced(x, 0, s, plan.block_k) for x in (head.key, head.value))
+        scores = jnp.einsum("qh,sh->qs", q, k, preferred_element_type=wide)
+        return scores.reshape(groups, plan.block_q, -1), v
+
+    def block(i: Any) -> tuple[jax.Array, jax.Array]:
+        t = i * plan.block_q
+        q = _sliced(head.query, 1, t, plan.block_q).reshape(groups * plan.block_q, -1)
+
+        def step(j: Any, carry: Any) -> Any:
+            out, top, total = carry
+            s = j * plan.block_k
+            product, v = products(q, s)
+            tile = _tile(spec, ops, shared, head, number, product, t, s)
+            higher = jnp.maximum(top, jnp.max(tile.scores, axis=-1))
+            weights = jnp.exp(tile.scores - jnp.maximum(higher, NOTHING)[..., None])
+            less = jnp.exp(top - jnp.maximum(higher, NOTHING))
+            total = total * less + jnp.sum(weights, axis=-1)
+            weights = weights if tile.keep is None else weights * tile.keep
+            weights = weights.reshape(groups * plan.block_q, -1).astype(v.dtype)
+            part = jnp.einsum("qs,sh->qh", weights, v, preferred_element_type=wide)
+            return out * less.reshape(-1, 1) + part, higher, total
+
+        out = jnp.zeros((groups * plan.block_q, value_size), wide)
+        if head.sinks is None:
+            top = jnp.full((groups, plan.block_q), HIDDEN, wide)
+            total = jnp.zeros((groups, plan.block_q), wide)
+        else:
+            top = jnp.broadcast_to(head.sinks.astype(wide)[:, None], (groups, plan.block_q))
+            total = jnp.ones((groups, plan.block_q), wide)
+        if plan.block_k is keys or plan.block_k == keys:
+            out, top, total = step(0, (out, top, total))
+        else:
+            number_b = number // ops.key.shape[2]
+            begin, end = (_picked(_picked(x, number_b), i) for x in (shared.begin, shared.end))
+            out, top, total = jax.lax.fori_loop(begin, end, step, (out, top, total))
+        some = total > 0
+        out = out / jnp.where(some, total, 1.0).reshape(-1, 1)
+        lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+        return out.reshape(groups, plan.block_q, value_size), lse
+
+    if plan.block_q is queries or plan.block_q == queries:
+        return block(0)
+    out, lse = jax.lax.map(block, jax.lax.broadcasted_iota(jnp.int32, (queries // plan.block_q,), 0))
+    return out.swapaxes(0, 1).reshape(groups, queries, value_size), lse.swapaxes(0, 1).reshape(groups, queries)
+
+
+def _backward_head(
+    spec: Spec,
+    plan: Plan,
+    ops: Operands,
+    shared: _Shared,
+    wanted: tuple[str, ...],
+    number: jax.Array,
+    operands: tuple[_Head, tuple[jax.Array, jax.Array, jax.Array]],
+    bias: jax.Array | None,
+) -> Any:
+    """`(dq [G, T, H], dk [S, H], dv [S, Hv], {slopes [G], relative [G, W]}), bias` of one key head."""
+    head, (lse, delta, cotangent) = operands
+    groups, queries, size = head.query.shape
+    keys, value_size = head.value.shape
+    wide = jnp.float64 if ops.query.dtype == jnp.float64 else jnp.float32
+    rows = groups * plan.block_q
+    kv_heads = ops.key.shape[2]
+
+    def rows_of(x: jax.Array, t: Any) -> jax.Array:
+        return _sliced(x, 1, t, plan.block_q)
+
+    dot = functools.partial(jnp.einsum, preferred_element_type=wide)
+
+    def tile_gradients(t: Any, s: Any, k: jax.Array, v: jax.Array, carry: Any) -> Any:
+        """Adds to dk, dv and the rest; returns dq of these rows as well."""
+        dk, dv, more, bias = carry
+        q, do = (rows_of(x, t).reshape(rows, -1) for x in (head.query, cotangent))
+        product = dot("qh,sh->qs", q, k).reshape(groups, plan.block_q, -1)
+        tile = _tile(spec, ops, shared, head, number, product, t, s)
+        weights = jnp.exp(tile.scores - rows_of(lse, t)[..., None])
+        dropped = weights if tile.keep is None else weights * tile.keep
+        dv = dv + dot("qh,qs->hs", do, dropped.reshape(rows, -1).astype(do.dtype))
+        dw = dot("qh,sh->qs", do, v).reshape(weights.shape)
+        dw = dw if tile.keep is None else dw * tile.keep
+        ds = weights * (dw - rows_of(delta, t)[..., None])
+        if "slopes" in wanted:
+            more = {**more, "slopes": more["slopes"] + jnp.sum(ds * tile.distance.astype(wide), axis=(1, 2))}
+        if "relative" in wanted:
+            places = _places(more["relative"], tile.distance[0])
+            more = {**more, "relative": more["relative"].at[:, places].add(ds)}
+        if bias is not None:
+            bias = _added_block(bias, ds, (number // kv_heads, number % kv_heads), t, s)
+        ds = uncapped(spec, tile.bent, ds).reshape(rows, -1).astype(q.dtype)
+        dk = dk + dot("qh,qs->hs", q, ds)
+        return dot("qs,sh->qh", ds, k), (dk, dv, more, bias)
+
+    more: dict[str, jax.Array] = {}
+    if "slopes" in wanted:
+        more["slopes"] = jnp.zeros((groups,), wide)
+    if "relative" in wanted:
+        assert head.relative is not None
+        more["relative"] = jnp.zeros(head.relative.shape, wide)
+
+    # dk and dv are summed as [H, keys]: XLA's CPU product turns its smaller factor around, not the tile (128 and 318
+    # microseconds for 256 queries, 512 keys, H=64).
+    def empty() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((size, plan.block_k), wide), jnp.zeros((value_size, plan.block_k), wide)
+
+    if plan.block_q is queries and plan.block_k is keys:
+        dq, (dk, dv, more, bias) = tile_gradients(0, 0, head.key, head.value, (*empty(), more, bias))
+        return (dq.reshape(groups, queries, size) * spec.scale, dk.T * spec.scale, dv.T, more), bias
+
+    blocks_q, blocks_k = queries // plan.block_q, keys // plan.block_k
+    number_b = number // kv_heads
+    begin, end = (_picked(x, number_b) for x in (shared.begin, shared.end))
+
+    def column(carry: Any, xs: Any) -> Any:
+        dq, more, bias = carry
+        j, begin, end = xs
+        s = j * plan.block_k
+        k, v = (_sliced(x, 0, s, plan.block_k) for x in (head.key, head.value))
+
+        def step(i: Any, inner: Any) -> Any:
+            dq, *rest = inner
+            part, rest = tile_gradients(i * plan.block_q, s, k, v, tuple(rest))
+            part = part + jax.lax.dynamic_index_in_dim(dq, i, 0, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(dq, part, i, 0), *rest
+
+        dq, dk, dv, more, bias = jax.lax.fori_loop(begin, end, step, (dq, *empty(), more, bias))
+        return (dq, more, bias), (dk.T * spec.scale, dv.T)
+
+    dq = jnp.zeros((blocks_q, rows, size), wide)
+    numbers = jax.lax.broadcasted_iota(jnp.int32, (blocks_k,), 0)
+    (dq, more, bias), (dk, dv) = jax.lax.scan(column, (dq, more, bias), (numbers, begin, end))
+    dq = dq.reshape(blocks_q, groups, plan.block_q, size).swapaxes(0, 1).reshape(groups, queries, size) * spec.scale
+    return (dq, dk.reshape(keys, size), dv.reshape(keys, value_size), more), bias
+
+
+def _added_block(whole: jax.Array, part: jax.Array, at: tuple[jax.Array, jax.Array], t: Any, s: Any) -> jax.Array:
+    """`whole` [B0, K0, G0, T0, S] with the block `part` [G, Q, C] added in its place, summed over axes that are 1."""
+    batch, heads, groups, length, _ = whole.shape
+    part = part if groups > 1 or part.shape[0] == 1 else jnp.sum(part, axis=0, keepdims=True)
+    part = part if length > 1 or part.shape[1] == 1 else jnp.sum(part, axis=1, keepdims=True)
+    zero = jnp.zeros((), jnp.int32)
+    b, k = at[0] if batch > 1 else zero, at[1] if heads > 1 else zero
+    start = (b, k, zero, jnp.asarray(t, jnp.int32) if length > 1 else zero, jnp.asarray(s, jnp.int32))
+    before = jax.lax.dynamic_slice(whole, start, (1, 1, *part.shape))
+    return jax.lax.dynamic_update_slice(whole, before + part[None, None], start)

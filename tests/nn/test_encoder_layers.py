@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
+from kernels_pallas.attention import xla
 from trustcore.errors import ModelError
 from trustcore.nn.dropout import SpatialDropout
 from trustcore.nn.encoder_attention import EncoderAttention
@@ -20,7 +21,6 @@ from trustcore.nn.norm import LayerNorm
 from trustcore.nn.positions import RelativeBias, alibi, alibi_slopes, rope_2d, sinusoids
 from trustcore.nn.recurrent import Recurrent
 from trustcore.nn.separable import SeparableConv
-from trustcore.ops import masked_attention as attention_file
 from trustcore.ops.activate import ACTIVATIONS, activation
 from trustcore.ops.masked_attention import masked_attention
 
@@ -109,11 +109,11 @@ def test_abstract_layers_have_the_shapes_of_real_ones() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_masked_attention_in_blocks(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of queries give what one block gives, forward and backward; a query that sees nothing gives zeros."""
-    q, k, v = draw(2, 7, heads, 4), draw(2, 5, heads, 4, seed=1), draw(2, 5, heads, 4, seed=2)
-    mask = np.random.default_rng(3).random((2, 1, 7, 5)) < 0.7
+    """Many tiles give what one gives, forward and backward; a query that sees nothing gives zeros."""
+    q, k, v = draw(2, 37, heads, 4), draw(2, 35, heads, 4, seed=1), draw(2, 35, heads, 4, seed=2)
+    mask = np.random.default_rng(3).random((2, 1, 37, 35)) < 0.7
     mask[0, 0, 2] = False
-    bias = draw(1, heads, 7, 5, seed=5)
+    bias = draw(1, heads, 37, 35, seed=5)
 
     def scores() -> Any:
         def total(q: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -129,7 +129,9 @@ def test_masked_attention_in_blocks(heads: int, monkeypatch: pytest.MonkeyPatch)
     shares = shares / np.maximum(shares.sum(-1, keepdims=True), 1e-300)
     np.testing.assert_allclose(expected, np.einsum("bnts,bsnh->btnh", shares, v), atol=1e-12)
     assert not np.any(np.asarray(expected)[0, 2])
-    monkeypatch.setattr(attention_file, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(xla, "ONE_TILE", 0)
+    monkeypatch.setattr(xla, "FEWEST_QUERIES", 16)
+    monkeypatch.setitem(xla.BLOCK, "cpu", (16, 16))
     found, blocked = scores()
     np.testing.assert_allclose(found, expected, atol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), blocked, gradients)

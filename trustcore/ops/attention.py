@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+import kernels_pallas
 import kernels_pallas.attention as kernels
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
@@ -89,30 +90,50 @@ def attention(
     *,
     query_positions: Int[Array, "B T"] | None = None,
     key_positions: Int[Array, "B S"] | None = None,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+    bias: Float[Array, "_ _ _ _"] | None = None,
+    slopes: Float[Array, " N"] | None = None,
+    relative: Float[Array, "N W"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
-    window: int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
-    slopes: Float[Array, " N"] | None = None,
-    sinks: Float[Array, " N"] | None = None,
+    dropout: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N H_v"]:
     """Returns `softmax(scale * q k^T + bias + mask) v` with grouped heads; see `kernels_pallas.attention`.
 
-    Differentiable in query, key, value, slopes and sinks. Scores and sums are float32; O(512 * S) memory.
+    Differentiable in query, key, value, bias, slopes, relative and sinks. Scores and sums are float32; O(T) memory.
+
+    Raises:
+        ImplementationError: the named implementation cannot compute this call.
     """
-    return kernels.attention(
-        query,
-        key,
-        value,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        causal=causal,
-        window=window,
-        scale=scale,
-        soft_cap=soft_cap,
-        slopes=slopes,
-        sinks=sinks,
-    )
+    try:
+        return kernels.attention(
+            query,
+            key,
+            value,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            bias=bias,
+            slopes=slopes,
+            relative=relative,
+            sinks=sinks,
+            causal=causal,
+            window=window,
+            scale=scale,
+            soft_cap=soft_cap,
+            dropout=dropout,
+            dropout_key=dropout_key,
+            implementation=implementation,
+        )
+    except kernels_pallas.ImplementationError as error:
+        raise ImplementationError(str(error)) from error
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

@@ -1,0 +1,129 @@
+"""Every difference between the jax releases that the kernels support (0.10.2 to 0.12), in one place.
+
+Pallas-Triton    importing it warns from 0.11 on, where it is deprecated
+compiler         `pallas_call` without parameters means Mosaic-GPU for cuda in 0.10.2 and Triton later: kernels here
+                 always name theirs
+shard_map        a primitive's outputs must say over which axes of the mesh they vary
+devices          an abstract device stands in for one that is not here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.core
+from jax.extend import core
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, AxisType
+
+JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
+
+
+def triton() -> Any:
+    """Returns the module of Pallas-Triton, without the warning that it is to go."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from jax.experimental.pallas import triton as module
+    return module
+
+
+# Pallas-Triton asks which chip it compiles for from this release on.
+TRITON_NEEDS_A_CHIP: bool = JAX_VERSION >= (0, 11)
+
+
+def varying(arrays: Sequence[Any]) -> frozenset[Any]:
+    """Returns the axes of a `shard_map` over which any of the arrays varies; none outside of one."""
+    kinds = (getattr(jax.typeof(x), "manual_axis_type", None) for x in arrays)
+    return frozenset().union(*(kind.varying for kind in kinds if kind is not None))
+
+
+def vary_alike(arrays: list[Any]) -> list[Any]:
+    """Returns the arrays, each varying over every axis of a `shard_map` over which one of them does."""
+    axes = varying(arrays)
+    missing = ((x, tuple(axes - varying([x]))) for x in arrays)
+    return [jax.lax.pcast(x, names, to="varying") if names else x for x, names in missing]
+
+
+def shaped(shape: Sequence[Any], dtype: Any, avals: Sequence[Any]) -> Any:
+    """Returns an abstract array that varies over the axes over which the operands do."""
+    axes = frozenset().union(*(a.manual_axis_type.varying for a in avals))
+    mesh = next((a.sharding.mesh for a in avals if a.manual_axis_type.varying), None)
+    if mesh is None:
+        return jax.core.ShapedArray(tuple(shape), dtype)
+    kind = next(a.manual_axis_type for a in avals if a.manual_axis_type.varying)
+    kind = kind.update(varying=axes)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(shape)))
+    return jax.core.ShapedArray(tuple(shape), dtype, sharding=sharding, manual_axis_type=kind)
+
+
+def register_lowering(primitive: core.Primitive, function: Any, platform: str | None) -> None:
+    """Lowers a primitive on a platform (None: those without a rule of their own) as `function(platform, *arrays)`."""
+
+    def run(*arrays: Any, **params: Any) -> Any:
+        return function(platform, *arrays, **params)
+
+    rule = mlir.lower_fun(run, multiple_results=True)
+
+    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        # The function is traced for one device's part: it has loops, whose carries would have to vary alike.
+        plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+            return rule(ctx.replace(avals_in=plain), *operands, **params)
+
+    mlir.register_lowering(primitive, lower, platform=platform)
+
+
+def device_kind(platform: str) -> str | None:
+    """Returns which chip a program for the platform is meant for; None where nothing says so.
+
+    cuda: the compute capability, "9.0"; rocm: "gfx942"; tpu: the device's kind. An abstract device counts first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    if abstract is not None:
+        kind = str(_CAPABILITIES.get(abstract.device_kind, abstract.device_kind))
+        family = "rocm" if kind.startswith("gfx") else "cuda" if abstract.platform == "gpu" else abstract.platform
+        return kind if family == platform else None
+    if jax.default_backend() == {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform) != "cpu":
+        device = jax.devices()[0]
+        return str(getattr(device, "compute_capability", device.device_kind))
+    return None
+
+
+# What the chips that jax knows by name can do.
+_CAPABILITIES = {
+    "NVIDIA A100-SXM4-40GB": "8.0",
+    "NVIDIA A100-SXM4-80GB": "8.0",
+    "NVIDIA A10": "8.6",
+    "NVIDIA A10G": "8.6",
+    "NVIDIA L4": "8.9",
+    "NVIDIA H100 80GB HBM3": "9.0",
+    "NVIDIA H200": "9.0",
+    "NVIDIA B200": "10.0",
+    "NVIDIA RTX PRO 6000": "12.0",
+    "Tesla T4": "7.5",
+}
+
+
+@contextlib.contextmanager
+def abstract_device(kind: str, platform: str) -> Iterator[None]:
+    """Inside, programs are lowered for a chip that need not be here: `"NVIDIA H200", "gpu"` or `"gfx942", "gpu"`."""
+    from jax.sharding import AbstractDevice
+
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    mesh = AbstractMesh((1,), ("d",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def default_platform() -> str:
+    """Returns the platform where arrays are computed by default, "cuda" or "rocm" for a GPU."""
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return platform
+    return "rocm" if str(jax.devices()[0].compute_capability).startswith("gfx") else "cuda"

@@ -1,0 +1,213 @@
+"""Which implementation of an op runs, and why no other does.
+
+An op has implementations in the order in which they are preferred. Each says by a pure function of shapes, dtypes and
+the target (platform and architecture) why it cannot compute a call; no reason means that it can. The first that can is
+taken where no name is given; one that was asked for by name is taken or raises its reason, and nothing stands in.
+
+The platform is known when a program is lowered, not when it is traced, and one program may be lowered for several at
+once. So each direction of an op is a primitive of its own with a lowering rule for cpu, cuda, rocm, tpu and one for all
+others. (`jax.lax.platform_dependent` would need none, but lowers every branch for each platform of a program: for cpu
+and cuda together a Pallas branch then fails on cpu.) Under `vmap` the mapped axis becomes a part of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching
+
+from kernels_pallas import _compat
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+ANY_CHIP = "any chip"
+
+
+class ImplementationError(ValueError):
+    """An implementation that was asked for by name cannot compute this call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program is lowered for: one of `PLATFORMS` or another name, and the chip where it is known.
+
+    `architecture` is a compute capability ("9.0") for cuda, a name ("gfx942") for rocm, a kind ("TPU v5e") for tpu.
+    """
+
+    platform: str
+    architecture: str | None = None
+
+    @property
+    def capability(self) -> float | None:
+        """The compute capability as a number; None where it is not known."""
+        try:
+            return float(self.architecture or "")
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return self.platform + (f" {self.architecture}" if self.architecture else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of one implementation: taken, able but not first, or refused for a reason."""
+
+    implementation: str
+    taken: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.implementation}: {'taken' if self.taken else self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The verdicts on all implementations of a call, in the order of preference."""
+
+    op: str
+    call: str
+    target: Target
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def taken(self) -> str:
+        """The name of the implementation that runs."""
+        return next(v.implementation for v in self.verdicts if v.taken)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.op} {self.call} on {self.target}", *(f"  {v}" for v in self.verdicts)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Args:
+        name: by which it is asked for.
+        refusal: of a target and a call, "" or why it cannot compute the call there.
+        directions: what it computes ("forward", "backward"), each a function of target and call.
+        home: the platform it is made for, which an interpreter stands in for; None: it has no interpreter.
+    """
+
+    name: str
+    refusal: Callable[[Target, Any], str]
+    directions: Mapping[str, Callable[..., Any]]
+    home: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op's name and its implementations, the preferred ones first; the last can compute every call."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def named(self, name: str) -> Implementation:
+        """Returns the implementation of that name.
+
+        Raises:
+            ImplementationError: there is none.
+        """
+        for implementation in self.implementations:
+            if implementation.name == name:
+                return implementation
+        known = ", ".join(i.name for i in self.implementations)
+        raise ImplementationError(
+            f"{self.name}: implementation {name!r} is not known; choose of {known}, or pass None."
+        )
+
+    def interpreted(self, name: str | None) -> Target:
+        """Returns the target that the interpreter of the named implementation stands in for.
+
+        Raises:
+            ImplementationError: it has none, or none is named.
+        """
+        home = self.named(name).home if name is not None else None
+        if home is None:
+            able = ", ".join(i.name for i in self.implementations if i.home)
+            raise ImplementationError(f"{self.name}: interpret=True needs one of {able}, and {name!r} was given.")
+        return Target(home, ANY_CHIP)
+
+    def choose(self, target: Target, call: Any, name: str | None = None) -> Implementation:
+        """Returns the implementation of that name, or for None the first that can compute the call.
+
+        Raises:
+            ImplementationError: the named one cannot; the message says why.
+        """
+        if name is None:
+            return next(i for i in self.implementations if not i.refusal(target, call))
+        implementation = self.named(name)
+        reason = implementation.refusal(target, call)
+        if reason:
+            raise ImplementationError(f"{self.name}: {name!r} cannot compute {call} on {target}: {reason}")
+        return implementation
+
+    def explain(self, target: Target, call: Any) -> Explanation:
+        """Returns what becomes of every implementation."""
+        verdicts: list[Verdict] = []
+        for implementation in self.implementations:
+            reason = implementation.refusal(target, call)
+            first = next((v.implementation for v in verdicts if v.taken), None)
+            taken = not reason and first is None
+            verdicts.append(Verdict(implementation.name, taken, reason or ("" if taken else f"able; {first} is first")))
+        return Explanation(self.name, str(call), target, tuple(verdicts))
+
+
+def primitive(
+    op: Op,
+    direction: str,
+    call: Callable[..., Any],
+    shapes: Callable[[Any], Sequence[jax.ShapeDtypeStruct]],
+    fold: Callable[..., Any],
+) -> core.Primitive:
+    """Returns a primitive that computes one direction of an op on every platform.
+
+    Its parameters are `implementation` (a name or None), `interpret`, and those of the op.
+
+    Args:
+        op: of which it is a direction.
+        direction: a key of the implementations' `directions`.
+        call: of operands or their types, and the op's parameters: what `refusal` and `directions` take.
+        shapes: of such a call, the results' types.
+        fold: the batching rule, of the primitive, operands, their mapped axes and the parameters.
+    """
+    made = core.Primitive(f"{op.name}_{direction}")
+    made.multiple_results = True
+
+    def abstract(*avals: Any, **params: Any) -> Any:
+        params = {k: v for k, v in params.items() if k not in ("implementation", "interpret")}
+        return [_compat.shaped(s.shape, s.dtype, avals) for s in shapes(call(*avals, **params))]
+
+    def run(
+        platform: str | None, *arrays: Any, implementation: str | None, interpret: bool, **params: Any
+    ) -> Sequence[jax.Array]:
+        platform = platform or "other"
+        target, made_of = Target(platform, _compat.device_kind(platform)), call(*arrays, **params)
+        if interpret:
+            target = op.interpreted(implementation)
+        chosen = op.choose(target, made_of, implementation)
+        return chosen.directions[direction](target, made_of, interpret)
+
+    @functools.lru_cache(maxsize=256)
+    def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
+        return jax.jit(functools.partial(made.bind, **dict(params)))
+
+    made.def_impl(lambda *arrays, **params: compiled(tuple(sorted(params.items())))(*arrays))
+    made.def_abstract_eval(abstract)
+    for platform in (*PLATFORMS, None):
+        _compat.register_lowering(made, run, platform)
+
+    def derivative(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            f"{made.name} has no derivative of its own: kernels are differentiated once, in reverse. For more, write "
+            f"the op's oracle, plain jax: {op.name}_oracle."
+        )
+
+    ad.primitive_jvps[made] = derivative
+    batching.primitive_batchers[made] = functools.partial(fold, made)
+    return made

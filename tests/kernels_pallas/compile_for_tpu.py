@@ -1,0 +1,88 @@
+"""Compiles the attention kernels for a TPU that is not here, and writes what the compiler says as JSON lines.
+
+    python tests/kernels_pallas/compile_for_tpu.py v5e:2x2 [CASE ...]
+
+libtpu compiles without a device. It aborts the process where it fails hard, so each topology is one process. A line of
+an outcome has the case, the direction, `ok`, and either the bytes of temporary memory and the number of kernels in the
+program, or the error's first lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4"
+)
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kernels_pallas.attention import attention
+
+# B, T, N, K, H, S, dtype, options; arrays of options are given by their shapes
+CASES: dict[str, tuple] = {
+    "causal": (1, 2048, 4, 2, 128, 2048, "bfloat16", {}),
+    "head 64": (2, 1024, 4, 4, 64, 1024, "bfloat16", {"causal": False}),
+    "head 256": (1, 1024, 2, 1, 256, 1024, "bfloat16", {}),
+    "float32, tails": (1, 700, 2, 1, 80, 900, "float32", {"causal": False}),
+    "one query": (2, 1, 4, 2, 128, 1000, "bfloat16", {"causal": False}),
+    "everything": (
+        2, 700, 4, 2, 128, 700, "bfloat16",
+        {
+            "window": 130, "soft_cap": 30.0, "query_positions": (2, 700), "key_positions": (2, 700),
+            "query_segments": (2, 700), "key_segments": (2, 700), "sinks": (4,), "slopes": (4,),
+        },
+    ),
+    "bias": (2, 700, 4, 2, 128, 700, "bfloat16", {"bias": (1, 4, 700, 700)}),
+    "mask of keys by head": (2, 700, 4, 2, 128, 700, "bfloat16", {"mask": (1, 4, 1, 700), "causal": False}),
+    "dropout": (1, 600, 4, 2, 128, 600, "bfloat16", {"dropout": 0.1, "dropout_key": (2,)}),
+}  # fmt: skip
+_DTYPES = {"bias": jnp.float32, "sinks": jnp.float32, "slopes": jnp.float32, "mask": bool, "dropout_key": jnp.uint32}
+
+
+def main(topology: str, names: list[str]) -> None:
+    """Compiles the cases for one topology, on its first device."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = jax.sharding.Mesh(devices[:1], ("d",))
+    where = NamedSharding(mesh, PartitionSpec())
+    for name in names or CASES:
+        b, t, n, k, h, s, dtype, options = CASES[name]
+        shapes = {"query": ((b, t, n, h), dtype), "key": ((b, s, k, h), dtype), "value": ((b, s, k, h), dtype)}
+        shapes |= {x: (v, _DTYPES.get(x, jnp.int32)) for x, v in options.items() if isinstance(v, tuple)}
+        arrays = {x: jax.ShapeDtypeStruct(*v, sharding=where) for x, v in shapes.items()}
+        static = {x: v for x, v in options.items() if not isinstance(v, tuple)}
+        smooth = [x for x in ("query", "key", "value", "bias", "slopes", "sinks") if x in arrays]
+
+        def forward(arrays, static=static):
+            given = dict(arrays)
+            if "dropout_key" in given:
+                given["dropout_key"] = jax.random.wrap_key_data(given["dropout_key"])
+            q, k, v = (given.pop(x) for x in ("query", "key", "value"))
+            return attention(q, k, v, **given, **static, return_lse=True, implementation="mosaic_tpu")
+
+        def both(arrays, smooth=smooth, forward=forward):
+            def loss(part):
+                out, lse = forward({**arrays, **part})
+                return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+            return jax.grad(loss)({x: arrays[x] for x in smooth})
+
+        for direction, function in (("forward", forward), ("backward", both)):
+            found = {"topology": topology, "case": name, "direction": direction, "ok": True}
+            try:
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                    compiled = jax.jit(function).trace(arrays).lower(lowering_platforms=("tpu",)).compile()
+                found["temporary"] = compiled.memory_analysis().temp_size_in_bytes
+                found["kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+            except Exception as error:
+                found.update(ok=False, error=str(error)[:800])
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
