@@ -5,13 +5,14 @@
 #   make test                      all tests but the slow ones   (TESTS="tests/quant tests/cli" takes a part)
 #   make aot                       compiles the TPU kernels for chips that are not here (downloads libtpu, 200 MB)
 #   make lint                      ruff and pyright
+#   make oracles                   what other programs say, again, beside what is recorded of them (tests/oracles)
 #   make demo PYTHON=python3.12    any of them with another interpreter (3.11 or newer)
 #   make clean                     removes what these made; downloaded models stay in the cache folder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test aot lint clean python
+.PHONY: help demo test aot lint oracles clean python
 
 OLDEST := (3, 11)
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -50,6 +51,23 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+# The oracles have an environment of their own, unless ORACLE_PYTHON names the Python of one that has some of them; what
+# it lacks is then not run. ORACLES="decoders families" takes a part. llama.cpp is built from source: ten minutes.
+ORACLES ?=
+ifdef ORACLE_PYTHON
+oracles: $(VENV)/.installed-test
+	$(BIN)/python tests/oracles/run.py --python $(ORACLE_PYTHON) $(ORACLES)
+else
+oracles: $(VENV)/.installed-test .venv-oracles/.installed-oracles
+	$(BIN)/python tests/oracles/run.py --all --python .venv-oracles/bin/python $(ORACLES)
+
+.venv-oracles/.installed-oracles: tests/oracles/requirements.txt pyproject.toml | python
+	@echo "Installing the oracles into .venv-oracles"
+	@"$(PYTHON)" -m venv --clear .venv-oracles
+	@.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check --requirement $< --editable .
+	@touch $@
+endif
 
 clean:
 	rm -rf .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

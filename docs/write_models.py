@@ -31,11 +31,11 @@ up to date. Every family is one `Decoder` with switches. The logits of each are 
 models within 2e-4 in float32, padded on either side and token by token with a cache (`tests/models/test_families.py`);
 those with a GGUF architecture are compared with llama.cpp too (`tests/models/test_gguf_families.py`).
 
-`trustcore.load` reads the files of all of them; `trustcore.save` writes them back. "config.json": whether one can be
-made for a model that came from another kind of file.
+`trustcore.load` reads the files of all of them; `trustcore.save` writes them back, with a config.json that is made of
+the configuration where the model came from another kind of file (`tests/oracles/record_configs.py`).
 
-| `model_type` | Models | What sets it apart from Llama | In Hugging Face's files | GGUF | config.json |
-| --- | --- | --- | --- | --- | --- |
+| `model_type` | Models | What sets it apart from Llama | In Hugging Face's files | GGUF |
+| --- | --- | --- | --- | --- |
 """
 _GATED = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)", "relu": "ReGLU"}
 _PLAIN = {"gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "relu2": "squared ReLU", "silu": "SiLU"}
@@ -57,7 +57,6 @@ def _row(family: Family) -> str:
         "; ".join(_traits(config)) or "-",
         ", ".join(kinds) or "one tensor each",
         f"`{family.gguf.name}`" if family.gguf else "-",
-        "made" if family.describe else "kept",
     )
     return f"| {' | '.join(cells)} |\n"
 

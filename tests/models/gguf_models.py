@@ -37,6 +37,30 @@ CONFIGS = {
     "phi3_long": {**SHAPE, "model_type": "phi3", "rope_scaling": LONG},
     "gpt2": {"model_type": "gpt2", "vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }  # fmt: skip
+EXPERTS = {**SHAPE, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 48}
+LATENT = {
+    **SHAPE, "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 32, "kv_lora_rank": 24,
+    "q_lora_rank": 40, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+CONFIGS |= {
+    "mixtral": {**SHAPE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**EXPERTS, "model_type": "qwen3_moe", "norm_topk_prob": True, "head_dim": 32},
+    # A ramp of YaRN's that begins before the first pair and ends behind the last: llama.cpp rounds its ends.
+    "gpt_oss": {
+        **SHAPE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5,
+        "head_dim": 32, "rope_theta": 2.0,
+        "rope_scaling": {**YARN, "original_max_position_embeddings": 64, "truncate": False},
+    },
+    "deepseek_v2": {
+        **LATENT, "model_type": "deepseek_v2", "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+    },
+    "deepseek_v3": {
+        **LATENT, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+    },
+}  # fmt: skip
 TOKENS = np.random.default_rng(7).integers(0, 64, 14)
 
 
@@ -45,7 +69,7 @@ def random_model(name):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     for path, parameter in sorted(parameters_of(model).items()):
         shape = parameter.get_value().shape
-        spread = 0.2 if len(shape) == 1 else 0.5 if path.endswith("table") else 1.2 / shape[0] ** 0.5
+        spread = 0.2 if len(shape) == 1 else 0.5 if path.endswith("table") else 1.2 / shape[-2] ** 0.5
         values = rng.standard_normal(shape) * spread + (path.endswith("norm.weight"))
         parameter.set_value(jnp.asarray(values, jnp.float32))
     return model

@@ -43,6 +43,11 @@ FOLDERS = {
     "phi3": {},
     "phi3_long": {},
     "gpt2": {},
+    "mixtral": {},
+    "qwen3_moe": {},
+    "gpt_oss": {},
+    "deepseek_v2": {},
+    "deepseek_v3": {"rope_parameters": None},
 }
 
 
@@ -82,6 +87,13 @@ def test_a_folder_becomes_a_file_of_the_same_model(tmp_path, name):
             {"attn_logit_softcapping": 2.0, "layer_types": ["sliding_attention"] * 3},
             "know no soft cap of scores",
         ),
+        ("qwen2_moe", {}, "cannot say that some layers have no experts"),
+        ("qwen2_moe", {"mlp_only_layers": [], "norm_topk_prob": True}, "of experts normalize is True, not False"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "of experts normalize is False, not True"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "other layers than every second one"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, r"clip is \(5.0, 1.702\), not \(7.0, 1.702\)"),
+        ("deepseek_v3", {}, "whose mscale and mscale_all_dim are the same, and not zero"),
+        ("deepseek_v2", {"moe_layer_freq": 2, "first_k_dense_replace": 0}, "whose first layers alone have no experts"),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(name, changes, message):

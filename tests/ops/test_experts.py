@@ -60,6 +60,41 @@ def test_rows_are_multiplied_by_their_experts_kernel(packed):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", (1, 3, 40, 300))
+def test_a_packed_stack_is_multiplied_piece_by_piece(rows):
+    """Products, and gradients, of few and of many rows: as of the decoded stack, which is never made."""
+    rng = np.random.default_rng(4)
+    w = QuantizedArray.quantize(jnp.asarray(rng.standard_normal((E, 64, 48)), jnp.float32), "q8_0")
+    chosen = jnp.asarray(rng.choice(4, (rows, 1)) ** 2 % E)  # some experts have no row
+    order, sizes = by_expert(chosen, E)
+    x, g = (jnp.asarray(rng.standard_normal((rows, n)), jnp.float32) for n in (64, 48))
+
+    def packed(x, w):
+        return jnp.sum(grouped_linear(x, w, sizes) * g)
+
+    def plain(x, w):
+        return jnp.sum(jnp.einsum("rk,rkn->rn", x, w.dequantize()[chosen[order, 0]]) * g)
+
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1), allow_int=True))(x, w) for f in (packed, plain))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found[1][0], expected[1][0], atol=2e-4)
+    scales = [np.asarray(gradient[1].fields["scale"], np.float32) for gradient in (found[1], expected[1])]
+    np.testing.assert_allclose(*scales, atol=2e-3 * np.abs(scales[1]).max())  # they are half-precision numbers
+    compiled = jax.jit(grouped_linear).lower(x, w, sizes).compile()
+    if rows < 40:
+        assert compiled.memory_analysis().temp_size_in_bytes < w.size * 4
+
+
+def test_a_packed_stack_under_vmap():
+    rng = np.random.default_rng(5)
+    w = QuantizedArray.quantize(jnp.asarray(rng.standard_normal((E, 32, 5)), jnp.float32), "q8_0")
+    x = jnp.asarray(rng.standard_normal((2, 3, 32)), jnp.float32)
+    chosen = jnp.asarray([[0, 2, 5], [1, 1, 4]])
+    sizes = jnp.asarray([by_expert(row[:, None], E)[1] for row in chosen])
+    found = jax.vmap(grouped_linear, (0, None, 0))(x, w, sizes)
+    np.testing.assert_allclose(found, jnp.einsum("brk,brkn->brn", x, w.dequantize()[chosen]), atol=1e-4)
+
+
 def test_second_gradients_of_a_ragged_product():
     rng = np.random.default_rng(3)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 3), (2, 3, 5)))

@@ -8,6 +8,7 @@ flattened array, which is along K where the block size divides K. Two 4-bit code
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import bitsandbytes
@@ -29,6 +30,9 @@ def weights_of(n: int, k: int, seed: int) -> np.ndarray:
 
 def main() -> None:
     """Writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "data", help="folder of the file")
+    out = parser.parse_args().out
     recorded: dict[str, np.ndarray] = {}
     for seed, (case, (n, k, size)) in enumerate(CASES.items()):
         weights = torch.from_numpy(weights_of(n, k, seed))
@@ -49,7 +53,7 @@ def main() -> None:
                 recorded[f"{key}/decoded"] = decoded
         recorded[f"{case}/table"] = state.code.numpy()
     recorded["version"] = np.array(bitsandbytes.__version__)
-    np.savez_compressed(Path(__file__).parents[1] / "data" / "bitsandbytes.npz", **recorded)
+    np.savez_compressed(out / "bitsandbytes.npz", **recorded)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ under `NAME/dtype/KEY`.
 
 from __future__ import annotations
 
+import argparse
 import io
 from collections import OrderedDict
 from pathlib import Path
@@ -62,6 +63,7 @@ def newer(found: OrderedDict[str, torch.Tensor]) -> OrderedDict[str, torch.Tenso
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     """What is saved, and the options of torch.save."""
+    torch.manual_seed(1)
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     marked = torch.nn.Parameter(torch.ones(2))
     marked.note = "kept beside the tensor"  # type: ignore[attr-defined]
@@ -102,6 +104,9 @@ def tensors_of(value: Any, prefix: str = "") -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "data", help="folder of the file")
+    out = parser.parse_args().out
     recorded: dict[str, np.ndarray] = {"version": np.array(torch.__version__)}
     for name, (value, options) in cases().items():
         buffer = io.BytesIO()
@@ -117,7 +122,7 @@ def main() -> None:
                 raw = np.frombuffer(bytes(whole.flatten().view(torch.uint8).tolist()), np.uint8)
                 recorded[f"{name}/tensor/{key}"] = raw.reshape(*whole.shape[:-1], -1)
                 recorded[f"{name}/dtype/{key}"] = np.array(str(whole.dtype).removeprefix("torch."))
-    np.savez_compressed(Path(__file__).parents[1] / "data" / "pytorch_files.npz", **recorded)
+    np.savez_compressed(out / "pytorch_files.npz", **recorded)
 
 
 if __name__ == "__main__":

@@ -15,25 +15,19 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from trustcore.convert.quantize import PIECE, quantize_checkpoint
-from trustcore.convert.source import PLAIN, SourceTensor
+from trustcore.convert.from_gguf import hugging_face_content
+from trustcore.convert.quantize import quantize_checkpoint
+from trustcore.convert.source import PLAIN
 from trustcore.convert.verify import Verification, verify_conversion
 from trustcore.dtypes import named_dtype
-from trustcore.errors import CheckpointError, ModelError
-from trustcore.models.families import gguf_of
-from trustcore.models.from_checkpoint import read_config
-from trustcore.models.hugging_face import half_order, hugging_face_config
-from trustcore.models.name_map import Rule
-from trustcore.models.registry import DECODERS
-from trustcore.quant.formats import BLOCK_FORMATS
+from trustcore.errors import CheckpointError
 from trustcore.weights import Checkpoint, LazyArray, open_checkpoint
 from trustcore.weights.checkpoint import TOKENIZER_GGUF
 from trustcore.weights.folder import appearing, copy_companions, refuse_occupied
@@ -269,63 +263,8 @@ def _planned(array: LazyArray, dtype: np.dtype | None, progress: _Progress) -> P
 
 
 def _from_gguf(checkpoint: Checkpoint, dtype: np.dtype | None, progress: _Progress) -> _Content:
-    """The tensors of a GGUF file under Hugging Face's names, decoded, rotary rows in the order of halves."""
-    config = read_config(checkpoint)
-    described = hugging_face_config(config)
-    packed = sorted({array.encoding for array in checkpoint.values() if array.encoding not in PLAIN})
-    unknown = [encoding for encoding in packed if encoding not in BLOCK_FORMATS]
-    if unknown or (packed and dtype is None):
-        raise CheckpointError(
-            f"matrices are stored as {', '.join(unknown or packed)}, which this format does not hold. "
-            + ("It cannot be decoded here." if unknown else "Give a dtype to decode them to (--dtype bfloat16)."),
-            path=checkpoint.path,
-        )
-    units: dict[str, dict[str, Planned]] = {}
-    names = gguf_of(config).names
-    stored, used = {rule.paths: rule for rule in names.rules(config)}, set[str]()
-    for rule in DECODERS.names(config).rules(config):
-        given = stored.get(rule.paths)
-        array = None if given is None else checkpoint.get(given.stored)
-        if given is None or array is None:
-            continue
-        if given.pieces or rule.pieces or given.groups != rule.groups:
-            raise ModelError(
-                f"{checkpoint.path}: {array.name} lies otherwise in Hugging Face's files of a {config.family} model. "
-                "Load the model and save it: trustcore.save(trustcore.load(SRC, dtype=...), DST)."
-            )
-        used.add(array.name)
-        row = SourceTensor(array.name, array.shape, array.encoding, array, half_order(config, rule.paths[0]))
-        units[rule.stored] = {rule.stored: _decoded(row, array, given, rule, dtype, progress)}
-    left = [name for name in checkpoint if name not in used and not names.ignores(name)]
-    if left:
-        raise ModelError(
-            f"{checkpoint.path}: tensors that a {config.family} model does not have: {', '.join(left[:6])}."
-        )
+    described, units = hugging_face_content(checkpoint, dtype, progress.begins)
     return _Content(units, lambda _: {"format": "pt"}, {**described, **({"dtype": dtype.name} if dtype else {})})
-
-
-def _decoded(
-    tensor: SourceTensor, array: LazyArray, given: Rule, wanted: Rule, dtype: np.dtype | None, progress: _Progress
-) -> Planned:
-    stored = np.dtype(jnp.bfloat16 if array.encoding == "bf16" else array.dtype or np.float32)
-    target = stored if dtype is None else dtype
-    turned = given.rows_first != wanted.rows_first and len(array.shape) == 2
-
-    def make() -> np.ndarray:
-        progress.begins(array)
-        made = np.empty((tensor.rows, array.shape[-1]), target)
-        for start, stop in _pieces(tensor):
-            made[start:stop] = tensor.floats(start, stop) + np.float32(given.shift - wanted.shift)
-        made = made.reshape(array.shape)
-        return np.ascontiguousarray(made.T) if turned else made
-
-    return Planned(tuple(reversed(array.shape)) if turned else tuple(array.shape), target, make)
-
-
-def _pieces(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
-    width = max(PIECE // max(tensor.shape[-1], 1), 1)
-    for start in range(0, tensor.rows, width):
-        yield start, min(start + width, tensor.rows)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:

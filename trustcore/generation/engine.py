@@ -2,10 +2,11 @@
 
     prompts -> prefill (one program a chunk length) -> first token -> decode (one program, up to DISPATCH tokens) -> ...
 
-State lives on the device: the cache, the last token, which rows are done, the penalties' history. The host only reads
-tokens. The cache is donated to every program and grows in place. Random numbers come from (seed, row, step) alone, so a
-text does not depend on how its tokens were dispatched. Programs are compiled for (batch, slots, plan); slots are
-rounded so that few are needed, and JAX's persistent cache keeps them between processes.
+A model is a `Writer`: what it keeps between tokens (a cache, a state, what its encoder has read) is its own affair.
+State lives on the device: what the model keeps, the last token, which rows are done, the penalties' history. The host
+only reads tokens. State is donated to every program and grows in place. Random numbers come from (seed, row, step)
+alone, so a text does not depend on how its tokens were dispatched. Programs are compiled for (batch, slots, plan);
+slots are rounded so that few are needed, and JAX's persistent cache keeps them between processes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from trustcore.errors import GenerationError
 from trustcore.generation.programs import keep_programs
 from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
 from trustcore.heap import trim_heap
-from trustcore.models.decoder import empty_cache
-from trustcore.nn.cache import KVCache
+from trustcore.models.writing import Writer
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
 DISPATCH = 32  # tokens a decode program can make before the host looks
@@ -62,7 +62,7 @@ class State(NamedTuple):
     """What a decode program carries from token to token.
 
     Attributes:
-        cache: of keys and values; it does not hold `token` yet.
+        kept: by the model of what it has seen, `token` not among it yet.
         token: int32 `[B]`, the last token of each row.
         done: bool `[B]`, rows that have ended.
         step: int32, tokens made so far.
@@ -70,7 +70,7 @@ class State(NamedTuple):
         history: of the penalties.
     """
 
-    cache: KVCache
+    kept: Any
     token: jax.Array
     done: jax.Array
     step: jax.Array
@@ -87,7 +87,7 @@ class Step(NamedTuple):
 
 def generate_tokens(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
@@ -95,38 +95,59 @@ def generate_tokens(
     seed: int = 0,
     context: int | None = None,
     cache_dtype: Any = None,
+    first: Sequence[Any] | None = None,
+    only: Sequence[int] | None = None,
 ) -> Generator[Step, np.ndarray | None, None]:
     """Yields the tokens that follow the prompts, a few at a time, the first one as soon as it is there.
 
     Args:
         model: as `trustcore.load` returns it.
-        prompts: token ids, one list a row; lengths may differ.
+        prompts: token ids, one list a row; lengths may differ. An encoder-decoder's encoder reads them, and what is
+            yielded is what its decoder writes. For Whisper: sounds, mono, 16000 samples a second, or log-mel frames.
         max_tokens: for each row, at most.
         sampling: how tokens are chosen; None is greedy.
         stop_ids: tokens that end a row; they are yielded too.
         seed: of the random numbers; row b of a batch draws from (seed, b).
-        context: tokens a row may have in all, prompt included; None: what the model was made for.
-        cache_dtype: float32, bfloat16 or int8; None: float32 on CPUs, bfloat16 elsewhere.
+        context: tokens a row may have in all, prompt included (of an encoder-decoder: those that its decoder writes);
+            None: what the model was made for.
+        cache_dtype: float32, bfloat16 or int8; None: float32 on CPUs, bfloat16 elsewhere. Encoder-decoders and state
+            spaces have no choice.
+        first: tokens that an encoder-decoder's decoder begins with, the same for all rows, or a list for each; None:
+            what the checkpoint says. They are not yielded.
+        only: tokens of which each that is made is one; None: all.
+
+    Tokens that the checkpoint forbids (`model.writing`) are not made.
 
     Send a bool array `[B]` into the generator to end rows from outside.
 
     Raises:
-        GenerationError: a prompt is empty, too long or has a token outside the vocabulary; an option is out of range.
+        GenerationError: the model writes no tokens; a prompt is empty, too long or has a token outside the vocabulary;
+            an option is out of range.
+        ModelError: a prompt is no sound.
     """
     keep_programs()
     sampling = sampling or Sampling()
     limit = _check(model, prompts, max_tokens, context)
+    given = model.encoder_input(prompts)
+    source, mask = given or (None, None)
+    if given is not None:
+        prompts = _beginnings(model, first, len(prompts), limit)
+    elif first is not None:
+        raise GenerationError("first is for encoder-decoders; what this model begins with is its prompt.")
     max_tokens = min(max_tokens, limit - max(len(p) for p in prompts))
     plan, values = sampling.plan, sampling.values
     stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
     longest = max(len(p) for p in prompts)
     slots = _slots(longest, max_tokens, len(prompts))
-    state = _start(model.config, len(prompts), slots, plan, jnp.uint32(seed & 0xFFFFFFFF), _cache_dtype(cache_dtype))
+    always, at_first = _bans(model, only)
+    dtype = _cache_dtype(model, cache_dtype)
     programs = _programs()
     weights, form = Form.of(model)
+    shape = {"form": form, "batch": len(prompts), "slots": slots, "plan": plan, "dtype": dtype}
+    state = _start(weights, source, mask, jnp.uint32(seed & 0xFFFFFFFF), **shape)
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
     logits, state = _read_prompts(weights, form, state, logits, prompts)
-    state = _first(state, logits, values, stops, plan=plan)
+    state = _first(state, logits, values, stops, at_first, plan=plan)
     programs = _after_compiling(programs)
 
     done = yield Step(np.asarray(state.token)[:, None], prefill=True)
@@ -136,7 +157,7 @@ def generate_tokens(
             state = state._replace(done=state.done | jnp.asarray(done))
         count = min(wanted, max_tokens - made)
         began = time.perf_counter()
-        tokens, state = _decode(weights, state, values, stops, jnp.int32(count), form=form, plan=plan)
+        tokens, state = _decode(weights, state, values, stops, always, jnp.int32(count), form=form, plan=plan)
         new = np.asarray(tokens)[:, :count]
         programs = _after_compiling(programs)
         if (new < 0).all():
@@ -149,7 +170,7 @@ def generate_tokens(
 
 
 def _programs() -> int:
-    return sum(program_count(program) for program in (_prefill, _first, _decode))
+    return sum(program_count(program) for program in (_start, _prefill, _first, _decode))
 
 
 def _after_compiling(before: int) -> int:
@@ -162,7 +183,9 @@ def _after_compiling(before: int) -> int:
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, context: int | None) -> int:
     """Returns the tokens a row may have; raises for a request that is impossible."""
-    most, vocabulary = model.config.context, model.config.vocab_size
+    if not isinstance(model, Writer):
+        raise GenerationError(f"a {type(model).__name__} writes no tokens; it has no generation.")
+    (longest, most), vocabulary = model.limits, model.config.vocab_size
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise GenerationError(f"max_tokens is {max_tokens!r}; it must be a whole number, at least 1.")
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 2):
@@ -170,11 +193,15 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, contex
     if not prompts:
         raise GenerationError("there are no prompts; pass at least one.")
     limit = min(context, most) if context else most
+    if model.reads == "sound":
+        return limit
     for i, prompt in enumerate(prompts):
         which = f"prompt {i}" if len(prompts) > 1 else "the prompt"
         if len(prompt) == 0:
             raise GenerationError(f"{which} is empty; a model needs at least one token to continue from.")
-        if len(prompt) >= limit:
+        if model.reads == "text" and len(prompt) > longest:
+            raise GenerationError(f"{which} has {len(prompt)} tokens, and the model reads {longest}; shorten it.")
+        if model.reads == "prompt" and len(prompt) >= limit:
             raise GenerationError(
                 f"{which} has {len(prompt)} tokens and the context is {limit}; shorten it"
                 + (f" or pass context up to {most}." if limit < most else ".")
@@ -184,7 +211,40 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, contex
     return limit
 
 
-def _cache_dtype(dtype: Any) -> Any:
+def _beginnings(model: Writer, first: Sequence[Any] | None, batch: int, limit: int) -> list[list[int]]:
+    """Returns what the decoder of an encoder-decoder begins each row with."""
+    given: list[Any] = list(model.writing.first if first is None else first)
+    rows = [list(row) for row in given] if given and isinstance(given[0], Sequence) else [given] * batch
+    vocabulary = model.config.vocab_size
+    fits = len(rows) == batch and len({len(row) for row in rows}) == 1 and 0 < len(rows[0]) < limit
+    if not fits or not all(0 <= token < vocabulary for row in rows for token in row):
+        raise GenerationError(
+            f"first is {str(first)[:64]}; expected tokens from 0 to {vocabulary - 1}, or as many for each of {batch} "
+            f"rows, and fewer than {limit}."
+        )
+    return rows
+
+
+def _bans(model: Writer, only: Sequence[int] | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns which tokens are never made, and which are not the first, bool `[V]`; None: all may be."""
+    writing, vocabulary = model.writing, model.config.vocab_size
+    always, first = np.full(vocabulary, only is not None), np.zeros(vocabulary, bool)
+    if only is not None:
+        if not only or not all(0 <= token < vocabulary for token in only):
+            raise GenerationError(f"only is {str(only)[:64]}; expected tokens from 0 to {vocabulary - 1}.")
+        always[list(only)] = False
+    else:
+        always[list(writing.banned)] = True
+        first[list(writing.banned_first)] = True
+    first |= always
+    if always.all() or first.all():
+        raise GenerationError("the checkpoint forbids every token; see its generation_config.json.")
+    return (jnp.asarray(always) if always.any() else None, jnp.asarray(first) if first.any() else None)
+
+
+def _cache_dtype(model: Writer, dtype: Any) -> Any:
+    if dtype is not None and not model.chooses_cache:
+        raise GenerationError(f"cache_dtype is {dtype!r}; a {type(model).__name__} has no choice of it: pass None.")
     if dtype is None:
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     names = ("float32", "bfloat16", "int8", "fp8", "int4")
@@ -213,15 +273,27 @@ def _chunks(length: int) -> list[int]:
     return [CHUNKS[-1]] * whole + ([next(c for c in CHUNKS if c >= rest)] if rest else [])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "slots", "plan", "cache_dtype"))
-def _start(config: Any, batch: int, slots: int, plan: Plan, seed: jax.Array, cache_dtype: Any) -> State:
+@functools.partial(jax.jit, static_argnames=("form", "batch", "slots", "plan", "dtype"))
+def _start(
+    weights: list[Any],
+    source: Any,
+    mask: Any,
+    seed: jax.Array,
+    *,
+    form: Form,
+    batch: int,
+    slots: int,
+    plan: Plan,
+    dtype: Any,
+) -> State:
+    model = form.fill(weights)
     return State(
-        cache=empty_cache(config, batch, slots, dtype=cache_dtype),
+        kept=model.begin(source, mask, batch=batch, slots=slots, dtype=dtype),
         token=jnp.zeros((batch,), jnp.int32),
         done=jnp.zeros((batch,), bool),
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key(seed),
-        history=History.start(plan, batch, config.vocab_size),
+        history=History.start(plan, batch, model.config.vocab_size),
     )
 
 
@@ -255,17 +327,17 @@ def _prefill(
 ) -> tuple[jax.Array, State]:
     """Takes in T tokens of each row, `lengths` of which count; keeps the logits after each row's last token."""
     model = form.fill(weights)
-    hidden, cache = model.hidden_states(tokens, cache=state.cache, lengths=lengths)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    ends = model.logits(jnp.take_along_axis(hidden, jnp.broadcast_to(last, (*last.shape[:2], hidden.shape[2])), axis=1))
-    logits = jnp.where(lengths[:, None] > 0, ends[:, 0], logits)
+    ends, kept = model.step(tokens, lengths, state.kept)
+    logits = jnp.where(lengths[:, None] > 0, ends, logits)
     valid = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < lengths[:, None]
-    return logits, state._replace(cache=cache, history=state.history.prompt(tokens, valid))
+    return logits, state._replace(kept=kept, history=state.history.prompt(tokens, valid))
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def _first(state: State, logits: jax.Array, values: Values, stops: jax.Array, *, plan: Plan) -> State:
-    return _choose(state, logits, values, stops, plan)
+def _first(
+    state: State, logits: jax.Array, values: Values, stops: jax.Array, banned: jax.Array | None, *, plan: Plan
+) -> State:
+    return _choose(state, logits, values, stops, banned, plan)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "plan"), donate_argnames="state")
@@ -274,6 +346,7 @@ def _decode(
     state: State,
     values: Values,
     stops: jax.Array,
+    banned: jax.Array | None,
     count: jax.Array,
     *,
     form: Form,
@@ -291,16 +364,20 @@ def _decode(
         i, made, state = carry
         # A row that has ended adds nothing to its cache: the slot it writes is not counted.
         grows = jnp.where(state.done, 0, 1)
-        logits, cache = model(state.token[:, None], cache=state.cache, lengths=grows)
-        state = _choose(state._replace(cache=cache), logits[:, 0], values, stops, plan)
+        logits, kept = model.step(state.token[:, None], grows, state.kept)
+        state = _choose(state._replace(kept=kept), logits, values, stops, banned, plan)
         return i + 1, jax.lax.dynamic_update_slice(made, state.token[:, None], (0, i)), state
 
     _, made, state = jax.lax.while_loop(more, step, (jnp.int32(0), made, state))
     return made, state
 
 
-def _choose(state: State, logits: jax.Array, values: Values, stops: jax.Array, plan: Plan) -> State:
+def _choose(
+    state: State, logits: jax.Array, values: Values, stops: jax.Array, banned: jax.Array | None, plan: Plan
+) -> State:
     batch = logits.shape[0]
+    if banned is not None:
+        logits = jnp.where(banned[None], -jnp.inf, logits)
     if plan.greedy:
         uniform = jnp.zeros((batch,), jnp.float32)
     else:

@@ -51,11 +51,11 @@ class Answer:
         finish_reason: None while it goes on; then "stop" (a stop token or string) or "length".
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], stop_ids: frozenset[int]):
+    def __init__(self, tokenizer: Any, stop: Sequence[str], stop_ids: frozenset[int], *, continuation: bool = True):
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
-        self._decoder = tokenizer.stream_decoder(continuation=True)
+        self._decoder = tokenizer.stream_decoder(continuation=continuation)
         self._stop, self._stop_ids = [s for s in stop if s], stop_ids
         self._held = ""
 

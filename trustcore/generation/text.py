@@ -1,7 +1,12 @@
-"""Text in, text out: `generate` continues a prompt, `chat` answers a conversation."""
+"""Text in, text out: `generate` continues a prompt or answers what an encoder reads, `chat` answers a conversation.
+
+Of a model that reads sound, `generate` gives what was said: sounds are cut into as many pieces as they need, each as
+long as the model reads, all pieces run as one batch, and their texts follow each other.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -10,7 +15,9 @@ import numpy as np
 from trustcore.errors import GenerationError
 from trustcore.generation.engine import generate_tokens
 from trustcore.generation.sampling import Sampling
+from trustcore.generation.sound import heard, pieces_of
 from trustcore.generation.stream import Answer, Stream, run_batch
+from trustcore.models.writing import Writer
 
 Prompt = str | Sequence[int]
 
@@ -32,6 +39,7 @@ class Options(TypedDict, total=False):
     cache_dtype: Any
     ignore_eos: bool
     parse_special: bool
+    first: Sequence[Any] | None
 
 
 @overload
@@ -61,12 +69,14 @@ def generate(
     cache_dtype: Any = None,
     ignore_eos: bool = False,
     parse_special: bool = False,
+    first: Sequence[Any] | None = None,
 ) -> Any:
-    """Returns the text that follows the prompt.
+    """Returns the text that follows the prompt; of an encoder-decoder, what it writes about it.
 
     Args:
         model: as `trustcore.load` returns it.
-        prompt: a string, or token ids; or several strings (or lists of ids), which run as one batch.
+        prompt: a string, or token ids; or several strings (or lists of ids), which run as one batch. For Whisper: a
+            sound as an array of samples, mono, 16000 a second; or several.
         stream: return a `Stream` of pieces as they arrive (one prompt only).
         max_tokens: of the answer, at most.
         temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: see `Sampling`;
@@ -78,6 +88,8 @@ def generate(
         ignore_eos: go on after the model's own end tokens.
         parse_special: read "<|im_end|>" and the like in the prompt as the tokens of that name. Off by default: what a
             user typed must not speak with the voice of the system.
+        first: tokens that an encoder-decoder's decoder begins with, such as a language's; None: what the checkpoint
+            says, and for Whisper the language that it hears.
 
     Returns:
         A string, a list of strings for several prompts, or a `Stream`.
@@ -91,18 +103,26 @@ def generate(
         ' Paris.\\n\\n'
     """
     tokenizer = _tokenizer(model)
-    prompts, several = _prompts(prompt)
-    if several and stream:
-        raise GenerationError("stream=True takes one prompt; for several, call generate without it.")
-    ids = [
-        tokenizer.encode(p, parse_special=parse_special) if isinstance(p, str) else [int(i) for i in p] for p in prompts
-    ]
-    if isinstance(prompt, str) and not ids[0] and tokenizer.bos_id is not None:
-        ids[0] = [tokenizer.bos_id]  # an empty prompt: whatever the model begins with
+    reads = model.reads if isinstance(model, Writer) else "prompt"
+    if reads == "sound":
+        ids, counts, several = pieces_of(prompt, model.limits[0])
+        first = heard(model, ids) if first is None else first
+    else:
+        prompts, several = _prompts(prompt)
+        ids = [
+            tokenizer.encode(p, parse_special=parse_special) if isinstance(p, str) else [int(i) for i in p]
+            for p in prompts
+        ]
+        counts = [1] * len(ids)
+        if isinstance(prompt, str) and not ids[0] and tokenizer.bos_id is not None:
+            ids[0] = [tokenizer.bos_id]  # an empty prompt: whatever the model begins with
+    if len(ids) > 1 and stream:
+        raise GenerationError("stream=True takes one prompt, and of sound no more than the model reads at once.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) for s in stops):
         raise GenerationError(f"stop is {stop!r}; it must be a string or several strings.")
-    stop_ids = frozenset() if ignore_eos else frozenset(tokenizer.stop_ids)
+    own = model.writing.stop if isinstance(model, Writer) else ()
+    stop_ids = frozenset() if ignore_eos else frozenset(tokenizer.stop_ids) | frozenset(own)
     steps = generate_tokens(
         model,
         ids,
@@ -112,12 +132,14 @@ def generate(
         seed=seed,
         context=context,
         cache_dtype=cache_dtype,
+        first=first,
     )
-    answers = [Answer(tokenizer, stops, stop_ids) for _ in ids]
+    answers = [Answer(tokenizer, stops, stop_ids, continuation=reads == "prompt") for _ in ids]
     if stream:
         return Stream(steps, answers[0], len(ids[0]))
     run_batch(steps, answers)
-    texts = [answer.text for answer in answers]
+    written = iter(answer.text for answer in answers)
+    texts = ["".join(itertools.islice(written, count)) for count in counts]
     return texts if several else texts[0]
 
 

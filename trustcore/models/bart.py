@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -26,6 +27,7 @@ from trustcore.models.name_map import Rule, conv, linear, norm, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
 from trustcore.models.values import Values
+from trustcore.models.writing import Reads, Writing, behind_last, rows_of
 from trustcore.nn.conv import Conv
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
 from trustcore.nn.embedding import Embedding
@@ -36,10 +38,12 @@ from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
 from trustcore.nn.positions import sinusoids
 from trustcore.ops.activate import activation
+from trustcore.ops.log_mel import HOP, log_mel
 
 _SINUSOIDS = ("marian", "pegasus")
 _NORM_FIRST = ("mbart", "pegasus", "whisper")
 _NORM_BEHIND_EMBEDDING = ("bart", "mbart")
+_FRAMES = 2  # that one position of Whisper's encoder is made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +193,11 @@ class Bart(Model):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    chooses_cache = False
+
     def __init__(self, config: BartConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
+        self.writing = Writing(first=(config.start_token,))
         made = {"dtype": dtype, "rngs": rngs}
         features, family = config.features, config.family
         self.words = Embedding(config.vocab_size, features, **made)
@@ -257,6 +264,50 @@ class Bart(Model):
             x = run(block, x, visible)
         return x if self.norm is None else self.norm(x)
 
+    @property
+    def reads(self) -> Reads:
+        """See `Writer`."""
+        return "sound" if self.config.mel_bins else "text"
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """See `Writer`; of sound, in samples."""
+        sound = self.config.positions * _FRAMES * HOP
+        return sound if self.config.mel_bins else self.config.positions, self.config.decoder_positions
+
+    def encoder_input(self, prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `Writer`.
+
+        Raises:
+            ModelError: a sound is no row of samples, or no log-mel frames of this model.
+        """
+        if not self.config.mel_bins:
+            return rows_of(prompts, self.config.positions)
+        return np.concatenate([self._frames(np.asarray(sound, np.float32)) for sound in prompts]), None
+
+    def _frames(self, sound: np.ndarray) -> np.ndarray:
+        """Returns log-mel frames, `[1, F, M]`: the sound is padded with silence to the length that the model reads."""
+        frames, bins = self.config.positions * _FRAMES, self.config.mel_bins
+        if sound.shape == (frames, bins):
+            return sound[None]
+        if sound.ndim != 1 or not 0 < sound.size <= frames * HOP:
+            raise ModelError(
+                f"the sound is an array {list(sound.shape)}; expected up to {frames * HOP} samples, or log-mel frames "
+                f"[{frames}, {bins}]."
+            )
+        return np.asarray(log_mel(jnp.asarray(np.pad(sound, (0, frames * HOP - sound.size)))[None], bins))
+
+    def begin(self, source: Any, mask: Any, *, batch: int, slots: int, dtype: Any) -> DecoderState:
+        """See `Writer`; there may be more slots than the decoder has positions."""
+        return self._start(self.encode(source, mask), mask, slots)
+
+    def step(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], kept: DecoderState
+    ) -> tuple[Float[Array, "B V"], DecoderState]:
+        """See `Writer`; rows grow together, so all of `lengths` that are not 0 are the same."""
+        logits, after = self.decode(tokens, kept)
+        return behind_last(logits, lengths)[:, 0], after._replace(length=kept.length + jnp.max(lengths))
+
     def start(self, memory: Float[Array, "B S D"], mask: Any = None, *, slots: int) -> DecoderState:
         """Returns the state of a decoder that has written nothing yet.
 
@@ -271,6 +322,10 @@ class Bart(Model):
         config = self.config
         if slots > config.decoder_positions:
             raise ModelError(f"{slots} tokens are more than the {config.decoder_positions} this decoder writes.")
+        return self._start(memory, mask, slots)
+
+    def _start(self, memory: jax.Array, mask: Any, slots: int) -> DecoderState:
+        config = self.config
         size = config.features // config.decoder_heads
         empty = empty_layer(memory.shape[0], slots, config.decoder_heads, size, self.dtype)
         views = tuple(block.cross.keys_values(memory) for block in self.decoder if block.cross is not None)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.model import Model
+from trustcore.models.writing import Reads, behind_last
 from trustcore.nn.attention import Attention
 from trustcore.nn.cache import KVCache
 from trustcore.nn.embedding import Embedding
@@ -130,6 +131,8 @@ class Decoder(Model):
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}
+        self.reads: Reads = "prompt"
+        self.chooses_cache = True
         self.embedding = Embedding(config.vocab_size, config.features, **made)
         positions = config.learned_positions
         self.positions = Embedding(positions, config.features, **made) if positions else None
@@ -216,6 +219,26 @@ class Decoder(Model):
             y = y * self.config.logit_scale
         cap = self.config.logit_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """See `Writer`."""
+        return self.config.context, self.config.context
+
+    def encoder_input(self, prompts: Any) -> None:
+        """There is no encoder."""
+
+    def begin(self, source: Any, mask: Any, *, batch: int, slots: int, dtype: Any) -> KVCache:
+        """See `Writer`; what is kept is a cache of keys and values."""
+        return self.new_cache(batch, slots, dtype=dtype)
+
+    def step(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], kept: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """See `Writer`."""
+        hidden, cache = self.hidden_states(tokens, cache=kept, lengths=lengths)
+        assert cache is not None
+        return self.logits(behind_last(hidden, lengths))[:, 0], cache
 
     def new_cache(self, batch: int, slots: int, *, dtype: Any = jnp.float32) -> KVCache:
         """Returns an empty cache for `batch` rows of up to `slots` tokens; `dtype` as in `LayerCache`."""

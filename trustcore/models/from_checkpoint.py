@@ -31,6 +31,7 @@ from trustcore.models.schemes import Packed, Scheme, scheme_of
 from trustcore.models.schemes.float8 import input_scale
 from trustcore.models.schemes.own import Own
 from trustcore.models.sentence import read_pooling
+from trustcore.models.writing import Writer, read_writing
 from trustcore.quant import QuantizedArray
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray
@@ -83,6 +84,8 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
     model.source, model.origin = checkpoint.path.name, str(checkpoint.path.absolute())
     if described is not None:
         model.described, model.prefix = json.dumps(described), found.prefix
+    if isinstance(model, Writer) and described is not None:
+        model.writing = read_writing(checkpoint.path.parent, described, model)
     if isinstance(model, TextEncoder):
         model.pooling = read_pooling(checkpoint.path.parent)
     return model
@@ -141,7 +144,7 @@ def _read(checkpoint: Checkpoint) -> tuple[Any, Names, Callable[..., Model]]:
         rope_divisors=plain or short,
         long_divisors=long,
     )
-    return _bounded(config, checkpoint), gguf_of(config).names, Decoder
+    return _bounded(config, checkpoint), gguf_of(config).names_in(checkpoint), Decoder
 
 
 def _bounded(config: Any, checkpoint: Checkpoint) -> Any:
@@ -203,6 +206,8 @@ def _held(source: LazyArray | Packed, rule: Rule) -> Any:
         return source.read(transposed=rule.is_table)
     if not _packs(source, rule):
         return source.numpy()
+    if rule.heads:  # as one matrix, whose rows are its outputs or, where they are not, its inputs
+        return QuantizedArray.from_blocks(source.encoding, rule.rows(source.raw()), transposed=not rule.rows_first)
     if rule.rows_first or rule.is_table:
         return QuantizedArray.from_blocks(source.encoding, source.raw(), transposed=rule.is_table)
     if source.encoding in _FLOAT16:  # files that hold [in, out] have no blocks along the inputs

@@ -23,6 +23,7 @@ from trustcore.models.name_map import kernel, linear, plain, window
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
 from trustcore.models.values import Values
+from trustcore.models.writing import Reads, behind_last
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.linear import Linear
 from trustcore.nn.mamba import Mamba, Mamba2, MambaState
@@ -31,6 +32,8 @@ from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 
 States = tuple[MambaState, ...]
+
+MOST = 1 << 20  # tokens of a row: positions have no end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +152,14 @@ class Block(nnx.Module):
             self.mixer = Mamba(config.features, config.inner, rank=config.rank, **options)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: MambaState | None, mask: jax.Array | None
+        self,
+        x: Float[Array, "B T D"],
+        state: MambaState | None,
+        mask: jax.Array | None,
+        lengths: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], MambaState]:
         """Returns the stream and the layer's state after these tokens."""
-        y, state = self.mixer(self.norm(x), state, mask)
+        y, state = self.mixer(self.norm(x), state, mask, lengths)
         return x + y, state
 
 
@@ -164,6 +171,9 @@ class MambaModel(Model):
         dtype: of activations, and of the parameters that `rngs` draws.
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
+
+    reads: Reads = "prompt"
+    chooses_cache = False
 
     def __init__(self, config: MambaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
@@ -185,12 +195,41 @@ class MambaModel(Model):
 
         Differentiable in the float weights. States are of one size, however long the row.
         """
-        x = self.words(tokens).astype(self.dtype)
         counts = None if mask is None else jnp.asarray(mask).astype(bool).astype(self.dtype)[..., None]
-        x, after = run_blocks(self.blocks, lambda block, x, state: run(block, x, state, counts), x, states)
-        x = self.norm(x)
+        x, after = self._stream(tokens, states, counts)
+        return self._logits(x), after
+
+    def _stream(
+        self, tokens: jax.Array, states: States | None, counts: jax.Array | None, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, States]:
+        x = self.words(tokens).astype(self.dtype)
+        x, after = run_blocks(self.blocks, lambda block, x, state: run(block, x, state, counts, lengths), x, states)
+        return self.norm(x), after
+
+    def _logits(self, x: jax.Array) -> jax.Array:
         logits = self.words.unembed(x) if self.output is None else self.output(x)
-        return logits.astype(jnp.float32), after
+        return logits.astype(jnp.float32)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """See `Writer`; a state has room for any number of tokens."""
+        return MOST, MOST
+
+    def encoder_input(self, prompts: Any) -> None:
+        """There is no encoder."""
+
+    def begin(self, source: Any, mask: Any, *, batch: int, slots: int, dtype: Any) -> States:
+        """See `Writer`; states of one size, whatever there is to be room for."""
+        token = jnp.zeros((batch, 1), jnp.int32)
+        shapes = jax.eval_shape(lambda: self._stream(token, None, None)[1])
+        return jax.tree.map(lambda state: jnp.zeros(state.shape, state.dtype), shapes)
+
+    def step(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], kept: States
+    ) -> tuple[Float[Array, "B V"], States]:
+        """See `Writer`."""
+        x, after = self._stream(tokens, kept, None, lengths)
+        return self._logits(behind_last(x, lengths))[:, 0], after
 
     def example(self) -> tuple[Any, ...]:
         """See `Model.example`."""

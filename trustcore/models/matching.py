@@ -16,6 +16,7 @@ from trustcore.models.name_map import Rule, Shape
 from trustcore.models.names import Names
 from trustcore.models.schemes import Packed, Scheme
 from trustcore.models.schemes.float4 import GptOss
+from trustcore.models.schemes.own import Own
 from trustcore.quant.formats import BLOCK_FORMATS
 from trustcore.weights import Checkpoint, LazyArray
 
@@ -155,4 +156,4 @@ def _find_packed(
     """What a matrix, or a stack of them, is made of in the scheme; None: it is a plain tensor."""
     if not lead:
         return scheme.find(checkpoint, module, k, n)
-    return scheme.find_stack(checkpoint, module, lead, k, n) if isinstance(scheme, GptOss) else None
+    return scheme.find_stack(checkpoint, module, lead, k, n) if isinstance(scheme, GptOss | Own) else None

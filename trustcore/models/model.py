@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trustcore.models.writing import Writing
 from trustcore.nn.stack import Stack
 from trustcore.quant.quantize import path_name
 
@@ -21,6 +22,7 @@ class Model(nnx.Module):
         dtype: of activations.
         tokenizer: set by `trustcore.load`, where the model reads text.
         pooling: set by `trustcore.load`, where the checkpoint says how tokens become one vector.
+        writing: what the checkpoint says of how the model writes, where it does.
         source: where the weights came from, for people.
         origin: the file they came from, or "": `trustcore.save` takes the tokenizer's files from beside it.
         described: the config.json that it was made of, or "".
@@ -34,6 +36,7 @@ class Model(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Any = None
         self.pooling: Any = None
+        self.writing = Writing()
         self.source = ""
         self.origin = ""
         self.described = ""

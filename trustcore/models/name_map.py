@@ -11,6 +11,8 @@ the function that makes it:
                 other" (Phi-3's qkv), a group for each key head has that head's queries, key and value (GPT-NeoX, BLOOM,
                 Falcon), a group for each output alternates (gpt-oss' gate and up)
     stacked     each piece of a parameter along its first axis is a tensor of its own (experts; norms of heads)
+    headed      a matrix that files hold as a stack of one for each head (GGUF's two halves of DeepSeek's latents)
+    column      a matrix of one output that files hold as a vector (GGUF's gate of a shared expert)
 
 `linear`, `norm`, `conv` and `batch_norm` give the rules of a layer. A parameter's last axis is its outputs. Rows of
 outputs are only moved, so packed matrices stay packed:
@@ -49,6 +51,9 @@ class Rule:
             one tensor for all.
         shift: what is added to the stored numbers.
         others: further names that files give the tensor.
+        heads: for how many heads the tensor has a matrix of its own along its first axis: a number, or the name of a
+            field; 0: it has no such axis.
+        column: whether the tensor lacks the axis of the one output.
     """
 
     paths: tuple[str, ...]
@@ -59,6 +64,8 @@ class Rule:
     pieces: int | str = 0
     shift: float = 0.0
     others: tuple[str, ...] = ()
+    heads: int | str = 0
+    column: bool = False
 
     @property
     def kind(self) -> str:
@@ -67,6 +74,8 @@ class Rule:
             return "shifted"
         if self.convolved:
             return "window"
+        if self.heads or self.column:
+            return "headed" if self.heads else "column"
         parts = ["stacked"] if self.pieces else []
         parts += ["fused"] if len(self.paths) > 1 else []
         return " and ".join(parts) or ("kernel" if self.rows_first else "plain")
@@ -84,7 +93,8 @@ class Rule:
     @property
     def moves_nothing(self) -> bool:
         """Whether the parameter is the tensor, but for its orientation."""
-        return len(self.paths) == 1 and not self.pieces and not self.shift and not self.convolved
+        moved = self.pieces or self.shift or self.convolved or self.heads or self.column
+        return len(self.paths) == 1 and not moved
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,6 +112,11 @@ class Rule:
         if any(shape[:-1] != first[:-1] for shape in shapes):
             raise ModelError(f"{self.stored}: parameters of shapes {[list(s) for s in shapes]} are no one tensor.")
         fused = first if len(shapes) == 1 else (*first[:-1], sum(shape[-1] for shape in shapes))
+        if self.column:
+            return fused[:-1]
+        if self.heads:
+            rows, width = fused[0], fused[-1] // self._heads
+            return (self._heads, width, rows) if self.rows_first else (self._heads, rows, width)
         fused = fused[1:] if self.pieces else fused
         if self.convolved:
             return (fused[-1], fused[-2], *fused[:-2])
@@ -110,6 +125,7 @@ class Rule:
     def split(self, tensors: Sequence[np.ndarray], shapes: Sequence[Shape]) -> list[np.ndarray]:
         """Returns the parameters, in the order of their paths, from the arrays of the tensors."""
         whole = np.stack(tensors) if self.pieces else tensors[0]
+        whole = whole[:, None] if self.column else self.rows(whole) if self.heads else whole
         whole = np.swapaxes(whole, -1, -2) if self.rows_first else whole
         whole = np.moveaxis(whole, (0, 1), (-1, -2)) if self.convolved else whole
         if self.shift:
@@ -117,6 +133,12 @@ class Rule:
         if len(shapes) == 1:
             return [whole]
         return [whole[..., place] for place in places([shape[-1] for shape in shapes], self._count)]
+
+    def rows(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns the numbers, or the bytes, of a tensor with an axis of heads as those of one matrix, row by row."""
+        if self.rows_first:
+            return tensor.reshape(-1, tensor.shape[-1])
+        return np.moveaxis(tensor, 0, 1).reshape(tensor.shape[1], -1)
 
     def split_packed(self, tensors: Sequence[QuantizedArray], shapes: Sequence[Shape]) -> list[QuantizedArray]:
         """Returns the parameters from packed matrices `[..., in, out]`, one for each tensor.
@@ -137,8 +159,14 @@ class Rule:
             whole = np.concatenate(parameters, axis=-1)[..., np.argsort(order)]
         if self.shift:
             whole = whole - whole.dtype.type(self.shift)
+        if self.column:
+            return [whole[:, 0]]
         whole = np.swapaxes(whole, -1, -2) if self.rows_first else whole
         whole = np.moveaxis(whole, (-1, -2), (0, 1)) if self.convolved else whole
+        if self.heads:
+            rows, n = whole.shape[0], self._heads
+            whole = whole.reshape(n, -1, whole.shape[1]) if self.rows_first else whole.reshape(rows, n, -1)
+            whole = whole if self.rows_first else np.moveaxis(whole, 1, 0)
         return list(whole) if self.pieces else [whole]
 
     def join_packed(self, parameters: Sequence[QuantizedArray]) -> list[QuantizedArray]:
@@ -154,6 +182,11 @@ class Rule:
         if not self.pieces:
             return [whole]
         return [jax.tree.map(lambda field, e=e: field[e], whole) for e in range(len(self.names))]
+
+    @property
+    def _heads(self) -> int:
+        assert isinstance(self.heads, int), f"{self.stored}: heads are to be read off a configuration first"
+        return self.heads
 
     @property
     def _count(self) -> int:
@@ -221,6 +254,16 @@ def stacked(path: str, stored: str, pieces: int | str = "expert_count") -> Rule:
     return Rule((path,), stored, rows_first=path.endswith("kernel"), pieces=pieces)
 
 
+def headed(path: str, stored: str, heads: int | str, *, rows_first: bool) -> Rule:
+    """Returns the rule for a kernel `[in, heads * H]` that files hold as `[heads, H, in]`, or as `[heads, in, H]`."""
+    return Rule((path,), stored, rows_first=rows_first, heads=heads)
+
+
+def column(path: str, stored: str) -> Rule:
+    """Returns the rule for a kernel `[in, 1]` that files hold as `[in]`."""
+    return Rule((path,), stored, column=True)
+
+
 def numbered(count: int, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Returns the rules of each of `count` layers in turn, the number in place of `{}`."""
     held = tuple(rules)
@@ -233,9 +276,10 @@ def numbered(count: int, rules: Iterable[Rule]) -> tuple[Rule, ...]:
 
 
 def expand(rules: Iterable[Rule], config: Any) -> tuple[Rule, ...]:
-    """Returns the rules with the numbers that a configuration has in the fields that `groups` and `pieces` name."""
+    """Returns the rules with the numbers that a configuration has in the fields that their counts name."""
 
-    def number(given: int | str) -> int:
-        return getattr(config, given) if isinstance(given, str) else given
+    def numbers(rule: Rule) -> dict[str, int]:
+        named = {name: getattr(rule, name) for name in ("groups", "pieces", "heads")}
+        return {name: getattr(config, given) if isinstance(given, str) else given for name, given in named.items()}
 
-    return tuple(dataclasses.replace(rule, groups=number(rule.groups), pieces=number(rule.pieces)) for rule in rules)
+    return tuple(dataclasses.replace(rule, **numbers(rule)) for rule in rules)

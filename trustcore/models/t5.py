@@ -11,11 +11,12 @@ table of relative positions); with an encoder alone, a text encoder. Raffel et a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,7 @@ from trustcore.models.name_map import Rule, kernel, numbered, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
 from trustcore.models.values import Values
+from trustcore.models.writing import Reads, Writing, behind_last, rows_of
 from trustcore.nn.decoder_state import DecoderState, attend_extended, empty_layer
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention, KeysValues
@@ -33,6 +35,8 @@ from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import RMSNorm
 from trustcore.nn.positions import RelativeBias
 from trustcore.ops.activate import activation
+
+MOST = 1 << 20  # tokens of a row: what no memory holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,7 @@ class T5Config:
 
     @property
     def context(self) -> int:
-        """Tokens a row may have: relative positions know no end. The models were trained with 512."""
+        """Tokens that the models were trained with; relative positions know no end."""
         return 512
 
     @classmethod
@@ -189,8 +193,12 @@ class T5(TextEncoder):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    reads: Reads = "text"
+    chooses_cache = False
+
     def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
+        self.writing = Writing(first=(config.start_token,))
         made = {"dtype": dtype, "rngs": rngs}
         self.words = Embedding(config.vocab_size, config.features, **made)
 
@@ -256,6 +264,26 @@ class T5(TextEncoder):
         empty = empty_layer(memory.shape[0], slots, config.heads, config.head_dim, self.dtype)
         views = tuple(block.cross.keys_values(memory) for block in self.decoder if block.cross is not None)
         return DecoderState((empty,) * config.decoder_layers, views, key_mask(mask), jnp.zeros((), jnp.int32))
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """See `Writer`; relative positions know no end."""
+        return MOST, MOST
+
+    def encoder_input(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Writer`."""
+        return rows_of(prompts, MOST)
+
+    def begin(self, source: Any, mask: Any, *, batch: int, slots: int, dtype: Any) -> DecoderState:
+        """See `Writer`."""
+        return self.start(self.encode(source, mask), mask, slots=slots)
+
+    def step(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], kept: DecoderState
+    ) -> tuple[Float[Array, "B V"], DecoderState]:
+        """See `Writer`; rows grow together, so all of `lengths` that are not 0 are the same."""
+        logits, after = self.decode(tokens, kept)
+        return behind_last(logits, lengths)[:, 0], after._replace(length=kept.length + jnp.max(lengths))
 
     def decode(self, tokens: Int[Array, "B T"], state: DecoderState) -> tuple[Float[Array, "B T V"], DecoderState]:
         """Returns float32 logits behind each token, and the state; tokens follow those that the state has seen."""

@@ -10,6 +10,7 @@ shift differently, a tensor is computed when it is asked for (`Computed`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
-from trustcore.models.families import FAMILIES, gguf_of
+from trustcore.models.families import FAMILIES, Gguf, gguf_of
 from trustcore.models.matching import Matching
 from trustcore.models.model import parameters_of
 from trustcore.models.name_map import Rule
@@ -88,11 +89,11 @@ def gguf_metadata(config: DecoderConfig) -> dict[str, Any]:
     if config.window is not None:
         values[f"{arch}.attention.sliding_window"] = config.window
     if config.rope is not None:
-        values |= {f"{arch}.rope.{key}": value for key, value in _rope(config.rope).items()}
+        values |= {f"{arch}.rope.{key}": value for key, value in _rope(config.rope, file).items()}
     return {**values, **{f"{arch}.{key}": value for key, value in file.write(config).items()}}
 
 
-def _rope(rope: RopeConfig) -> dict[str, Any]:
+def _rope(rope: RopeConfig, file: Gguf) -> dict[str, Any]:
     values: dict[str, Any] = {"dimension_count": rope.size, "freq_base": rope.theta}
     if rope.scaling in ("linear", "yarn"):
         values |= {"scaling.type": rope.scaling, "scaling.factor": rope.factor}
@@ -102,8 +103,9 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
         own = RopeConfig(rope.size, scaling="yarn", factor=rope.factor, original_context=1).magnitude
         if rope.magnitude != own:
             values["scaling.attn_factor"] = rope.magnitude / own
-        if not rope.truncate:
-            raise ModelError("GGUF files cannot say that YaRN's ramp begins and ends between pairs (truncate: false).")
+        if rope.truncate != file.whole_pairs:
+            where = "at whole pairs (truncate: true)" if rope.truncate else "between pairs (truncate: false)"
+            raise ModelError(f"GGUF files of {file.name} cannot say that YaRN's ramp begins and ends {where}.")
     elif rope.scaling == "longrope":
         values |= {"scaling.original_context_length": rope.original_context, "scaling.attn_factor": rope.magnitude}
     elif rope.scaling == "dynamic":
@@ -156,9 +158,7 @@ def _placed(
         heads = {"attention.query.": config.heads, "attention.key.": config.kv_heads}
         count = next((n for part, n in heads.items() if part in rule.paths[0]), None)
         rows = None if count is None else interleaved_rows(count, config.head_dim, config.rope.size)
-    if (there.paths, there.rows_first, there.groups, there.pieces, there.shift) == (
-        (rule.paths, rule.rows_first, rule.groups, rule.pieces, rule.shift)
-    ):
+    if dataclasses.replace(there, stored=rule.stored) == rule:
         return Placed(checkpoint[there.stored], rows)
     rules = list(dict.fromkeys(by_path[path] for path in rule.paths))
     sources = tuple(checkpoint[name] for other in rules for name in other.names)

@@ -25,6 +25,8 @@ from trustcore.ops.activate import clipped_swiglu, gated
 from trustcore.ops.experts import Scoring, by_expert, grouped_linear, route
 from trustcore.ops.router_losses import attach_loss, balance, router_z_loss
 
+_MOST = 1 << 16  # bounds what a number in a file can ask for
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
@@ -67,6 +69,8 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         if not 0 < self.active <= self.count:
             raise ModelError(f"experts: {self.active} of {self.count} are active; at least one, and no more than all.")
+        if self.count > _MOST:
+            raise ModelError(f"experts: {self.count} of them; more than {_MOST} are not believed.")
         if self.hidden <= 0 or self.shared < 0:
             raise ModelError(f"experts: hidden sizes {self.hidden} and {self.shared} (shared) must be positive.")
         if self.groups <= 0 or self.count % self.groups or not 0 < self.active_groups <= self.groups:

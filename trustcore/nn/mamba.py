@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from trustcore.nn.linear import Linear
 from trustcore.nn.parameter import parameter
@@ -76,7 +76,11 @@ class Mamba(nnx.Module):
         self.rank, self.state_size, self.activation, self.chunk = rank, state_size, activation, chunk
 
     def __call__(
-        self, u: Float[Array, "B T D"], state: MambaState | None = None, mask: Float[Array, "B T 1"] | None = None
+        self,
+        u: Float[Array, "B T D"],
+        state: MambaState | None = None,
+        mask: Float[Array, "B T 1"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], MambaState]:
         """Returns the layer's output and the state after it.
 
@@ -84,14 +88,19 @@ class Mamba(nnx.Module):
             u: T tokens; one of them for a step.
             state: before them; None: nothing was seen.
             mask: zero where a token is padding, which must stand on the left, or behind all that counts.
+            lengths: in place of `mask`, tokens of each row that count, the rest being padding on the right: the state
+                is that after the last of them.
         """
         u = u if mask is None else u * mask
         x, gate = jnp.split(self.input(u), 2, axis=-1)
-        x, past = causal_conv(x, self.conv.get_value(), _value(self.conv_bias), None if state is None else state.past)
+        before = None if state is None else state.past
+        y, past = causal_conv(x, self.conv.get_value(), _value(self.conv_bias), before)
+        past = past if lengths is None else _last_inputs(x, before, past, lengths)
+        x = y
         x = activation(self.activation)(x)
         x = x if mask is None else x * mask
         low, b, c = jnp.split(self.select(x), [self.rank, self.rank + self.state_size], axis=-1)
-        dt = jax.nn.softplus(self.steps(low))
+        dt = _steps_of(jax.nn.softplus(self.steps(low)), lengths)
         before = None if state is None else state.hidden
         decay = -jnp.exp(_wide(self.decay.get_value()))
         y, hidden = selective_scan(x, dt, decay, b, c, before, chunk=self.chunk)
@@ -152,22 +161,27 @@ class Mamba2(nnx.Module):
         self.limits, self.activation, self.norm_eps, self.chunk = limits, activation, norm_eps, chunk
 
     def __call__(
-        self, u: Float[Array, "B T D"], state: MambaState | None = None, mask: Float[Array, "B T 1"] | None = None
+        self,
+        u: Float[Array, "B T D"],
+        state: MambaState | None = None,
+        mask: Float[Array, "B T 1"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], MambaState]:
         """Returns the layer's output and the state after it; arguments as in `Mamba`."""
         inner, side, heads, head_dim, state_size, groups = self.sizes
         u = u if mask is None else u * mask
         gate, mixed, dt = jnp.split(self.input(u), [inner, 2 * (inner + side)], axis=-1)
-        past = None if state is None else state.past
-        mixed, past = causal_conv(mixed, self.conv.get_value(), _value(self.conv_bias), past)
-        mixed = activation(self.activation)(mixed)
+        before = None if state is None else state.past
+        y, past = causal_conv(mixed, self.conv.get_value(), _value(self.conv_bias), before)
+        past = past if lengths is None else _last_inputs(mixed, before, past, lengths)
+        mixed = activation(self.activation)(y)
         mixed = mixed if mask is None else mixed * mask
         x, b, c = jnp.split(mixed, [inner, inner + side], axis=-1)
         rows = x.shape[:2]
         x = x.reshape(*rows, heads, head_dim)
         b, c = (part.reshape(*rows, groups, state_size) for part in (b, c))
         dt = jax.nn.softplus(_wide(dt) + jnp.broadcast_to(_wide(self.steps.get_value()), dt.shape))
-        dt = jnp.clip(dt, *self.limits)
+        dt = _steps_of(jnp.clip(dt, *self.limits), lengths)
         before = None if state is None else state.hidden
         y, hidden = ssd(x, dt, -jnp.exp(_wide(self.decay.get_value())), b, c, before, chunk=self.chunk)
         skip = self.skip.get_value().astype(x.dtype)[None, None, :, None]
@@ -176,6 +190,21 @@ class Mamba2(nnx.Module):
         parts = jnp.split(y, groups, axis=-1)
         y = jnp.concatenate([rms_norm(p, weight[i], eps=self.norm_eps) for i, p in enumerate(parts)], axis=-1)
         return self.out(y), MambaState(past, hidden)
+
+
+def _steps_of(dt: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Step sizes `[B, T, _]`, zero for padding on the right: what is zero changes no state."""
+    if lengths is None:
+        return dt
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, dt.shape, 1) < lengths[:, None, None], dt, 0)
+
+
+def _last_inputs(x: jax.Array, before: jax.Array | None, past: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The last inputs `[B, P, I]` of the convolution up to each row's last token that counts."""
+    before = jnp.zeros_like(past) if before is None else before.astype(x.dtype)
+    whole = jnp.concatenate([before, x], axis=1)
+    places = lengths[:, None] + jax.lax.broadcasted_iota(jnp.int32, (1, past.shape[1]), 1)
+    return jnp.take_along_axis(whole, jnp.broadcast_to(places[..., None], past.shape), axis=1)
 
 
 def _log_of_counts(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from trustcore.dtypes import accumulation_dtype
+from trustcore.ops.linear import linear
 from trustcore.ops.weight import Weight
 
 Scoring = Literal["softmax", "sigmoid", "chosen"]
@@ -79,11 +80,50 @@ def grouped_linear(
 ) -> Float[Array, "R N"]:
     """Returns `x[r] @ w[e]`, where the first `sizes[0]` rows are of expert 0, the next of expert 1, and so on.
 
-    Accumulates in float32; the result has the dtype of x. Packed stacks are decoded whole, O(E * K * N) memory.
-    Differentiable in x and float leaves of w, in reverse mode. Under vmap it is a loop.
+    Accumulates in float32; the result has the dtype of x. Differentiable in x and float leaves of w, in reverse mode.
+    Under vmap it is a loop. A packed stack stays packed: rows go through `linear` a few at a time, each time with the
+    codes of their one expert, so that experts without rows are not read, and a product of one row decodes nothing.
     """
-    matrices = w.dequantize() if isinstance(w, Weight) else w
-    return _product(x, matrices.astype(x.dtype), sizes)
+    return _by_pieces(x, w, sizes) if isinstance(w, Weight) else _product(x, w.astype(x.dtype), sizes)
+
+
+# Rows of one product. Fewer, and codes are read and decoded more often; more, and rows of other experts are multiplied
+# for nothing.
+_PIECE = 64
+
+
+def _by_pieces(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
+    """Pieces of at most `piece` rows, none of two experts.
+
+    Expert e with n rows has ceil(n / piece) pieces, so there are at most (R + G * (piece - 1)) / piece of them, where
+    G = min(E, R) experts have any; the loop is that long and what lies beyond the last piece does nothing.
+    """
+    rows, count = x.shape[0], sizes.shape[0]
+    n = w.shape[-1]
+    if rows == 0:
+        return jnp.zeros((0, n), x.dtype)
+    piece = min(_PIECE, max(1, rows // count))
+    pieces = -(-sizes // piece)  # of each expert
+    last = jnp.cumsum(pieces)  # of each expert, one past
+    ends = jnp.cumsum(sizes)
+    padded = jnp.pad(x, ((0, piece - 1), (0, 0)))
+
+    def multiply(y: jax.Array, i: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(last, i, side="right").astype(jnp.int32)
+        start = ends[expert] - sizes[expert] + (i - (last[expert] - pieces[expert])) * piece
+        one = jax.tree.map(lambda field: jax.lax.dynamic_index_in_dim(field, expert, 0, keepdims=False), w)
+        part = linear(jax.lax.dynamic_slice_in_dim(padded, start, piece, 0), one)
+        own = start + jax.lax.broadcasted_iota(jnp.int32, (piece, 1), 0) < ends[expert]
+        there = jax.lax.dynamic_slice_in_dim(y, start, piece, 0)
+        return jax.lax.dynamic_update_slice_in_dim(y, jnp.where(own, part, there), start, 0)
+
+    @jax.checkpoint  # or the gradient would keep the codes of every piece
+    def step(y: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        return jax.lax.cond(i < last[-1], multiply, lambda y, i: y, y, i), None
+
+    most = (rows + min(count, rows) * (piece - 1)) // piece
+    y = jnp.zeros((rows + piece - 1, n), x.dtype)
+    return jax.lax.scan(step, y, jnp.arange(most, dtype=jnp.int32))[0][:rows]
 
 
 # XLA's ragged product has no batching rule of its own for weights that are not batched. With one, it needs a gradient

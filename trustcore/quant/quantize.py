@@ -5,6 +5,7 @@ by dots (`blocks.0.mlp.up.kernel`; the `.value` of an nnx parameter is left off)
 leaf before the first one is touched, and everything that is wrong is told in one error.
 
     float array [K, N]             -> QuantizedArray [K, N]
+    stack of experts [E, K, N]     -> QuantizedArray [E, K, N]
     float table [V, D], looked up  -> QuantizedArray [V, D], transposed: blocks run along D
 """
 
@@ -32,7 +33,8 @@ Formats = str | Mapping[str, str | None] | Callable[[str, Any], str | None]
 # Small, and their errors reach everything behind them: every packer of the field leaves these in float.
 # Nor are a table of two rows, biases that happen to have two axes, and a state space's exponents matrices of products.
 KEPT = re.compile(
-    r"norm|router|gate_inp|position|token_type|\btypes\b|rope|rel_b|relative|decay|a_log|bias$", re.IGNORECASE
+    r"norm|router|gate_inp|shared_gate|position|token_type|\btypes\b|rope|rel_b|relative|decay|a_log|bias$",
+    re.IGNORECASE,
 )
 TABLES = ("table", "embedding")
 
@@ -55,7 +57,7 @@ def quantize(
             "int4:g64:asym", "fp8_e4m3:128x128"; see `trustcore.quant.formats.names`); or patterns of paths to names, of
             which the first that matches counts (`{"*.down.kernel": "q6_k", "output.*": None, "*": "q4_k"}`, None
             leaving a leaf alone); or a function of (path, array) that gives a name or None.
-        where: which leaves, by (path, array). None: `is_matrix`, if K is a multiple of the format's block.
+        where: which leaves, by (path, array). None: `is_packable`, if K is a multiple of the format's block.
         transposed: which arrays are `[N, K]`, such as tables whose rows are looked up. None: those called "table" or
             "embedding".
         importance: paths to what an error in each input costs, `[K]`; see `encode`. Leaves without one are packed as
@@ -95,10 +97,19 @@ def quantize(
 
 
 def is_matrix(path: str, array: Any) -> bool:
-    """Returns whether a leaf is packed by default: a float matrix that is no norm, router or table of positions."""
+    """Returns whether a leaf is a weight by default: a float matrix that is no norm, router or table of positions."""
     if not isinstance(array, QuantizedArray | jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return False
     return len(array.shape) == 2 and jnp.issubdtype(array.dtype, jnp.floating) and KEPT.search(path) is None
+
+
+def is_packable(path: str, array: Any) -> bool:
+    """Returns whether a leaf is packed by default: what `is_matrix` says, and stacks `[E, K, N]` of experts.
+
+    Other arrays of three axes are convolutions; a stack is known by its path.
+    """
+    stacked = "experts" in path.split(".") and len(getattr(array, "shape", ())) == 3
+    return is_matrix(path, jax.ShapeDtypeStruct(array.shape[1:], array.dtype) if stacked else array)
 
 
 def is_table(path: str, array: Any) -> bool:
@@ -155,7 +166,7 @@ def plan_leaves(
     packed_already = False
     for path, leaf in leaves:
         plans.append(None)
-        if not (where or is_matrix)(path, leaf):
+        if not (where or is_packable)(path, leaf):
             continue
         name = format_of(format, path, leaf)
         if name is None:

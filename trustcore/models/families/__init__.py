@@ -46,15 +46,20 @@ def read_gguf(
 ) -> DecoderConfig:
     """See `DecoderConfig.from_gguf`; `divisors` of rotary frequencies: all, or of short and of long contexts."""
     architecture = metadata.get("general.architecture")
-    known = {f.gguf.name: f for f in FAMILIES.values() if f.gguf is not None and f.gguf.own}
-    family = known.get(architecture) if isinstance(architecture, str) else None
-    if family is None or family.gguf is None:
-        raise ModelError(f"general.architecture is {architecture!r}; supported GGUF architectures: {', '.join(known)}.")
+    known = {(f.gguf.name, f.gguf.experts): f for f in FAMILIES.values() if f.gguf is not None and f.gguf.own}
+    names = dict.fromkeys(name for name, _ in known)
+    if not isinstance(architecture, str) or architecture not in names:
+        raise ModelError(f"general.architecture is {architecture!r}; supported GGUF architectures: {', '.join(names)}.")
     values = Values({k.removeprefix(f"{architecture}."): v for k, v in metadata.items()}, "metadata")
+    with_experts = values.integer("expert_count", 0, least=0) > 0
+    family = known.get((architecture, with_experts))
+    if family is None or family.gguf is None:
+        is_, are = ("has", "none") if with_experts else ("has no", "some")
+        raise ModelError(f"the file of architecture {architecture!r} {is_} experts (expert_count); others have {are}.")
     heads = values.integer("attention.head_count")
     features = values.integer("embedding_length")
     head_dim = values.integer("attention.key_length", features // heads)
-    if values.integer("attention.value_length", head_dim) != head_dim:
+    if values.integer("attention.value_length", head_dim) != head_dim and "attention.kv_lora_rank" not in values:
         raise ModelError("attention.value_length differs from attention.key_length; such heads are not supported.")
     context = values.integer("context_length")
     fields: dict[str, Any] = {
@@ -66,7 +71,7 @@ def read_gguf(
         "head_dim": head_dim,
         "hidden": values.integer("feed_forward_length"),
         "context": context,
-        "rope": _gguf_rope(values, head_dim, context, family.gguf.interleaved, divisors),
+        "rope": _gguf_rope(values, head_dim, context, family.gguf, divisors),
         "norm_eps": values.number("attention.layer_norm_rms_epsilon", 1e-5),
         "tied": tied,
         "window": values.integer("attention.sliding_window", 0, least=0) or None,
@@ -79,7 +84,7 @@ def _gguf_rope(
     values: Values,
     head_dim: int,
     context: int,
-    interleaved: bool,
+    file: Gguf,
     divisors: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> RopeConfig:
     kind = values.text("rope.scaling.type", "none")
@@ -97,12 +102,13 @@ def _gguf_rope(
     return RopeConfig(
         size=values.integer("rope.dimension_count", head_dim),
         theta=values.number("rope.freq_base", 10000.0),
-        interleaved=interleaved,
+        interleaved=file.interleaved,
         scaling=kind,  # type: ignore[arg-type]
         factor=factor if kind in ("linear", "yarn") else 1.0,
         original_context=values.integer("rope.scaling.original_context_length", context),
         beta_fast=values.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=values.number("rope.scaling.yarn_beta_slow", 1.0),
+        truncate=kind != "yarn" or file.whole_pairs,
         attention_factor=attention_factor,
         divisors=plain,
         long_divisors=long,

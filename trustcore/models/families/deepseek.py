@@ -6,9 +6,13 @@ the token after the next is not read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from trustcore.models.config import DecoderConfig
+from trustcore.models.families import gguf_experts
+from trustcore.models.families.described import described, scaling
 from trustcore.models.families.experts import QWEN, shared_expert
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import common, magnitude, over_layers, rope_of
@@ -99,7 +103,78 @@ def _read_v3(values: Values) -> Mapping[str, Any]:
     )
 
 
+def _describe(config: DecoderConfig) -> dict[str, Any]:
+    """`head_dim` is left out: files mean by it the size of the turned part, or nothing."""
+    rope, latent, experts = config.rope, config.latent, config.experts
+    assert rope is not None and latent is not None and experts is not None
+    entries = described(config)
+    for key in ("head_dim", "partial_rotary_factor"):
+        entries.pop(key, None)
+    layers = config.expert_layers or (True,) * config.layers
+    return {
+        **entries,
+        "rope_scaling": _scaling(config),
+        "kv_lora_rank": latent.rank,
+        "q_lora_rank": latent.query_rank,
+        "qk_rope_head_dim": rope.size,
+        "qk_nope_head_dim": latent.plain_dim,
+        "v_head_dim": latent.value_dim,
+        "n_routed_experts": experts.count,
+        "num_experts_per_tok": experts.active,
+        "moe_intermediate_size": experts.hidden,
+        "n_shared_experts": experts.shared // experts.hidden,
+        "routed_scaling_factor": experts.scale,
+        "first_k_dense_replace": layers.index(True) if True in layers else config.layers,
+        "moe_layer_freq": 1,
+        "n_group": experts.groups,
+        "topk_group": experts.active_groups,
+    }
+
+
+def _scaling(config: DecoderConfig) -> dict[str, Any] | None:
+    """`rope_scaling` with the weights of YaRN's magnitude in cosine and sine over that of scores, and in scores."""
+    assert config.rope is not None
+    entries, plain_scale = scaling(config.rope, config.context), config.head_dim**-0.5
+    share = math.sqrt((config.attention_scale or plain_scale) / plain_scale)
+    if entries is None or math.isclose(share, 1.0, rel_tol=1e-9):
+        return entries
+    slope = magnitude(config.rope.factor, 1.0) - 1.0
+    if slope:
+        entries["mscale_all_dim"] = (share - 1) / slope
+        entries["mscale"] = (config.rope.magnitude * share - 1) / slope
+        entries.pop("attention_factor", None)
+    return entries
+
+
+def _describe_v2(config: DecoderConfig) -> dict[str, Any]:
+    entries = _describe(config)
+    return {**entries, "topk_method": "group_limited_greedy" if entries["n_group"] > 1 else "greedy"}
+
+
+def _describe_v3(config: DecoderConfig) -> dict[str, Any]:
+    assert config.experts is not None and config.rope is not None
+    return {**_describe(config), "norm_topk_prob": config.experts.normalize, "rope_interleave": True}
+
+
 FAMILIES = (
-    Family("deepseek_v2", "DeepSeek-V2", "DeepseekV2ForCausalLM", _read_v2, _NAMES, interleaved=True),
-    Family("deepseek_v3", "DeepSeek-V3, R1", "DeepseekV3ForCausalLM", _read_v3, _NAMES, interleaved=True),
+    Family(
+        "deepseek_v2",
+        "DeepSeek-V2",
+        "DeepseekV2ForCausalLM",
+        _read_v2,
+        _describe_v2,
+        _NAMES,
+        interleaved=True,
+        gguf=gguf_experts.DEEPSEEK_V2,
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepSeek-V3, R1",
+        "DeepseekV3ForCausalLM",
+        _read_v3,
+        _describe_v3,
+        _NAMES,
+        interleaved=True,
+        gguf=gguf_experts.DEEPSEEK_V3,
+    ),
 )

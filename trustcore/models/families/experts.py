@@ -8,9 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trustcore.models.config import DecoderConfig
+from trustcore.models.families import gguf_experts
+from trustcore.models.families.described import described, window
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import common, over_layers, window_of
-from trustcore.models.families.llama import MLP, NORMS, OUT, QK_NORM, QKV, llama_names, read_qwen2, read_qwen3
+from trustcore.models.families.llama import (
+    MLP,
+    NORMS,
+    OUT,
+    QK_NORM,
+    QKV,
+    describe_qwen,
+    llama_names,
+    read_qwen2,
+    read_qwen3,
+)
 from trustcore.models.name_map import Rule, fused, kernel, plain, stacked
 from trustcore.models.values import Values
 from trustcore.nn.experts import ExpertsConfig
@@ -105,21 +118,90 @@ def _read_gpt_oss(values: Values) -> Mapping[str, Any]:
     return {**fields, **window, "sinks": True, "experts": experts}
 
 
+def _counts(config: DecoderConfig) -> ExpertsConfig:
+    assert config.experts is not None, f"{config.family}: no experts"
+    return config.experts
+
+
+def _describe_mixtral(config: DecoderConfig) -> dict[str, Any]:
+    experts = _counts(config)
+    return {
+        **described(config),
+        **window(config),
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.active,
+    }
+
+
+def _describe_qwen_moe(config: DecoderConfig) -> dict[str, Any]:
+    experts, layers = _counts(config), config.expert_layers or (True,) * config.layers
+    return {
+        **describe_qwen(config),
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.active,
+        "moe_intermediate_size": experts.hidden,
+        "norm_topk_prob": experts.normalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, holds in enumerate(layers) if not holds],
+    }
+
+
+def _describe_qwen2_moe(config: DecoderConfig) -> dict[str, Any]:
+    shared = _counts(config).shared
+    return {**_describe_qwen_moe(config), "shared_expert_intermediate_size": shared, "qkv_bias": config.qkv_bias}
+
+
+def _describe_gpt_oss(config: DecoderConfig) -> dict[str, Any]:
+    experts = _counts(config)
+    limit, alpha = experts.clip or (None, None)
+    windowed = config.windowed or (config.window is not None,) * config.layers
+    return {
+        **described(config),
+        "sliding_window": config.window,
+        "layer_types": [("full", "sliding")[holds] + "_attention" for holds in windowed],
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.active,
+        "experts_per_token": experts.active,
+        "swiglu_limit": limit,
+        "swiglu_alpha": alpha,
+    }
+
+
 FAMILIES = (
-    Family("mixtral", "Mixtral", "MixtralForCausalLM", _read_mixtral, llama_names((*NORMS, *QKV, *OUT, *_MIXTRAL))),
+    Family(
+        "mixtral",
+        "Mixtral",
+        "MixtralForCausalLM",
+        _read_mixtral,
+        _describe_mixtral,
+        llama_names((*NORMS, *QKV, *OUT, *_MIXTRAL)),
+        gguf=gguf_experts.MIXTRAL,
+    ),
     Family(
         "qwen2_moe",
         "Qwen1.5-MoE, Qwen2-MoE",
         "Qwen2MoeForCausalLM",
         _read_qwen2_moe,
+        _describe_qwen2_moe,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *QWEN, *_SHARED)),
+        gguf=gguf_experts.QWEN2_MOE,
     ),
     Family(
         "qwen3_moe",
         "Qwen3-MoE",
         "Qwen3MoeForCausalLM",
         _read_qwen3_moe,
+        _describe_qwen_moe,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM, *QWEN)),
+        gguf=gguf_experts.QWEN3_MOE,
     ),
-    Family("gpt_oss", "gpt-oss", "GptOssForCausalLM", _read_gpt_oss, llama_names((*NORMS, *QKV, *OUT, *_GPT_OSS))),
+    Family(
+        "gpt_oss",
+        "gpt-oss",
+        "GptOssForCausalLM",
+        _read_gpt_oss,
+        _describe_gpt_oss,
+        llama_names((*NORMS, *QKV, *OUT, *_GPT_OSS)),
+        gguf=gguf_experts.GPT_OSS,
+    ),
 )

@@ -7,7 +7,7 @@ A brand is a `Family` in the table of `trustcore.models.families`; it takes no c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from trustcore.models.config import DecoderConfig
@@ -26,6 +26,9 @@ class Gguf:
         read: what the configuration has besides the fields that all architectures share.
         write: metadata besides those that all architectures share, without the architecture's name.
         own: whether the name is the family's own (Mistral's files call themselves "llama").
+        experts: whether the family is that of the files which have experts (Mixtral's, too, are called "llama").
+        whole_pairs: whether YaRN's ramp begins and ends at whole pairs of channels, which files do not tell.
+        older: names in files of earlier programs, by a tensor that only those have.
     """
 
     name: str
@@ -34,6 +37,13 @@ class Gguf:
     read: Callable[[Values, Mapping[str, Any]], Mapping[str, Any]] = lambda values, fields: {}
     write: Callable[[DecoderConfig], Mapping[str, Any]] = lambda config: {}
     own: bool = True
+    experts: bool = False
+    whole_pairs: bool = True
+    older: Mapping[str, Names] = dataclasses.field(default_factory=dict)
+
+    def names_in(self, found: Collection[str]) -> Names:
+        """Returns the names of the weights in a file that has the names `found`."""
+        return next((names for name, names in self.older.items() if name in found), self.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +55,20 @@ class Family:
         models: that belong to it, for people.
         architecture: the class that Hugging Face's config.json names.
         read: the fields of a `DecoderConfig`, of a config.json's values.
+        describe: the entries of config.json, but for the type and the class: what `read` takes, out of a configuration.
         names: of the weights in Hugging Face's files, or what gives them where they depend on the configuration.
         interleaved: whether those hold queries and keys for interleaved rotary pairs.
         gguf: how GGUF files hold it; None: not supported.
-        describe: entries of config.json besides those that all families share; None: it cannot be written.
     """
 
     name: str
     models: str
     architecture: str
     read: Callable[[Values], Mapping[str, Any]]
+    describe: Callable[[DecoderConfig], Mapping[str, Any]]
     names: Names | Callable[[DecoderConfig], Names]
     interleaved: bool = False
     gguf: Gguf | None = None
-    describe: Callable[[DecoderConfig], Mapping[str, Any]] | None = None
 
     def names_for(self, config: DecoderConfig) -> Names:
         """Returns the names of the weights of a model of that configuration."""

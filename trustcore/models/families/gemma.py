@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from trustcore.errors import ModelError
+from trustcore.models.config import DecoderConfig
+from trustcore.models.families.described import activation, described, scaling, window
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import ACTIVATIONS, common, rope_of, window_of
 from trustcore.models.families.gguf import gguf
@@ -91,12 +94,37 @@ def _cap(values: Values, key: str, default: float) -> float | None:
     return values.number(key, default) or None
 
 
+def _describe(config: DecoderConfig) -> dict[str, Any]:
+    return {**described(config), "hidden_activation": activation(config)}
+
+
+def _describe_gemma2(config: DecoderConfig) -> dict[str, Any]:
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    queries = scale**-2
+    whole = math.isclose(queries, round(queries), rel_tol=1e-6)
+    return {
+        **_describe(config),
+        **window(config),
+        "query_pre_attn_scalar": round(queries) if whole else queries,
+        "attn_logit_softcapping": config.score_cap,
+        "final_logit_softcapping": config.logit_cap,
+    }
+
+
+def _describe_gemma3(config: DecoderConfig) -> dict[str, Any]:
+    near = config.window_rope
+    if near is not None and scaling(near, config.context) is not None:
+        raise ModelError("config.json of gemma3_text knows no scaled positions in layers with a window.")
+    return {**_describe_gemma2(config), **({} if near is None else {"rope_local_base_freq": near.theta})}
+
+
 FAMILIES = (
     Family(
         "gemma",
         "Gemma 1",
         "GemmaForCausalLM",
         _read_gemma,
+        _describe,
         llama_names((*_NORMS, *QKV, *OUT, *MLP), body=_BODY),
         gguf=gguf("gemma"),
     ),
@@ -105,6 +133,7 @@ FAMILIES = (
         "Gemma 2",
         "Gemma2ForCausalLM",
         _read_gemma2,
+        _describe_gemma2,
         llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP), body=_BODY),
         gguf=gguf("gemma2"),
     ),
@@ -113,6 +142,7 @@ FAMILIES = (
         "Gemma 3 (text)",
         "Gemma3ForCausalLM",
         _read_gemma3,
+        _describe_gemma3,
         llama_names((*_FOUR_NORMS, *QKV, *OUT, *MLP, *_QK_NORM), body=_BODY),
         gguf=gguf("gemma3"),
     ),

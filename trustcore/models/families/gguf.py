@@ -29,7 +29,7 @@ _BODY = (
 )
 
 
-_NORMS = (
+NORMS = (
     *norm("attention_norm", "attn_norm"),
     *norm("mlp_norm", "ffn_norm"),
     *norm("attention_post_norm", "post_attention_norm"),
@@ -37,27 +37,28 @@ _NORMS = (
     plain("attention.query_norm.weight", "attn_q_norm.weight"),
     plain("attention.key_norm.weight", "attn_k_norm.weight"),
 )
-_QKV = (
+QKV = (
     *linear("attention.query", "attn_q"),
     *linear("attention.key", "attn_k"),
     *linear("attention.value", "attn_v"),
 )
-_QKV_FUSED = joined(("attention.query", "attention.key", "attention.value"), "attn_qkv")
-_OUT = linear("attention.out", "attn_output")
-_GATE = linear("mlp.gate", "ffn_gate")
-_UP = linear("mlp.up", "ffn_up")
-_GATE_UP_FUSED = (fused(["mlp.gate.kernel", "mlp.up.kernel"], "ffn_up.weight"),)
-_DOWN = linear("mlp.down", "ffn_down")
+QKV_FUSED = joined(("attention.query", "attention.key", "attention.value"), "attn_qkv")
+OUT = linear("attention.out", "attn_output")
+GATE = linear("mlp.gate", "ffn_gate")
+UP = linear("mlp.up", "ffn_up")
+GATE_UP_FUSED = (fused(["mlp.gate.kernel", "mlp.up.kernel"], "ffn_up.weight"),)
+DOWN = linear("mlp.down", "ffn_down")
 
 
-def _names(*layer: Rule) -> Names:
+def gguf_names(*layer: Rule) -> Names:
+    """Returns the names of a model whose layers have these rules, written without `blk.{}.`."""
     return Names(_BODY, under("blocks.{}.", "blk.{}.", layer), ignored=NOT_WEIGHTS)
 
 
-SEPARATE = _names(*_NORMS, *_QKV, *_OUT, *_GATE, *_UP, *_DOWN)
+SEPARATE = gguf_names(*NORMS, *QKV, *OUT, *GATE, *UP, *DOWN)
 _FUSED = {
-    "phi3": _names(*_NORMS, *_QKV_FUSED, *_OUT, *_GATE_UP_FUSED, *_DOWN),
-    "gpt2": _names(*_NORMS, *_QKV_FUSED, *_OUT, *_UP, *_DOWN),
+    "phi3": gguf_names(*NORMS, *QKV_FUSED, *OUT, *GATE_UP_FUSED, *DOWN),
+    "gpt2": gguf_names(*NORMS, *QKV_FUSED, *OUT, *UP, *DOWN),
 }
 
 
@@ -81,7 +82,7 @@ def _gemma2(values: Values, fields: Fields) -> Fields:
     return {
         **_gemma(values, fields),
         "norm_place": "both",
-        "windowed": None if fields["window"] is None else _every_other(fields["layers"]),
+        "windowed": None if fields["window"] is None else every_other(fields["layers"]),
         "score_cap": values.number("attn_logit_softcapping", 50.0) or None,
         "logit_cap": values.number("final_logit_softcapping", 30.0) or None,
         "attention_scale": _gemma_scale("gemma2", fields),
@@ -102,7 +103,8 @@ def _gemma3(values: Values, fields: Fields) -> Fields:
     }
 
 
-def _every_other(layers: int) -> tuple[bool, ...] | None:
+def every_other(layers: int) -> tuple[bool, ...] | None:
+    """Returns the pattern of a window in the first of every two layers."""
     return over_layers(layers, lambda i: i % 2 == 0)
 
 
@@ -129,7 +131,7 @@ def _gpt2(values: Values, fields: Fields) -> Fields:
 
 
 def _write_gemma2(config: DecoderConfig) -> Fields:
-    _hold(config, "gemma2", _every_other(config.layers))
+    _hold(config, "gemma2", every_other(config.layers))
     if config.score_cap is None or config.logit_cap is None:
         raise ModelError("GGUF files of gemma2 always have soft caps of scores and of logits; this model lacks one.")
     return {"attn_logit_softcapping": config.score_cap, "final_logit_softcapping": config.logit_cap}

@@ -10,6 +10,7 @@ from typing import Any
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
+from trustcore.models.families.described import activation, positions, scaling, sizes
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import ACTIVATIONS, rope_of
 from trustcore.models.families.gguf import gguf
@@ -244,10 +245,83 @@ def _refuse(values: Values, *flags: str) -> None:
             raise ModelError(f"config.json: {flag} is true; that is not supported.")
 
 
+def _describe_gpt2(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "n_embd": config.features,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_positions": config.context,
+        "n_inner": config.hidden,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": activation(config),
+        "scale_attn_weights": config.attention_scale is None,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _describe_neox(config: DecoderConfig) -> dict[str, Any]:
+    rope = config.rope
+    assert rope is not None
+    return {
+        **sizes(config),
+        "layer_norm_eps": config.norm_eps,
+        "rotary_pct": rope.size / config.head_dim,
+        "rotary_emb_base": rope.theta,
+        "rope_scaling": scaling(rope, config.context),
+        "use_parallel_residual": config.parallel,
+        "attention_bias": config.qkv_bias,
+    }
+
+
+def _describe_opt(config: DecoderConfig) -> dict[str, Any]:
+    entries = sizes(config)
+    entries["activation_function"] = entries.pop("hidden_act")
+    entries["ffn_dim"] = entries.pop("intermediate_size")
+    return {
+        **entries,
+        "word_embed_proj_dim": config.features,
+        "do_layer_norm_before": True,
+        "enable_bias": config.qkv_bias,
+        "_remove_final_layer_norm": not config.last_norm,
+    }
+
+
+def _describe_bloom(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.features,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "seq_length": config.context,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _describe_falcon(config: DecoderConfig) -> dict[str, Any]:
+    entries = sizes(config)
+    entries["activation"] = entries.pop("hidden_act")
+    entries["ffn_hidden_size"] = entries.pop("intermediate_size")
+    grouped = config.parallel and (not config.shared_norm or config.kv_heads not in (1, config.heads))
+    return {
+        **entries,
+        **positions(config),
+        "layer_norm_epsilon": config.norm_eps,
+        "new_decoder_architecture": grouped,
+        "num_ln_in_parallel_attn": 1 if config.shared_norm else 2,
+        "num_kv_heads": config.kv_heads,
+        "multi_query": config.kv_heads == 1,
+        "parallel_attn": config.parallel,
+        "bias": config.qkv_bias,
+        "alibi": config.alibi is not None,
+    }
+
+
 FAMILIES = (
-    Family("gpt2", "GPT-2", "GPT2LMHeadModel", _read_gpt2, _GPT2, gguf=gguf("gpt2")),
-    Family("gpt_neox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM", _read_neox, _NEOX),
-    Family("opt", "OPT", "OPTForCausalLM", _read_opt, _OPT),
-    Family("bloom", "BLOOM", "BloomForCausalLM", _read_bloom, _BLOOM),
-    Family("falcon", "Falcon", "FalconForCausalLM", _read_falcon, _falcon_names),
+    Family("gpt2", "GPT-2", "GPT2LMHeadModel", _read_gpt2, _describe_gpt2, _GPT2, gguf=gguf("gpt2")),
+    Family("gpt_neox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM", _read_neox, _describe_neox, _NEOX),
+    Family("opt", "OPT", "OPTForCausalLM", _read_opt, _describe_opt, _OPT),
+    Family("bloom", "BLOOM", "BloomForCausalLM", _read_bloom, _describe_bloom, _BLOOM),
+    Family("falcon", "Falcon", "FalconForCausalLM", _read_falcon, _describe_falcon, _falcon_names),
 )

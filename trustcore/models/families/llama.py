@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trustcore.models.config import DecoderConfig
+from trustcore.models.families.described import described, window
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import SCALINGS, common, over_layers, window_of
 from trustcore.models.families.gguf import gguf
@@ -134,21 +135,62 @@ def _read_cohere(values: Values) -> Mapping[str, Any]:
     }
 
 
-def _describe_nothing(config: DecoderConfig) -> Mapping[str, Any]:
-    return {}
+def _describe_llama(config: DecoderConfig) -> Mapping[str, Any]:
+    return {**described(config), **({} if config.window is None else window(config))}
+
+
+def _describe_mistral(config: DecoderConfig) -> Mapping[str, Any]:
+    return {**described(config), **window(config)}
+
+
+def describe_qwen(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the entries of Qwen's decoders; older readers take the layers with a window from a number."""
+    windowed = config.windowed or (True,) * config.layers
+    first = windowed.index(True) if config.window is not None else config.layers
+    return {
+        **described(config),
+        **window(config),
+        "use_sliding_window": config.window is not None,
+        "max_window_layers": first,
+    }
 
 
 def _describe_smollm3(config: DecoderConfig) -> Mapping[str, Any]:
     positioned = config.positioned or (True,) * config.layers
-    return {"no_rope_layers": [int(x) for x in positioned]}
+    return {**describe_qwen(config), "no_rope_layers": [int(x) for x in positioned]}
 
 
 def _describe_granite(config: DecoderConfig) -> Mapping[str, Any]:
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     return {
+        **described(config),
         "embedding_multiplier": config.embedding_scale,
         "residual_multiplier": config.residual_scale,
-        "attention_multiplier": config.attention_scale,
+        "attention_multiplier": scale,
         "logits_scaling": 1.0 / config.logit_scale,
+    }
+
+
+def _describe_phi3(config: DecoderConfig) -> Mapping[str, Any]:
+    return {**described(config), **window(config)}
+
+
+def _describe_stablelm(config: DecoderConfig) -> Mapping[str, Any]:
+    rope = config.rope
+    return {
+        **described(config, eps="layer_norm_eps"),
+        "partial_rotary_factor": 1.0 if rope is None else rope.size / config.head_dim,
+        "use_qkv_bias": config.qkv_bias,
+        "qk_layernorm": config.qk_norm is not None,
+        "use_parallel_residual": config.parallel,
+    }
+
+
+def _describe_cohere(config: DecoderConfig) -> Mapping[str, Any]:
+    return {
+        **described(config, eps="layer_norm_eps"),
+        "use_qk_norm": config.qk_norm is not None,
+        "logit_scale": config.logit_scale,
     }
 
 
@@ -169,46 +211,67 @@ FAMILIES = (
         "Llama 2, 3, 3.1, 3.2; SmolLM, SmolLM2; TinyLlama",
         "LlamaForCausalLM",
         read_llama,
+        _describe_llama,
         LLAMA,
         gguf=gguf("llama", interleaved=True),
-        describe=_describe_nothing,
     ),
     Family(
         "mistral",
         "Mistral",
         "MistralForCausalLM",
         read_llama,
+        _describe_mistral,
         LLAMA,
         gguf=gguf("llama", interleaved=True, own=False),
-        describe=_describe_nothing,
     ),
     Family(
-        "qwen2", "Qwen2, Qwen2.5", "Qwen2ForCausalLM", read_qwen2, LLAMA, gguf=gguf("qwen2"), describe=_describe_nothing
+        "qwen2",
+        "Qwen2, Qwen2.5",
+        "Qwen2ForCausalLM",
+        read_qwen2,
+        describe_qwen,
+        LLAMA,
+        gguf=gguf("qwen2"),
     ),
     Family(
         "qwen3",
         "Qwen3",
         "Qwen3ForCausalLM",
         read_qwen3,
+        describe_qwen,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM)),
         gguf=gguf("qwen3"),
-        describe=_describe_nothing,
     ),
-    Family("smollm3", "SmolLM3", "SmolLM3ForCausalLM", _read_smollm3, LLAMA, describe=_describe_smollm3),
-    Family("granite", "Granite 3", "GraniteForCausalLM", _read_granite, LLAMA, describe=_describe_granite),
+    Family(
+        "smollm3",
+        "SmolLM3",
+        "SmolLM3ForCausalLM",
+        _read_smollm3,
+        _describe_smollm3,
+        LLAMA,
+    ),
+    Family(
+        "granite",
+        "Granite 3",
+        "GraniteForCausalLM",
+        _read_granite,
+        _describe_granite,
+        LLAMA,
+    ),
     Family(
         "olmo2",
         "OLMo 2",
         "Olmo2ForCausalLM",
         _read_olmo2,
+        described,
         llama_names((*OLMO2, *QKV, *OUT, *MLP, *QK_NORM)),
-        describe=_describe_nothing,
     ),
     Family(
         "phi3",
         "Phi-3, Phi-4",
         "Phi3ForCausalLM",
         _read_phi3,
+        _describe_phi3,
         llama_names((*NORMS, QKV_FUSED, *OUT, GATE_UP_FUSED, *MLP[4:])),
         gguf=gguf("phi3"),
     ),
@@ -217,6 +280,7 @@ FAMILIES = (
         "StableLM 2",
         "StableLmForCausalLM",
         _read_stablelm,
+        _describe_stablelm,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *STABLELM_NORMS)),
     ),
     Family(
@@ -224,6 +288,7 @@ FAMILIES = (
         "Command R",
         "CohereForCausalLM",
         _read_cohere,
+        _describe_cohere,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM)),
         interleaved=True,
     ),

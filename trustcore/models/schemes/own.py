@@ -19,17 +19,22 @@ class Own:
         self.packed = packed
 
     def find(self, tensors: Tensors, module: str, k: int, n: int) -> Packed | None:
-        """See `Scheme.find`."""
+        """See `Scheme.find`; a matrix without leading axes."""
+        return self.find_stack(tensors, module, (), k, n)
+
+    def find_stack(self, tensors: Tensors, module: str, lead: tuple[int, ...], k: int, n: int) -> Packed | None:
+        """Returns what a stack `[*lead, K, N]` of matrices, such as one for each expert, is made of; None: plain."""
         found = self.packed.get(f"{module}.weight")
         if found is None:
             return None
-        *lead, rows, columns = found.shape
+        *stack, rows, columns = found.shape
         if found.transposed:
             rows, columns = columns, rows
-        if lead or (rows, columns) != (k, n):
+        if tuple(stack) != lead or (rows, columns) != (k, n):
+            of = f" in a stack {list(lead)}" if lead else ""
             raise ModelError(
                 f"{module}.weight is {list(found.shape)}{' transposed' if found.transposed else ''}; expected {k} "
-                f"inputs and {n} outputs"
+                f"inputs and {n} outputs{of}"
             )
 
         def fields() -> Fields:
