@@ -291,7 +291,12 @@ def run(args: argparse.Namespace) -> None:
         rows = [{"format": "float32", "method": "", "bits": 32.0, **reference.measure(reference.tree)}]
         print(f"{name}: {json.dumps(rows[0])}", flush=True)
         methods = Methods(reference)
+        held = result["references"].get(name, []) if args.resume else []
+        rows += [row for row in held if row["method"]]
+        there = {(row["format"], row["method"]) for row in rows}
         for format, method in PLANS[name]:
+            if (format, method) in there:
+                continue
             if args.only and args.only not in (format, method, format.partition(":")[0]):
                 continue
             rows.append(measure(methods, format, method))
@@ -367,6 +372,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--references", default="smollm2,small,minilm", help="names joined by commas")
     parser.add_argument("--only", help="a format or a method: rows of it alone")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has, and measure the others")
     parser.add_argument("--small-lm", type=Path, default=ROOT / "build" / "small_lm.safetensors", metavar="FILE")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, metavar="JSON", help="make the tables of docs/quantization.md, and stop")
