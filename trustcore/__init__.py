@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trustcore import debug
     from trustcore.catalogue import pull
     from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError
@@ -75,10 +76,16 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "Stream",
     "Tokenizer",
     "TrustcoreError",
+    "debug",
 ]
+
+# Packages that are used by their name: `trustcore.debug.inspect`.
+_PACKAGES = ("debug",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"trustcore.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'trustcore' has no attribute {name!r}")
@@ -88,4 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, *_PACKAGES})
