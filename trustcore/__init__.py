@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trustcore import kernels
+    from trustcore import debug, kernels
     from trustcore.catalogue import pull
     from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError
@@ -53,7 +53,8 @@ _HOMES = {
     "save": "trustcore.saving",
 }
 
-_MODULES = ("kernels",)
+# Used by their names: `trustcore.debug.inspect`.
+_MODULES = ("debug", "kernels", "memory")
 
 __all__ = [  # noqa: RUF022 - in the order in which they are met
     "load",
@@ -69,7 +70,9 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "perplexity",
     "compare",
     "open_checkpoint",
+    "debug",
     "kernels",
+    "memory",
     "Checkpoint",
     "Decoder",
     "DecoderConfig",
@@ -94,4 +97,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, *_MODULES])
+    return sorted({*globals(), *_HOMES, *_MODULES})
