@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -31,26 +32,12 @@ def memory(
     limit = None if budget is None else read_size(budget)
     if limit is not None and not train:
         raise typer.BadParameter("it is for training: add --train", param_hint="'--budget'")
-    import jax
-    import jax.numpy as jnp
-
     from trustcore.memory import account, fit
-    from trustcore.models import Decoder
 
     loaded = load_model(model, options.FloatType.FLOAT32 if train and dtype is None else dtype)
-    if not isinstance(loaded, Decoder):
-        raise ModelError(f"{model}: accounts are for language models; this is a {type(loaded).__name__}.")
-    if length > loaded.config.context:
-        raise ModelError(f"{model}: it reads {loaded.config.context} tokens, fewer than {length}; lower --length.")
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-
-    def loss(model: Any, tokens: Any) -> Any:
-        chances = jax.nn.log_softmax(model(tokens[:, :-1]))
-        return -jnp.mean(jnp.take_along_axis(chances, tokens[:, 1:, None], -1))
-
-    step = jax.value_and_grad(loss, allow_int=True) if train else lambda model, tokens: model(tokens)
+    step, tokens = next_token_step(model, loaded, batch, length, train=train)
     found = account(step, loaded, tokens)
-    fitted = None if limit is None else fit(loss, limit, loaded, tokens, batch=(1,))
+    fitted = None if limit is None else fit(next_token_loss, limit, loaded, tokens, batch=(1,))
     if as_json:
         plans = {} if fitted is None else {"plan": vars(fitted.plan), "plain": vars(fitted.plain)}
         print(json.dumps({**found.as_json(), **plans}, indent=2))
@@ -58,6 +45,41 @@ def memory(
     console.out().print(str(found), soft_wrap=True, markup=False)
     if fitted is not None:
         console.out().print(f"\nwithin {console.size(limit or 0)}: {fitted}", soft_wrap=True, markup=False)
+
+
+def next_token_step(name: str, model: Any, batch: int, length: int, *, train: bool) -> tuple[Callable[..., Any], Any]:
+    """Returns `step(model, tokens)`, a forward pass or the gradient of the loss of next tokens, and the tokens' shape.
+
+    Raises:
+        ModelError: the model is no language model, or reads fewer tokens.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from trustcore.models import Decoder
+
+    if not isinstance(model, Decoder):
+        raise ModelError(f"{name}: this is told of language models; it is a {type(model).__name__}.")
+    if length > model.config.context:
+        raise ModelError(f"{name}: it reads {model.config.context} tokens, fewer than {length}; lower --length.")
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return (next_token_gradient if train else lambda model, tokens: model(tokens)), tokens
+
+
+def next_token_loss(model: Any, tokens: Any) -> Any:
+    """Returns the mean of -log p(next token) over `[B, T]` tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    chances = jax.nn.log_softmax(model(tokens[:, :-1]))
+    return -jnp.mean(jnp.take_along_axis(chances, tokens[:, 1:, None], -1))
+
+
+def next_token_gradient(model: Any, tokens: Any) -> Any:
+    """Returns that loss and its gradient."""
+    import jax
+
+    return jax.value_and_grad(next_token_loss, allow_int=True)(model, tokens)
 
 
 def read_size(text: str) -> int:

@@ -5,8 +5,8 @@
 
 A product of [M, K] and [K, N] is 2 M N K FLOPs; an element-wise operation one for each result, a reduction one for each
 number it reads. Bytes are those of all operands and results, as if nothing were fused: XLA keeps part of them in
-registers, so that they bound the traffic from above (`fused_bytes` is XLA's own count for the whole program). What runs
-in a loop counts for every turn; of branches the costliest counts; the turns of a `while` are not known and count as one.
+registers, so that they bound the traffic from above (`fused_bytes` is XLA's own count for the whole program). What
+runs in a loop counts for every turn, of branches the costliest; the turns of a `while` are not known and count as one.
 Williams, Waterman, Patterson: Roofline, CACM 2009.
 """
 
@@ -27,12 +27,39 @@ from trustcore.graph.program import Address, Node, Program, Scope
 By = Literal["operation", "line", "module", "stage"]
 
 _MOVES = frozenset(
-    "broadcast_in_dim reshape squeeze expand_dims transpose slice dynamic_slice dynamic_update_slice concatenate pad rev "
-    "gather iota copy copy_p convert_element_type bitcast_convert_type select_n select_and_gather_add split device_put "
-    "stop_gradient optimization_barrier sharding_constraint random_wrap random_unwrap".split()
+    [
+        "broadcast_in_dim",
+        "reshape",
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "slice",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "concatenate",
+        "pad",
+        "rev",
+        "gather",
+        "iota",
+        "copy",
+        "copy_p",
+        "convert_element_type",
+        "bitcast_convert_type",
+        "select_n",
+        "select_and_gather_add",
+        "split",
+        "device_put",
+        "stop_gradient",
+        "optimization_barrier",
+        "sharding_constraint",
+        "random_wrap",
+        "random_unwrap",
+    ]
 )
-_CHEAP = frozenset("reshape squeeze expand_dims stop_gradient sharding_constraint bitcast_convert_type".split())
-_OPAQUE = frozenset("ffi_call pallas_call custom_call tpu_custom_call pure_callback io_callback".split())
+_CHEAP = frozenset(
+    ["reshape", "squeeze", "expand_dims", "stop_gradient", "sharding_constraint", "bitcast_convert_type"]
+)
+_OPAQUE = frozenset(["ffi_call", "pallas_call", "custom_call", "tpu_custom_call", "pure_callback", "io_callback"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +274,7 @@ def _flops(name: str, eqn: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2.0 * made * math.prod(inputs[0].shape[i] for i in contracted)
-    if name == "ragged_dot_general" or name == "ragged_dot":  # every row meets one of the matrices
+    if name in ("ragged_dot_general", "ragged_dot"):  # every row meets one of the matrices
         return 2.0 * _size(inputs[0]) * inputs[1].shape[-1] if inputs[1].ndim == 3 else 2.0 * _size(inputs[0])
     if name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]

@@ -21,6 +21,7 @@ from trustcore.errors import ProgramError
 from trustcore.graph.cost import cost_of
 from trustcore.graph.modules import trace
 from trustcore.graph.program import Node, Program, origins
+from trustcore.graph.walk import aval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def collapse(fn: Callable[..., Any], *args: Any, depth: int | None = 2, **kwargs
                 if source == name or (key, name) in seen:
                     continue
                 seen.add((key, name))
-                nbytes = atom.aval.size * atom.aval.dtype.itemsize if hasattr(atom.aval, "size") else 0
+                nbytes = aval(atom).size * aval(atom).dtype.itemsize if hasattr(aval(atom), "size") else 0
                 edges[source, name] = edges.get((source, name), 0) + nbytes
     return Picture(parts, edges)
 

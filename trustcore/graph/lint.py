@@ -1,15 +1,15 @@
 """What costs people days, seen in a program before it runs.
 
-    lint(fn, *args) -> Findings, the costliest first
+lint(fn, *args) -> Findings, the costliest first
 
-    captured-constant   an array that the function closes over: it is copied into every program that is compiled
-    unrolled-layers     the same block many times in a row: compiling grows with depth; scan over stacked weights
-    float64             64-bit numbers where none came in: twice the bytes, and slow or missing on accelerators
-    widened-product     a product of float32 copies of narrower numbers: the units for them stand idle
-    weak-type           an argument that is a Python number: another type of it compiles anew
-    host-transfer       a callback into Python: the device waits for it
-    padded-product      a product that fills a matrix unit badly: its smallest axis is far from a multiple of the unit's
-    replicated          a large argument that lies whole on each of several devices, where others are split
+captured-constant   an array that the function closes over: it is copied into every program that is compiled
+unrolled-layers     the same block many times in a row: compiling grows with depth; scan over stacked weights
+float64             64-bit numbers where none came in: twice the bytes, and slow or missing on accelerators
+widened-product     a product of float32 copies of narrower numbers: the units for them stand idle
+weak-type           an argument that is a Python number: another type of it compiles anew
+host-transfer       a callback into Python: the device waits for it
+padded-product      a product that fills a matrix unit badly: its smallest axis is far from a multiple of the unit's
+replicated          a large argument that lies whole on each of several devices, where others are split
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from trustcore.graph.cost import Row, cost_of
+from trustcore.graph.cost import cost_of
 from trustcore.graph.modules import Traced, trace
 from trustcore.graph.program import Address, Node, Program, place
-from trustcore.graph.walk import called
+from trustcore.graph.walk import aval, called
 
 LARGE = 1 << 20  # bytes from which an array is worth a word
 BLOCKS = 8  # equal blocks from which a program is called unrolled
@@ -112,7 +113,7 @@ def _unrolled(program: Program) -> Iterator[Finding]:
 
 
 def _signature(node: Node) -> tuple[Any, ...]:
-    return (node.eqn.params.get("name"), *(str(var.aval) for var in (*node.eqn.invars, *node.eqn.outvars)))
+    return (node.eqn.params.get("name"), *(str(aval(var)) for var in (*node.eqn.invars, *node.eqn.outvars)))
 
 
 def _wide(program: Program) -> Iterator[Finding]:
@@ -126,7 +127,7 @@ def _wide(program: Program) -> Iterator[Finding]:
             f"{len(wide)} values are 64 bits wide though no argument is; the first is made by "
             f"{first.eqn.primitive.name!r}. Give its constant a dtype",
             first.address,
-            float(sum(math.prod(var.aval.shape) * 8 for n in wide for var in n.eqn.outvars)),
+            float(sum(math.prod(aval(var).shape) * 8 for n in wide for var in n.eqn.outvars)),
         )
 
 
@@ -138,7 +139,7 @@ def _widened(program: Program) -> Iterator[Finding]:
             makers = [scope.producers.get(atom, (None, 0))[0] for atom in node.eqn.invars if not hasattr(atom, "val")]
             narrow = [m for m in makers if m is not None and m.eqn.primitive.name == "convert_element_type"]
             from_half = [m for m in narrow if _dtype(m.eqn.invars[0]) in ("bfloat16", "float16")]
-            out = node.eqn.outvars[0].aval
+            out = aval(node.eqn.outvars[0])
             if len(from_half) == 2 and _dtype(node.eqn.invars[0]) == "float32":
                 yield Finding(
                     "widened-product",
@@ -152,7 +153,7 @@ def _widened(program: Program) -> Iterator[Finding]:
 
 def _weak(program: Program, args: Any, kwargs: Any) -> Iterator[Finding]:
     for name, var in zip(program.arguments, program.jaxpr.jaxpr.invars, strict=True):
-        if getattr(var.aval, "weak_type", False):
+        if getattr(aval(var), "weak_type", False):
             yield Finding(
                 "weak-type",
                 f"{name} is a Python number: it takes the type of what it meets, and a call with a NumPy or jax scalar "
@@ -165,7 +166,7 @@ def _weak(program: Program, args: Any, kwargs: Any) -> Iterator[Finding]:
 def _callbacks(program: Program) -> Iterator[Finding]:
     for node in _leaves(program):
         if node.eqn.primitive.name in _CALLBACKS:
-            nbytes = sum(math.prod(a.aval.shape) * a.aval.dtype.itemsize for a in node.eqn.invars)
+            nbytes = sum(math.prod(aval(a).shape) * aval(a).dtype.itemsize for a in node.eqn.invars)
             turns = " in a loop" if node.scope.loops else ""
             yield Finding(
                 "host-transfer",
@@ -181,10 +182,10 @@ def _padded(traced: Traced, unit: tuple[int, int]) -> Iterator[Finding]:
     for node in _leaves(traced.program):
         if node.eqn.primitive.name != "dot_general":
             continue
-        row: Row = rows[node.address]
+        row = rows.get(node.address)  # None in a branch that is not the costliest
         share = _used(node.eqn, unit)
-        if share < 0.5 and row.flops > 0.01 * whole:
-            lhs, rhs = (list(atom.aval.shape) for atom in node.eqn.invars)
+        if row is not None and share < 0.5 and row.flops > 0.01 * whole:
+            lhs, rhs = (list(aval(atom).shape) for atom in node.eqn.invars)
             yield Finding(
                 "padded-product",
                 f"a product of {lhs} and {rhs} fills {100 * share:.0f}% of the {unit[0]} x {unit[1]} tiles of a matrix "
@@ -197,7 +198,7 @@ def _padded(traced: Traced, unit: tuple[int, int]) -> Iterator[Finding]:
 def _used(eqn: Any, unit: tuple[int, int]) -> float:
     """The share of the tiles that a product fills: rows, columns, and what it sums over."""
     (left, right), (batch, _) = eqn.params["dimension_numbers"]
-    a, b = (atom.aval.shape for atom in eqn.invars)
+    a, b = (aval(atom).shape for atom in eqn.invars)
     rows = math.prod(n for i, n in enumerate(a) if i not in left and i not in batch)
     columns = math.prod(n for i, n in enumerate(b) if i not in right and i not in eqn.params["dimension_numbers"][1][1])
     inner = math.prod(a[i] for i in left)
@@ -208,7 +209,7 @@ def _used(eqn: Any, unit: tuple[int, int]) -> float:
 
 
 def _replicated(leaves: Sequence[jax.Array]) -> Iterator[Finding]:
-    placed = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer) and len(leaf.sharding.device_set) > 1]
+    placed = [leaf for leaf in leaves if not isinstance(leaf, Tracer) and len(leaf.sharding.device_set) > 1]
     if not any(not leaf.sharding.is_fully_replicated for leaf in placed):
         return
     for leaf in placed:
@@ -228,4 +229,4 @@ def _leaves(program: Program) -> Iterator[Node]:
 
 def _dtype(atom: Any) -> str:
     dtype = getattr(getattr(atom, "aval", None), "dtype", None)
-    return "" if dtype is None else jnp.dtype(dtype).name if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else ""
+    return dtype.name if isinstance(dtype, np.dtype) else ""  # keys have a type of jax's own
