@@ -8,6 +8,8 @@ import pytest
 
 from trustcore.graph.cost import Peaks, cost, peaks, roofline
 from trustcore.models import random_model
+from trustcore.ops import cpu
+from trustcore.quant import QuantizedArray
 
 X, W = jnp.ones((32, 64)), jnp.ones((64, 128))
 PRODUCT = 2 * 32 * 64 * 128
@@ -99,3 +101,11 @@ def test_foreign_code_is_named_as_unknown() -> None:
     found = cost(lambda x: jax.pure_callback(lambda x: x, shape, x), jnp.ones(4))
     assert [row.address.primitive for row in found.unknown] == ["pure_callback"]
     assert "do not tell" in str(found)
+
+
+def test_our_own_handlers_tell_theirs() -> None:
+    if reason := cpu.build.why_not():
+        pytest.skip(reason)
+    packed = QuantizedArray.quantize(jax.random.normal(jax.random.key(0), (256, 128)), "q4_0")
+    found = cost(lambda x, w: x @ w, jnp.ones((1, 256)), packed)
+    assert not found.unknown and found.flops == pytest.approx(2 * 256 * 128, rel=0.01)
