@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,3 +135,18 @@ def replace_bodies(eqn: Any, jaxprs: Sequence[Any]) -> dict[str, Any]:
         (closed,) = jaxprs
         params["jaxpr"] = closed.jaxpr
     return params
+
+
+@contextlib.contextmanager
+def compiled_with_lines() -> Iterator[None]:
+    """In this block a program that is taken from the cache of compiled ones has the source lines that it has now.
+
+    Elsewhere programs that differ in their lines alone share an entry, with the lines of the one that came first.
+    """
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

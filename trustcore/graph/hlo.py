@@ -13,7 +13,9 @@ import dataclasses
 import re
 from typing import Any
 
+from trustcore._jax import Frame
 from trustcore.errors import ProgramError
+from trustcore.graph.program import place
 from trustcore.graph.wire import Message
 
 # xla_data.proto, PrimitiveType: bits of one number.
@@ -94,7 +96,7 @@ class Origin:
         return "transpose(" in self.path
 
     def __str__(self) -> str:
-        at = f"{self.file}:{self.line}" if self.file else ""
+        at = place(Frame(self.file, self.line, 0, "")) if self.file else ""
         return " ".join(part for part in (self.path, f"({at})" if at and self.path else at) if part) or "unknown"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trustcore._jax import compiled_with_lines
 from trustcore.errors import ProgramError
 from trustcore.graph.hlo import Origin, read_program
 from trustcore.memory.buffers import Buffer, buffers_of
@@ -115,7 +116,9 @@ def account(fn: Callable[..., Any], *args: Any, static_argnums: Any = None, dona
     }  # fmt: skip
     jitted = fn if hasattr(fn, "lower") and not options else jax.jit(fn, **options)
     traced = jitted.trace(*args, **kwargs)
-    return account_compiled(traced.lower().compile(), estimate=estimate(traced.jaxpr))
+    with compiled_with_lines():
+        compiled = traced.lower().compile()
+    return account_compiled(compiled, estimate=estimate(traced.jaxpr))
 
 
 def account_compiled(compiled: Any, *, estimate: int = 0) -> Account:

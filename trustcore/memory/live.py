@@ -18,30 +18,14 @@ from pathlib import Path
 
 import jax
 
+from trustcore._jax import Frame
 from trustcore.errors import ProgramError
+from trustcore.graph.program import place
 from trustcore.graph.wire import Message
 
 _STANDARD = Path(sysconfig.get_path("stdlib"))
+_HERE = Path(__file__).parents[1]
 _PACKAGES = {"site-packages", "dist-packages"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """A line of a stack."""
-
-    function: str
-    file: str
-    line: int
-
-    @property
-    def is_users(self) -> bool:
-        """Whether it is neither Python's own nor of an installed package."""
-        path = Path(self.file)
-        known = bool(self.file) and not self.file.startswith("<")
-        return known and not path.is_relative_to(_STANDARD) and not _PACKAGES.intersection(path.parts)
-
-    def __str__(self) -> str:
-        return f"{self.function} ({self.file}:{self.line})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +49,7 @@ class Held:
     @property
     def frame(self) -> Frame:
         """The innermost line of the user's code, or the innermost of all."""
-        return next((f for f in self.stack if f.is_users), self.stack[0] if self.stack else Frame("unknown", "", 0))
+        return next(filter(_is_users, self.stack), self.stack[0] if self.stack else Frame("", 0, 0, "unknown"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +77,15 @@ class Census:
         lines = []
         for h in self.held:
             if h.kind == "buffer" and h.nbytes:
-                names = [f"{f.function} {Path(f.file).name}:{f.line}".replace(";", ",") for f in reversed(h.stack)]
+                names = [_shown(f).replace(";", ",") for f in reversed(h.stack)]
                 lines.append(f"{';'.join(names) or 'unknown'} {h.nbytes}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         lines = [f"{self.nbytes / 1e6:.1f} MB in {sum(h.count for h in self.held if h.kind == 'buffer')} arrays"]
-        lines += [f"{n / 1e6:10.2f} MB {count:6}  {frame}" for frame, (n, count) in list(self.by_line().items())[:20]]
+        lines += [
+            f"{n / 1e6:10.2f} MB {count:6}  {_shown(frame)}" for frame, (n, count) in list(self.by_line().items())[:20]
+        ]
         return "\n".join(lines)
 
 
@@ -122,7 +108,7 @@ def census(backend: str | None = None) -> Census:
     frames: dict[int, tuple[Frame, ...]] = {}
     for location in profile.messages(4):
         lines = [(functions.get(m.number(1), ("unknown", "")), m.number(2)) for m in location.messages(4)]
-        frames[location.number(1)] = tuple(Frame(name, file, line) for (name, file), line in lines)
+        frames[location.number(1)] = tuple(Frame(file, line, 0, name) for (name, file), line in lines)
     types = [word(m.number(1)) for m in profile.messages(1)]
     held = []
     for sample in profile.messages(2):
@@ -152,7 +138,7 @@ class Growth:
     def __str__(self) -> str:
         if not self.lines:
             return "nothing is left behind"
-        told = [f"{n / 1e6:10.2f} MB {count:6}  {frame}" for frame, (n, count) in self.lines.items()]
+        told = [f"{n / 1e6:10.2f} MB {count:6}  {_shown(frame)}" for frame, (n, count) in self.lines.items()]
         return "\n".join([f"{self.nbytes / 1e6:.2f} MB are left behind", *told])
 
 
@@ -182,3 +168,14 @@ def leaks(*, at_least: int = 1) -> Iterator[Growth]:
         elif held[0] >= at_least and held[1] > 0:
             left[frame] = held
     grown.lines = left
+
+
+def _is_users(frame: Frame) -> bool:
+    """Whether a frame is neither Python's own, nor of an installed package or of trustcore."""
+    path = Path(frame.file)
+    own = path.is_relative_to(_STANDARD) or path.is_relative_to(_HERE) or bool(_PACKAGES.intersection(path.parts))
+    return bool(frame.file) and not frame.file.startswith("<") and not own
+
+
+def _shown(frame: Frame) -> str:
+    return f"{frame.function} ({place(frame)})"
