@@ -90,6 +90,8 @@ class Account:
             sparkline(self.curve),
         ]
         for buffer in self.largest():
+            if buffer.nbytes < self.peak / 10**4:
+                break
             lines.append(f"{_size(buffer.nbytes):>10}  {buffer.kind:9}  {buffer.shape:28}  {buffer.origin}")
         return "\n".join(lines)
 
