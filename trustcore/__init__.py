@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trustcore import debug, kernels
+    from trustcore import debug, kernels, memory
     from trustcore.catalogue import pull
     from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError

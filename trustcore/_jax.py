@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,3 +182,18 @@ def _caller(frame: Any) -> Frame | None:
             return Frame(file, frame.f_lineno, 0, frame.f_code.co_name)
         frame = frame.f_back
     return None
+
+
+@contextlib.contextmanager
+def compiled_with_lines() -> Iterator[None]:
+    """In this block a program that is taken from the cache of compiled ones has the source lines that it has now.
+
+    Elsewhere programs that differ in their lines alone share an entry, with the lines of the one that came first.
+    """
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

@@ -64,6 +64,10 @@ class EvaluationError(TrustcoreError, ValueError):
     """A model cannot be measured as asked: a text that is too short, models that do not compare."""
 
 
+class ProgramError(TrustcoreError, ValueError):
+    """A program cannot be looked into, or cannot do what was asked of it: fit into a budget, for example."""
+
+
 class CatalogueError(TrustcoreError, OSError):
     """A model name is unknown, or its files could not be brought to this machine."""
 

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from trustcore.cli import chat, convert, doctor, embed, generate, info, interrupts, perplexity, pull, quantize
+from trustcore.cli import (
+    chat,
+    convert,
+    cost,
+    doctor,
+    embed,
+    generate,
+    info,
+    interrupts,
+    memory,
+    perplexity,
+    pull,
+    quantize,
+)
 from trustcore.errors import TrustcoreError
 
 app = typer.Typer(
@@ -26,6 +39,8 @@ app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("perplexity")(perplexity.perplexity)
 app.command("compare")(perplexity.compare)
+app.command("cost")(cost.cost)
+app.command("memory")(memory.memory)
 app.command("doctor")(doctor.doctor)
 
 

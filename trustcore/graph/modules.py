@@ -51,7 +51,7 @@ def split_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], lis
 
 def is_input(leaf: Any) -> bool:
     """Returns whether a leaf of the arguments is an input of the program."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, complex))
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float, complex))
 
 
 class _Moving:

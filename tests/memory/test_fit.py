@@ -1,0 +1,121 @@
+"""Gradients within a budget: the same numbers, less memory, and a process that proves it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trustcore.errors import ProgramError
+from trustcore.memory import account, fit, remat_blocks
+
+ROOT = Path(__file__).parents[2]
+WS = 0.1 * jax.random.normal(jax.random.key(0), (6, 128, 128))
+X = jax.random.normal(jax.random.key(1), (32, 64, 128))
+
+
+@jax.jit
+def block(x, w):
+    return x + jnp.sin(jnp.cos(jnp.tanh(x @ w)))
+
+
+def mean_square(ws, x):
+    for i in range(ws.shape[0]):
+        x = block(x, ws[i])
+    return jnp.mean(x * x)
+
+
+def scanned(ws, x):
+    body = lambda x, w: (x + jnp.sin(jnp.cos(jnp.tanh(x @ w))), None)  # noqa: E731
+    return jnp.mean(jax.lax.scan(body, x, ws)[0] ** 2)
+
+
+def test_a_budget_that_the_plain_step_meets_changes_nothing() -> None:
+    plain = account(jax.value_and_grad(mean_square), WS, X).peak
+    found = fit(mean_square, plain, WS, X, batch=(1,))
+    assert (found.plan.remat, found.plan.microbatches, found.plan.peak) == ("none", 1, plain)
+    assert found.tried == (found.plain,)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3])
+def test_microbatches_come_first_for_they_cost_no_flops(share: float) -> None:
+    plain = account(jax.value_and_grad(mean_square), WS, X).peak
+    found = fit(mean_square, int(share * plain), WS, X, batch=(1,))
+    assert found.plan.remat == "none" and found.plan.microbatches > 1 and found.plan.peak <= share * plain
+    fewer = [plan for plan in found.tried if 1 <= plan.microbatches < found.plan.microbatches and plan.remat == "none"]
+    assert fewer and all(plan.peak > share * plain for plan in fewer)
+    value, gradient = found.step(WS, X)
+    expected = jax.value_and_grad(mean_square)(WS, X)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], atol=1e-6)
+    assert found.plan.flops == pytest.approx(found.plain.flops, rel=0.05)
+
+
+def test_where_the_batch_is_whole_blocks_are_computed_again() -> None:
+    plain = account(jax.value_and_grad(scanned), WS, X).peak
+    found = fit(scanned, int(0.7 * plain), WS, X)
+    assert found.plan.remat != "none" and found.plan.microbatches == 1 and found.plan.peak <= 0.7 * plain
+    assert found.plan.flops > found.plain.flops
+    np.testing.assert_allclose(found.step(WS, X)[1], jax.grad(scanned)(WS, X), atol=1e-6)
+    assert "times the FLOPs" in str(found)
+
+
+@pytest.mark.parametrize("fn", [mean_square, scanned])
+def test_remat_is_the_same_function(fn) -> None:
+    again = remat_blocks(fn)
+    np.testing.assert_allclose(again(WS, X), fn(WS, X), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(again))(WS, X), jax.grad(fn)(WS, X), atol=1e-6)
+    assert "checkpoint" in str(jax.make_jaxpr(again)(WS, X)) or "remat" in str(jax.make_jaxpr(again)(WS, X))
+
+
+def test_integers_among_the_parameters_have_no_gradient() -> None:
+    tree = {"w": WS, "steps": jnp.arange(3)}
+    plain = account(jax.value_and_grad(lambda t, x: mean_square(t["w"], x), allow_int=True), tree, X).peak
+    found = fit(lambda t, x: mean_square(t["w"], x), plain // 3, tree, X, batch=(1,))
+    gradient = found.step(tree, X)[1]
+    assert found.plan.microbatches > 1 and gradient["steps"].dtype == jax.dtypes.float0
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    with pytest.raises(ProgramError, match=r"nothing fits 0\.0 MB; the least found is .*batch="):
+        fit(mean_square, 1000, WS, X)
+    with pytest.raises(ProgramError, match="budget is 0"):
+        fit(mean_square, 0, WS, X)
+    with pytest.raises(ProgramError, match="argument 5 is named"):
+        fit(mean_square, 10**9, WS, X, batch=(5,))
+    with pytest.raises(ProgramError, match=r"first axes of \[6, 32\]"):
+        fit(mean_square, 10**9, WS, X, batch=(0, 1))
+
+
+CHILD = """
+import resource, sys
+import jax, jax.numpy as jnp
+from tests.memory.test_fit import WS, mean_square
+from trustcore.memory import account, fit
+
+x = jax.random.normal(jax.random.key(1), (8192, 64, 128))  # 268 MB
+plain = jax.jit(jax.value_and_grad(mean_square))
+budget = account(plain, WS, x).peak // 4
+found = fit(mean_square, budget, WS, x, batch=(1,)) if sys.argv[1] == "fit" else None
+step = (found.step if found else plain).lower(WS, x).compile()
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + budget, taken + budget))
+print(float(jax.block_until_ready(step(WS, x))[0]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sizes are read from /proc")
+def test_a_process_under_the_budget_runs_the_fitted_step_alone() -> None:
+    def child(which: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", CHILD, which]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    fitted, plain = child("fit"), child("plain")
+    assert fitted.returncode == 0, fitted.stderr
+    assert float(fitted.stdout) > 0
+    assert plain.returncode != 0 and "RESOURCE_EXHAUSTED" in plain.stderr

@@ -1,0 +1,230 @@
+"""`fit`: the cheapest way to take a gradient within a budget of memory, compiled and not guessed.
+
+What can be given up for memory, in the order of what it costs:
+
+    microbatches    rows of the batch one group after the other, gradients added: no further FLOPs, smaller products
+    remat           what a block computed is computed again in the backward pass: all of it, or all but its products
+
+Blocks are what the function calls more than once (`jax.jit` within it) or scans over. Nothing in the function changes:
+its jaxpr is run with `jax.checkpoint` around those calls. Chen et al., arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from trustcore import _jax
+from trustcore.errors import ProgramError
+from trustcore.graph.walk import bind, called, run
+from trustcore.memory.account import account_compiled
+
+REMAT = ("none", "products saved", "nothing saved")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A way to take the gradient, and what it takes.
+
+    Attributes:
+        remat: one of `REMAT`.
+        microbatches: into how many groups of rows the batch is split.
+        peak: bytes, arguments and gradients included; as `account` tells it.
+        flops: of a step, as XLA counts them; 0 where it does not.
+    """
+
+    remat: str
+    microbatches: int
+    peak: int
+    flops: float
+
+    def __str__(self) -> str:
+        rows = f"{self.microbatches} microbatches" if self.microbatches > 1 else "the whole batch"
+        return f"{rows}, remat: {self.remat}: {self.peak / 1e6:.1f} MB, {self.flops / 1e9:.2f} GFLOP"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What `fit` found.
+
+    Attributes:
+        step: `step(*args) -> (value, gradient)`, jitted: what `jax.value_and_grad(fn)` gives.
+        plan: how it does so.
+        plain: of the same without any of it.
+        tried: all plans that were compiled, in order.
+    """
+
+    step: Callable[..., Any]
+    plan: Plan
+    plain: Plan
+    tried: tuple[Plan, ...]
+
+    def __str__(self) -> str:
+        more = f"{self.plan.flops / self.plain.flops:.2f} times the FLOPs" if self.plain.flops else "FLOPs unknown"
+        return f"{self.plan}\n{more} and {self.plan.peak / self.plain.peak:.2f} times the memory of the plain step"
+
+
+def fit(
+    fn: Callable[..., Any],
+    budget: int,
+    *args: Any,
+    batch: Sequence[int] = (),
+    argnums: int = 0,
+    donate: bool = False,
+) -> Fit:
+    """Returns the gradient of `fn` within `budget` bytes, at the least cost in FLOPs that was found.
+
+    Args:
+        fn: to a scalar; for microbatches, a mean over rows of the batch, each of which counts the same.
+        budget: bytes of device memory for arguments, gradients and all between.
+        args: of it, or their shapes; integer leaves of the differentiated argument get no gradient but `float0`.
+        batch: numbers of the arguments whose arrays have the batch as their first axis; none: it is not split.
+        argnums: of the argument with respect to which to differentiate.
+        donate: whether that argument's memory may be taken for the gradient.
+
+    Raises:
+        ProgramError: no plan fits; the message tells the smallest.
+
+    Each plan is compiled, so that this takes as long as compiling the step a few times; nothing is run.
+    """
+    if budget <= 0:
+        raise ProgramError(f"fit: the budget is {budget} bytes; it must be positive.")
+    splits = _splits(args, batch)
+    tried: dict[tuple[str, int], tuple[Plan, Any]] = {}
+
+    def plan(remat: str, split: int) -> Plan:
+        if (remat, split) not in tried:
+            step = _step(fn, remat, split, tuple(batch), argnums)
+            jitted = jax.jit(step, donate_argnums=argnums if donate else ())
+            compiled = jitted.lower(*args).compile()
+            cost = compiled.cost_analysis() or {}
+            flops = float(cost.get("flops", 0.0)) * split  # XLA counts the body of a loop once
+            found = Plan(remat, split, account_compiled(compiled).peak, max(flops, 0.0))
+            tried[remat, split] = found, jitted
+        return tried[remat, split][0]
+
+    plain = plan("none", 1)
+    for remat in REMAT:
+        whole = plan(remat, 1).peak <= budget
+        if not whole and plan(remat, splits[-1]).peak > budget:
+            continue
+        low, high = 0, 0 if whole else len(splits) - 1  # the fewest microbatches that fit, by bisection
+        while low < high:
+            middle = (low + high) // 2
+            if plan(remat, splits[middle]).peak <= budget:
+                high = middle
+            else:
+                low = middle + 1
+        best, step = tried[remat, splits[low]]
+        return Fit(step, best, plain, tuple(found for found, _ in tried.values()))
+    least = min((found for found, _ in tried.values()), key=lambda found: found.peak)
+    held = "" if len(splits) > 1 else " Name the arguments that hold the batch (batch=), so that it can be split."
+    raise ProgramError(f"fit: nothing fits {budget / 1e6:.1f} MB; the least found is {least}.{held}")
+
+
+def remat_blocks(fn: Callable[..., Any], *, policy: Any = None) -> Callable[..., Any]:
+    """Returns `fn` with `jax.checkpoint` around what it calls more than once, and around the bodies of its scans.
+
+    Args:
+        fn: of arrays in pytrees.
+        policy: what the checkpoint keeps, as `jax.checkpoint` takes it; None: nothing.
+
+    The same function and gradient, computed in less memory and more FLOPs.
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any) -> Any:
+        jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        names = Counter(_call_name(eqn) for eqn in jaxpr.jaxpr.eqns)
+
+        def step(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+            body = called(eqn)
+            if body is not None and eqn.primitive.name in ("jit", "pjit") and names[_call_name(eqn)] > 1:
+                return jax.checkpoint(jaxpr_as_fun(body), policy=policy)(*inputs)
+            if eqn.primitive.name == "scan":
+                return _checkpointed_scan(eqn, inputs, policy)
+            return bind(eqn, inputs)
+
+        outputs = run(jaxpr, jax.tree.leaves(args), step)
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return wrapped
+
+
+def _call_name(eqn: Any) -> tuple[Any, ...]:
+    """What makes two calls the same block: name and shapes."""
+    if called(eqn) is None:
+        return ()
+    return (eqn.params.get("name"), *(str(atom.aval) for atom in eqn.outvars))
+
+
+def _checkpointed_scan(eqn: Any, inputs: Sequence[Any], policy: Any) -> Sequence[Any]:
+    consts, carries = _jax.scan_counts(eqn.params)
+    body: ClosedJaxpr = eqn.params["jaxpr"]
+    fixed, carry, xs = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
+
+    def turn(carry: Any, x: Any) -> Any:
+        outputs = jax.checkpoint(jaxpr_as_fun(body), policy=policy, prevent_cse=False)(*fixed, *carry, *x)
+        return list(outputs[:carries]), list(outputs[carries:])
+
+    last, ys = jax.lax.scan(
+        turn, list(carry), list(xs), length=eqn.params["length"], reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )  # fmt: skip
+    return [*last, *ys]
+
+
+def _splits(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
+    """The numbers of equal groups into which the batch can be split, 1 first."""
+    for i in batch:
+        if not 0 <= i < len(args):
+            raise ProgramError(f"fit: argument {i} is named as batch; there are {len(args)} arguments.")
+    rows = {leaf.shape[0] if leaf.shape else 0 for i in batch for leaf in jax.tree.leaves(args[i])}
+    if not rows:
+        return [1]
+    if len(rows) > 1 or 0 in rows:
+        raise ProgramError(f"fit: arrays of the batch have first axes of {sorted(rows)}; they must be of one length.")
+    count = rows.pop()
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _step(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...], argnums: int) -> Callable[..., Any]:
+    if remat != "none":
+        saved = remat == "products saved"
+        fn = remat_blocks(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if saved else None)
+    gradient = jax.value_and_grad(fn, argnums, allow_int=True)
+    if split == 1:
+        return gradient
+
+    def accumulated(*args: Any) -> Any:
+        rows = {
+            i: jax.tree.map(lambda x: jnp.reshape(x, (split, x.shape[0] // split, *x.shape[1:])), args[i])
+            for i in batch
+        }
+
+        def turn(total: Any, group: Any) -> Any:
+            found = gradient(*(group.get(i, arg) for i, arg in enumerate(args)))
+            return jax.tree.map(lambda t, x: t if _no_gradient(x) else t + x / split, total, found), None
+
+        shapes = jax.eval_shape(gradient, *args)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, bool if _no_gradient(s) else s.dtype), shapes)
+        total, _ = jax.lax.scan(turn, zeros, rows)
+        return jax.tree.map(lambda s, t: _float0(s.shape) if _no_gradient(s) else t, shapes, total)
+
+    return accumulated
+
+
+def _no_gradient(x: Any) -> bool:
+    return x.dtype == jax.dtypes.float0
+
+
+def _float0(shape: tuple[int, ...]) -> Any:
+    return np.zeros(shape, jax.dtypes.float0)
