@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import trustcore
+from tests.models.families import read
 from tests.models.small import random_decoder, some_tokens
 from tests.models.test_families import DATA, TOLERANCE, load, logits, recorded, write
 from tests.nn.adapters import moved
@@ -57,6 +58,23 @@ def test_logits_are_those_of_peft(name, tmp_path):
     again = with_adapters(model, load_adapters(model, save_adapters(adapted, tmp_path / "again")))
     np.testing.assert_allclose(logits(again, tokens), found, atol=1e-5)
     ours, theirs = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("again", "adapter"))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
+def test_hidden_states_of_an_encoder_are_those_of_peft(tmp_path):
+    case = read("bert")
+    model = case.open(tmp_path)
+    tokens = jnp.asarray(case.inputs["input_ids"], jnp.int32)
+    folder = write_adapter(tmp_path / "adapter", "encoder")
+    adapted = with_adapters(model, load_adapters(model, folder))
+    run = jax.jit(lambda model, tokens: model(tokens))
+    expected = cases()["encoder/logits"]
+    np.testing.assert_allclose(run(adapted, tokens), expected, atol=TOLERANCE)
+    assert np.max(np.abs(run(model, tokens) - expected)) > 0.05
+    ours = load_file(save_adapters(adapted, tmp_path / "again") / "adapter_model.safetensors")
+    theirs = load_file(folder / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(ours[key], value, err_msg=key)

@@ -1,4 +1,4 @@
-"""Records what PEFT computes with random LoRA and DoRA adapters beside the small models of `tests/data/decoders`.
+"""Records what PEFT computes with random LoRA and DoRA adapters beside small models of `tests/data`.
 
 The oracles are no test dependencies. In a virtual environment of its own (CPU):
 
@@ -7,7 +7,8 @@ The oracles are no test dependencies. In a virtual environment of its own (CPU):
     python tests/oracles/record_adapters.py --data tests/data --check    compares instead
 
 For each case NAME/MODEL: the tensors of adapter_model.safetensors (`NAME/weights/TENSOR`), adapter_config.json
-(`NAME/config`), and float32 logits (`NAME/logits`) of the tokens that the model's own file has.
+(`NAME/config`), and what the model computes of the tokens that its own file has (`NAME/logits`), float32: logits, of an
+encoder hidden states.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-# Name -> (model in tests/data/decoders, arguments of LoraConfig).
+# Name -> (model in tests/data/decoders, or in another folder beside it; arguments of LoraConfig).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": (
         "qwen2",
@@ -36,27 +37,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("qwen2", {"target_modules": ["q_proj", "k_proj", "o_proj", "up_proj"], "use_dora": True}),
     "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True}),
     "grouped": ("gpt_neox", {"target_modules": ["query_key_value", "dense_4h_to_h"], "use_rslora": True}),
+    "encoder": ("families/bert", {"target_modules": ["query", "dense"]}),
     "inputs_first": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
 }
 
 
 def record(data: Path, name: str) -> dict[str, Any]:
     base, options = CASES[name]
-    with np.load(data / "decoders" / f"{base}.npz") as file, tempfile.TemporaryDirectory() as folder:
+    encoder = base.startswith("families/")
+    stored = data / f"{base}.npz" if encoder else data / "decoders" / f"{base}.npz"
+    mark, tokens_name, task = (
+        ("w:", "i:input_ids", "FEATURE_EXTRACTION") if encoder else ("weights/", "tokens", "CAUSAL_LM")
+    )
+    kind = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
+    with np.load(stored) as file, tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        weights = {k.removeprefix("weights/"): file[k] for k in file.files if k.startswith("weights/")}
+        weights = {k.removeprefix(mark): file[k] for k in file.files if k.startswith(mark)}
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(str(file["config"]))
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        tokens = torch.tensor(file["tokens"]).long()
+        model = kind.from_pretrained(path, dtype=torch.float32).eval()
+        tokens = torch.tensor(file[tokens_name]).long()
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+        config = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, task_type=task, **options)
         model = peft.get_peft_model(model, config).eval()
         with torch.no_grad():
             for key, value in model.named_parameters():
                 if "lora" in key:
                     value.add_(0.2 * torch.rand_like(value))
-            logits = model(input_ids=tokens).logits.numpy()
+            logits = model(input_ids=tokens)[0].numpy()
         model.save_pretrained(path / "adapter")
         tensors = load_file(path / "adapter" / "adapter_model.safetensors")
         found: dict[str, Any] = {f"{name}/weights/{key}": value for key, value in tensors.items()}

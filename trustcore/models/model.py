@@ -68,15 +68,17 @@ class Model(nnx.Module):
 def parameters_of(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
     """Returns the parameters of a model, statistics of norms among them, by their paths, names joined by dots.
 
-    Of layers that are stacked, copies of each.
+    Those of stacked layers (`scan_layers`) are copies, under the names that they have in a list.
     """
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, Stack):
-        listed: Any = jax.tree.map(lambda leaf: leaf, model)
-        listed.blocks = nnx.List(list(blocks))
-        model = listed
-    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
-    return {path_name(path): parameter for path, parameter in flat}
+    flat = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable | Stack))[0]
+    found: dict[str, nnx.Variable[Any]] = {}
+    for path, node in flat:
+        if not isinstance(node, Stack):
+            found[path_name(path)] = node
+            continue
+        for i, block in enumerate(node):
+            found.update({f"{path_name(path)}.{i}.{name}": part for name, part in parameters_of(block).items()})
+    return found
 
 
 def sample_tokens(vocab_size: int, most: int = 32) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Adapters of a decoder in PEFT's files: `adapter_config.json` beside `adapter_model.safetensors`.
+"""Adapters of a model in PEFT's files: `adapter_config.json` beside `adapter_model.safetensors`.
 
     base_model.model.NAME.lora_A.weight          [r, in]         down, turned
     base_model.model.NAME.lora_B.weight          [out, r]        up, turned
@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.errors import ModelError
-from trustcore.models.decoder import Decoder
 from trustcore.models.hugging_face import half_order
-from trustcore.models.model import parameters_of
-from trustcore.models.name_map import Rule, places
+from trustcore.models.model import Model, parameters_of
+from trustcore.models.name_map import Rule
+from trustcore.models.packed_outputs import places
 from trustcore.models.registry import family_named
 from trustcore.models.values import Values
 from trustcore.nn.adapters import Adapter, Adapters, adapters_of
@@ -60,11 +60,11 @@ _OFF: Mapping[str, Any] = {
 }
 
 
-def load_adapters(model: Decoder, folder: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Adapters:
+def load_adapters(model: Model, folder: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> Adapters:
     """Returns the adapters that PEFT saved, for `trustcore.nn.with_adapters(model, adapters)`.
 
     Args:
-        model: the decoder they were made for; its matrices may be packed, and from another file format.
+        model: the one they were made for; its matrices may be packed, and from another file format.
         folder: with adapter_config.json and adapter_model.safetensors (or .bin).
         dtype: of the adapters.
 
@@ -83,11 +83,11 @@ def load_adapters(model: Decoder, folder: str | os.PathLike[str], *, dtype: Any 
         return _read(model, checkpoint, scales, dtype)
 
 
-def save_adapters(model: Decoder, folder: str | os.PathLike[str], *, base: str | None = None) -> Path:
-    """Writes a decoder's adapters as PEFT reads them, and returns the folder.
+def save_adapters(model: Model, folder: str | os.PathLike[str], *, base: str | None = None) -> Path:
+    """Writes a model's adapters as PEFT reads them, and returns the folder.
 
     Args:
-        model: a decoder with adapters.
+        model: that has adapters.
         folder: one that is not there yet, or is empty.
         base: name or path of the model they belong to, for `base_model_name_or_path`.
 
@@ -164,15 +164,22 @@ class _Scales:
         return next(named, self.alpha) / (rank**0.5 if self.stabilized else rank)
 
 
-def _rules(model: Decoder) -> dict[str, Rule]:
-    """The rules of the model's matrices by the names of their modules."""
-    found = family_named(model.config.family).names(model.config).rules(model.config)
-    rules = (rule for rule in found if rule.paths[0].endswith("kernel") and not rule.pieces)
-    return {rule.stored.removesuffix(".weight"): rule for rule in rules}
+def _rules(model: Model, prefix: str | None) -> dict[str, Rule]:
+    """The rules of the model's matrices by the names of their modules, which begin with `prefix` (None: the usual)."""
+    rules = family_named(model.config.family).names(model.config).rules(model.config, prefix)
+    kept = (rule for rule in rules if rule.is_matrix and not rule.is_table and not rule.pieces)
+    return {rule.stored.removesuffix(".weight"): rule for rule in kept}
 
 
-def _read(model: Decoder, checkpoint: Checkpoint, scales: _Scales, dtype: Any) -> Adapters:
-    rules, parameters = _rules(model), parameters_of(model)
+def _rules_in(model: Model, modules: Collection[str]) -> dict[str, Rule]:
+    """The rules under that prefix of the family's under which the most of these modules are known."""
+    names = family_named(model.config.family).names(model.config)
+    choices = [_rules(model, prefix) for prefix in (names.prefix, *names.prefixes)]
+    return max(choices, key=lambda rules: len(rules.keys() & modules))
+
+
+def _read(model: Model, checkpoint: Checkpoint, scales: _Scales, dtype: Any) -> Adapters:
+    parameters = parameters_of(model)
     found: dict[str, dict[str, Any]] = {}
     faults: list[str] = []
     for name, tensor in checkpoint.items():
@@ -183,6 +190,7 @@ def _read(model: Decoder, checkpoint: Checkpoint, scales: _Scales, dtype: Any) -
         module = name.removesuffix(".weight").removesuffix(_stem(_PARTS[part])).removeprefix(_PREFIX)
         found.setdefault(module, {})[part] = tensor
     adapters: Adapters = {}
+    rules = _rules_in(model, found)
     for module, parts in found.items():
         rule = rules.get(module)
         if rule is None or any(path not in parameters for path in rule.paths):
@@ -232,13 +240,13 @@ def _fault(parts: Mapping[str, Any], inputs: int, outputs: int) -> str:
     return ""
 
 
-def _modules(model: Decoder) -> dict[str, Adapter]:
+def _modules(model: Model) -> dict[str, Adapter]:
     """Adapters by the names of PEFT's modules, outputs in the order of the files."""
     adapters = adapters_of(model)
     faults: list[str] = []
     modules: dict[str, Adapter] = {}
     left = set(adapters)
-    for module, rule in _rules(model).items():
+    for module, rule in _rules(model, model.prefix).items():
         have = [path for path in rule.paths if path in adapters]
         if not have:
             continue
