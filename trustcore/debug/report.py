@@ -270,6 +270,9 @@ class Report:
 
         return plain(self)
 
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.issues)} issues, {len(self.statistics)} values>"
+
     def _repr_html_(self) -> str:
         from trustcore.debug.show import fragment
 
