@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 NOTHING = -1e30  # below every maximum, and finite
-# Numbers in a chunk of logits, and the columns it has at least and at most.
-CHUNK = {"cpu": 2**20, "other": 2**25}
+# Numbers in a chunk of logits, and its fewest and most columns. On the CPU 1024 to 8192 columns of 2048 rows take the same
+# time within 15%, forward and backward (D=576, V=49152, 2 cores, 2026-11).
+CHUNK = {"cpu": 2**21, "other": 2**25}
 FEWEST, MOST = 512, 16384
 
 
