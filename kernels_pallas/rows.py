@@ -40,7 +40,8 @@ def _erf(x: jax.Array) -> jax.Array:
     """The error function, which Pallas-Triton lacks, within 1.5e-7: Abramowitz and Stegun, eq. 7.1.26."""
     t = 1.0 / (1.0 + 0.3275911 * jnp.abs(x))
     series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    return jnp.where(x < 0, -1.0, 1.0) * (1.0 - series * jnp.exp(-x * x))
+    beyond = 1.0 - series * jnp.exp(-x * x)
+    return jnp.where(x < 0, -beyond, beyond)
 
 
 class Tile(NamedTuple):

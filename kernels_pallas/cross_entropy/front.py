@@ -1,7 +1,7 @@
 """`cross_entropy`: checks a call, and computes it through one primitive forward and one backward.
 
-The backward pass keeps operands and log-sum-exp, and computes the gradients that are asked for: a frozen table costs
-none.
+The backward pass keeps operands and log-sum-exp, and computes the gradients that are asked for. With a frozen table the
+forward pass leaves the gradient of hidden up to the cotangents, and the backward pass has no product to compute.
 """
 
 from __future__ import annotations
@@ -205,6 +205,11 @@ def _forward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(hidden.shape[:1], wide)] * 2
 
 
+def _one_pass_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
+    first = _forward_shapes(call)
+    return first + [jax.ShapeDtypeStruct(call.arrays["hidden"].shape, first[0].dtype)] * 2
+
+
 def _backward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(call.arrays[n].shape, call.arrays[n].dtype) for n in call.wanted]
 
@@ -237,11 +242,13 @@ _XLA = Implementation(
     lambda target, call: "",
     {
         "forward": lambda target, call, interpret: xla.forward(call, target.platform),
+        "one_pass": lambda target, call, interpret: xla.one_pass(call, target.platform),
         "backward": lambda target, call, interpret: xla.backward(call, target.platform),
     },
 )
 CROSS_ENTROPY = Op("cross_entropy", (_XLA,))
 _forward = primitive(CROSS_ENTROPY, "forward", _call, _forward_shapes, _folded)
+_one_pass = primitive(CROSS_ENTROPY, "one_pass", _call, _one_pass_shapes, _folded)
 _backward = primitive(CROSS_ENTROPY, "backward", _call, _backward_shapes, _folded)
 
 
@@ -266,8 +273,13 @@ def _losses(static: Any, smooth: dict[str, jax.Array], fixed: dict[str, jax.Arra
 
 
 def _losses_forward(static: Any, smooth: Any, fixed: Any) -> Any:
+    spec = static[0]
     wanted = _Wanted(n for n in smooth if smooth[n].perturbed)
     smooth, fixed = ({n: x.value for n, x in part.items()} for part in (smooth, fixed))
+    if wanted == ("hidden",) and not (spec.label_smoothing and spec.soft_cap):
+        losses, lse, of_lse, target = _run(_one_pass, static, {**smooth, **fixed})
+        like = {n: jnp.zeros((), x.dtype) for n, x in smooth.items()}  # which operands there are, and their dtypes
+        return (losses, lse), (like, {"labels": fixed["labels"], "of_lse": of_lse, "target": target}, lse, None)
     losses, lse = _losses(static, smooth, fixed)
     return (losses, lse), (smooth, fixed, lse, wanted)
 
@@ -275,6 +287,13 @@ def _losses_forward(static: Any, smooth: Any, fixed: Any) -> Any:
 def _losses_backward(static: Any, kept: Any, cotangents: Any) -> Any:
     smooth, fixed, lse, wanted = kept
     of_loss, of_lse = (jnp.zeros_like(lse) if isinstance(g, SymbolicZero) else g for g in cotangents)
+    if wanted is None:
+        spec, labels = static[0], fixed["labels"]
+        counts, known = labels != spec.ignore_index, (labels >= 0) & (labels < spec.vocabulary)
+        of_loss = jnp.where(counts, jnp.where(known, of_loss, jnp.nan), 0)
+        share = of_loss * (1 + 2 * spec.z_loss * lse) + of_lse
+        hidden = share[:, None] * fixed["of_lse"] - of_loss[:, None] * fixed["target"]
+        return {**dict.fromkeys(smooth), "hidden": hidden.astype(smooth["hidden"].dtype)}, None
     arrays = _vary_alike({**smooth, **fixed, "lse": lse, "of_loss": of_loss, "of_lse": of_lse})
     found = _run(_backward, static, arrays, wanted=tuple(wanted))
     return {**dict.fromkeys(smooth), **dict(zip(wanted, found, strict=True))}, None

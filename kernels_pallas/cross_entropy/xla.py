@@ -2,12 +2,14 @@
 
     forward   through the chunks with the running maximum and sum of exponentials (Milakov and Gimelshein, arXiv
               1805.02867, algorithm 3); the label's logit is picked where its chunk comes by
+    one pass  where the table is frozen: the forward pass sums exp(z) table' as well, as attention does, from which the
+              gradient of hidden follows for any cotangents. Two products, as many as the plain form's
     backward  each chunk of logits again; with p = exp(z - lse), g and h the cotangents of loss and lse,
                   dz = p (g + h + 2 z_loss lse g) - g ((1 - s) [v = label] + s / V)
               adds dz @ table_c' to the gradient of hidden and writes that of the chunk's columns once
 
-One chunk of logits `[R, C]` is alive at a time: O(R * C) memory beyond operands and results. Four products instead of
-the plain form's three when both gradients are wanted. Logits and sums are float32 (float64 for float64). Chunks are of
+One chunk of logits `[R, C]` is alive at a time: O(R * C) memory beyond operands and results. Four products
+instead of the plain form's three where the table's gradient is wanted. Logits and sums are float32 (float64 for float64). Chunks are of
 one size: the last one begins where it ends with V, and counts the columns it shares with the one before it once.
 """
 
@@ -40,31 +42,60 @@ def chunk_of(call: Any, platform: str) -> int:
 
 def forward(call: Any, platform: str) -> list[jax.Array]:
     """Returns the losses and the log-sum-exp, `[R]` each."""
+    return _forward(call, platform, mean=False)
+
+
+def one_pass(call: Any, platform: str) -> list[jax.Array]:
+    """Returns losses, log-sum-exp, and two parts `[R, D]` of the gradient of hidden: that of lse, and the target's.
+
+    `d loss / d hidden = (1 + 2 z_loss lse) of_lse - target`. No label smoothing together with a soft cap.
+    """
+    return _forward(call, platform, mean=True)
+
+
+def _forward(call: Any, platform: str, *, mean: bool) -> list[jax.Array]:
     made = _Made(call, platform)
     spec, labels, rows = call.spec, call.arrays["labels"], call.arrays["hidden"].shape[0]
+    smooth, size = spec.label_smoothing, call.arrays["hidden"].shape[1]
 
     def step(i: Any, carry: Any) -> Any:
-        top, total, picked, sums = carry
+        top, total, picked, sums, mixed, whole = carry
         start, columns, fresh = made.where(i)
-        logits = made.logits(made.columns(start), start)
+        part = made.columns(start)
+        logits = made.logits(part, start)
         shown = logits if fresh is None else jnp.where(fresh, logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(shown, axis=1))
-        total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(shown - higher[:, None]), axis=1)
+        weights, less = jnp.exp(shown - higher[:, None]), jnp.exp(top - higher)
+        total = total * less + jnp.sum(weights, axis=1)
         here = labels - start
         inside = (here >= 0) & (here < made.chunk)
         found = jnp.take_along_axis(logits, jnp.clip(here, 0, made.chunk - 1)[:, None], axis=1)[:, 0]
         picked = jnp.where(inside, found, picked)
-        if spec.label_smoothing:
+        if smooth:
             sums = sums + jnp.sum(logits if fresh is None else jnp.where(fresh, logits, 0), axis=1)
-        return higher, total, picked, sums
+        if mean:
+            weights = weights if spec.soft_cap is None else weights * (1 - jnp.square(logits / spec.soft_cap))
+            mixed = mixed * less[:, None] + made.dot(weights.astype(made.narrow), part, (1, 0 if made.by_rows else 1))
+            if smooth:
+                counted = jnp.ones((1, made.chunk), made.narrow) if fresh is None else fresh.astype(made.narrow)
+                whole = whole + made.dot(counted, part, (1, 0 if made.by_rows else 1))
+        return higher, total, picked, sums, mixed, whole
 
     zero = jnp.zeros(rows, made.wide)
-    top, total, picked, sums = made.through(step, (jnp.full(rows, NOTHING, made.wide), zero, zero, zero))
+    mixed, whole = (jnp.zeros((n, size) if mean else (), made.wide) for n in (rows, 1))
+    start = jnp.full(rows, NOTHING, made.wide), zero, zero, zero, mixed, whole
+    top, total, picked, sums, mixed, whole = made.through(step, start)
     lse = top + jnp.log(total)
-    smooth = spec.label_smoothing
     losses = lse - (1 - smooth) * picked - smooth / call.vocabulary * sums + spec.z_loss * lse**2
     losses = jnp.where((labels >= 0) & (labels < call.vocabulary), losses, jnp.nan)
-    return [jnp.where(labels == spec.ignore_index, zero, losses), lse]
+    losses = jnp.where(labels == spec.ignore_index, zero, losses)
+    if not mean:
+        return [losses, lse]
+    slope = jnp.ones_like(picked) if spec.soft_cap is None else 1 - jnp.square(picked / spec.soft_cap)
+    target = ((1 - smooth) * slope)[:, None] * made.rows(labels)
+    if smooth:
+        target = target + jnp.broadcast_to(smooth / call.vocabulary * whole, target.shape)
+    return [losses, lse, spec.scale * mixed / total[:, None], spec.scale * target]
 
 
 def backward(call: Any, platform: str) -> list[jax.Array]:
@@ -143,6 +174,14 @@ class _Made:
             return self.call.take(start + jnp.arange(self.chunk, dtype=jnp.int32)).astype(self.narrow)
         part = jax.lax.dynamic_slice_in_dim(self.call.arrays["table"], start, self.chunk, self.axis)
         return part.astype(self.narrow)
+
+    def rows(self, indices: jax.Array) -> jax.Array:
+        """The columns of these indices as rows `[R, D]`, wide; the nearest of one that lies outside."""
+        indices = jnp.clip(indices, 0, self.vocabulary - 1)
+        if self.call.take is not None:
+            return self.call.take(indices).astype(self.wide)
+        picked = jnp.take(self.call.arrays["table"], indices, axis=self.axis)
+        return (picked if self.axis == 0 else picked.T).astype(self.wide)
 
     def logits(self, part: jax.Array, start: Any) -> jax.Array:
         spec = self.call.spec

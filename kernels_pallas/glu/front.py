@@ -98,7 +98,7 @@ def _value_and_slope(tile: Tile, activation: str, x: jax.Array) -> tuple[jax.Arr
         return x * share, share * (one + x * (one - share))
     if activation == "gelu":
         below = half * (one + tile.erf(x * (2**-0.5)))
-        return x * below, below + x * jnp.exp(-half * x * x) * (2 * math.pi) ** -0.5
+        return x * below, below + x * jnp.exp(-(half * x * x)) * (2 * math.pi) ** -0.5
     factor, cube = (2 / math.pi) ** 0.5, 0.044715  # "gelu_tanh": Hendrycks and Gimpel, arXiv 1606.08415, section 2
     bent = jnp.tanh(factor * (x + cube * x * x * x))
     below = half * (one + bent)
