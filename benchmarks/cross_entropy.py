@@ -134,7 +134,7 @@ def main() -> None:
         result = json.loads(Path(args.table).read_text())
         name = Path(args.table).resolve().relative_to(ROOT)
         note = f"{described(result)}\nData: [{name}](../{name})."
-        fill("docs/benchmarks.md", "cross_entropy", f"{table(result)}\n\n{note}")
+        fill("docs/benchmarks.md", "cross_entropy", f"{table(result)}\n\n{note}\n")
     else:
         measure(args)
 

@@ -1,17 +1,17 @@
 """Ops that go over the rows of matrices: one function of a tile, run by XLA and by two kinds of kernels.
 
 An op says by a `Program` what its tiles are and by one plain jax function what becomes of them. The function sees
-float32 (float64 in XLA's form for float64), and the machines load, mask, round, store and sum:
+float32 (float64 in XLA's form for float64); the machines load, mask, round, store and sum:
 
     xla         the whole matrix is one tile
-    triton      grid (row blocks, column blocks). What lies beyond R and D is masked where it is loaded and stored. Where
+    triton      grid (row blocks, column blocks). What lies beyond R and D is masked in loads and stores. Where
                 columns are summed over rows, at most PROGRAMS programs go through the rows in a loop and write one
                 partial sum each, which XLA adds up
     mosaic_tpu  grid (column blocks, row blocks), the last in turn: sums stay in VMEM. What lies beyond R is garbage of
                 its own row, and left out of sums
 
-A program that needs whole rows (a mean) has one column block; Triton fills it up to a power of two. No operand is padded
-in memory. Block sizes are not tuned, and nothing here has been measured on a GPU or TPU.
+A program that needs whole rows (a mean) has one column block; Triton fills it up to a power of two. No operand is
+padded in memory. Block sizes are not tuned, and nothing here has been measured on a GPU or TPU.
 """
 
 from __future__ import annotations
@@ -447,7 +447,9 @@ def _folded(call_of: Any, bind: Any, operands: Any, axes: Any, **params: Any) ->
     fields = params["fields"]
     mapped = dict(zip(fields, axes, strict=True))
     count = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-    front = {n: x if mapped[n] is None else jnp.moveaxis(x, mapped[n], 0) for n, x in zip(fields, operands, strict=True)}
+    front = {
+        n: x if mapped[n] is None else jnp.moveaxis(x, mapped[n], 0) for n, x in zip(fields, operands, strict=True)
+    }
     static = {n: v for n, v in params.items() if n not in ("implementation", "interpret")}
     program = call_of(*operands, **static).program
     columns = [n for n, kind in program.inputs.items() if kind == "column"]
@@ -477,9 +479,7 @@ def flattened(name: str, x: Any, **others: Any) -> tuple[tuple[int, ...], list[A
         raise ValueError(f"{name}: x is {x.dtype}{list(x.shape)}; it must be floats, [..., D].")
     for other, y in others.items():
         if y is not None and (y.shape != x.shape or y.dtype != x.dtype):
-            raise ValueError(
-                f"{name}: {other} is {y.dtype}{list(y.shape)} and must be as x, {x.dtype}{list(x.shape)}."
-            )
+            raise ValueError(f"{name}: {other} is {y.dtype}{list(y.shape)} and must be as x, {x.dtype}{list(x.shape)}.")
     count = functools.reduce(lambda a, b: a * b, x.shape[:-1], 1)
     shape = (count, x.shape[-1])
 

@@ -124,14 +124,20 @@ def cross_entropy(
     if bias is not None:
         smooth["bias"] = bias
     alike = _vary_alike({**smooth, **fixed})
-    smooth, fixed = ({n: alike[n] for n in part} for part in (smooth, fixed))
+    smooth, fixed = {n: alike[n] for n in smooth}, {n: alike[n] for n in fixed}
     losses, lse = _losses((spec, packed, implementation), smooth, fixed)
     losses, lse = losses.reshape(rows), lse.reshape(rows)
     return (losses, lse) if return_lse else losses
 
 
 def explain(
-    hidden: Any, table: Any, labels: Any, *, platform: str | None = None, architecture: str | None = None, **options: Any
+    hidden: Any,
+    table: Any,
+    labels: Any,
+    *,
+    platform: str | None = None,
+    architecture: str | None = None,
+    **options: Any,
 ) -> Explanation:
     """Returns for each implementation whether `cross_entropy` of these operands takes it, and why not.
 
@@ -142,7 +148,9 @@ def explain(
     """
     platform = platform or _compat.default_platform()
     transposed, bias = options.pop("transposed", False), options.pop("bias", None)
-    spec = dataclasses.replace(Spec(_vocabulary(table, transposed), transposed, 1.0, None, 0.0, 0.0, -100, None), **options)
+    spec = dataclasses.replace(
+        Spec(_vocabulary(table, transposed), transposed, 1.0, None, 0.0, 0.0, -100, None), **options
+    )
     _check(spec, hidden, table, labels, bias, packed=False)
     arrays = {"hidden": hidden, "table": table, "labels": labels, **({} if bias is None else {"bias": bias})}
     target = Target(platform, architecture or _compat.device_kind(platform))
@@ -161,7 +169,8 @@ def _check(spec: Spec, hidden: Any, table: Any, labels: Any, bias: Any, *, packe
     if not hidden.shape or hidden.shape[-1] != size:
         other = "" if packed else f" (an embedding's table, [V, D], wants transposed={not spec.transposed})"
         raise ValueError(
-            f"cross_entropy: hidden [..., D] {list(hidden.shape)} does not fit table {layout} {list(table.shape)}{other}."
+            f"cross_entropy: hidden [..., D] {list(hidden.shape)} does not fit table {layout} {list(table.shape)}"
+            f"{other}."
         )
     if tuple(labels.shape) != tuple(hidden.shape[:-1]):
         raise ValueError(
@@ -215,11 +224,13 @@ def _backward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
 
 
 def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
-    """A mapped axis becomes more rows; one by one where tables are mapped, or the gradient of a shared one is wanted."""
+    """A mapped axis becomes more rows; one by one where tables are mapped, or a shared one's gradient is wanted."""
     fields = params["fields"]
     mapped = dict(zip(fields, axes, strict=True))
     count = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-    front = {n: x if mapped[n] is None else jnp.moveaxis(x, mapped[n], 0) for n, x in zip(fields, operands, strict=True)}
+    front = {
+        n: x if mapped[n] is None else jnp.moveaxis(x, mapped[n], 0) for n, x in zip(fields, operands, strict=True)
+    }
     shared = [n for n in fields if n not in _BY_ROW]
     if any(mapped[n] is not None for n in shared) or set(params.get("wanted", ())) - {"hidden"}:
         moving = {n: x for n, x in front.items() if mapped[n] is not None}
@@ -275,7 +286,7 @@ def _losses(static: Any, smooth: dict[str, jax.Array], fixed: dict[str, jax.Arra
 def _losses_forward(static: Any, smooth: Any, fixed: Any) -> Any:
     spec = static[0]
     wanted = _Wanted(n for n in smooth if smooth[n].perturbed)
-    smooth, fixed = ({n: x.value for n, x in part.items()} for part in (smooth, fixed))
+    smooth, fixed = {n: x.value for n, x in smooth.items()}, {n: x.value for n, x in fixed.items()}
     if wanted == ("hidden",) and not (spec.label_smoothing and spec.soft_cap):
         losses, lse, of_lse, target = _run(_one_pass, static, {**smooth, **fixed})
         like = {n: jnp.zeros((), x.dtype) for n, x in smooth.items()}  # which operands there are, and their dtypes

@@ -9,8 +9,8 @@
               adds dz @ table_c' to the gradient of hidden and writes that of the chunk's columns once
 
 One chunk of logits `[R, C]` is alive at a time: O(R * C) memory beyond operands and results. Four products
-instead of the plain form's three where the table's gradient is wanted. Logits and sums are float32 (float64 for float64). Chunks are of
-one size: the last one begins where it ends with V, and counts the columns it shares with the one before it once.
+instead of the plain form's three where the table's gradient is wanted. Logits and sums are float32 (float64 for
+float64). Chunks are of one size: the last one begins where it ends with V, and counts the columns it shares with the one before it once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 NOTHING = -1e30  # below every maximum, and finite
-# Numbers in a chunk of logits, and its fewest and most columns. On the CPU 1024 to 8192 columns of 2048 rows take the same
-# time within 15%, forward and backward (D=576, V=49152, 2 cores, 2026-11).
+# Numbers in a chunk of logits, and its fewest and most columns. On the CPU 1024 to 8192 columns of 2048 rows take the
+# same time within 15%, forward and backward (D=576, V=49152, 2 cores, 2026-11).
 CHUNK = {"cpu": 2**21, "other": 2**25}
 FEWEST, MOST = 512, 16384
 
@@ -60,7 +60,7 @@ def _forward(call: Any, platform: str, *, mean: bool) -> list[jax.Array]:
 
     def step(i: Any, carry: Any) -> Any:
         top, total, picked, sums, mixed, whole = carry
-        start, columns, fresh = made.where(i)
+        start, _, fresh = made.where(i)
         part = made.columns(start)
         logits = made.logits(part, start)
         shown = logits if fresh is None else jnp.where(fresh, logits, -jnp.inf)

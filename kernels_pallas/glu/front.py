@@ -1,4 +1,6 @@
-"""`glu` and `bias_activation`: what becomes of a tile, forward and backward. Oracle: `oracle.py`; machines: `../rows.py`.
+"""`glu` and `bias_activation`: what becomes of a tile, forward and backward.
+
+Oracle: `oracle.py`; machines: `../rows.py`.
 
 The backward pass computes the activation again from its operands, which is all it keeps; plain autodiff would keep the
 activation's value and slope as well.

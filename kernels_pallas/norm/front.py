@@ -1,4 +1,6 @@
-"""`rms_norm` and `layer_norm`: what becomes of a tile, forward and backward. Oracle: `oracle.py`; machines: `../rows.py`.
+"""`rms_norm` and `layer_norm`: what becomes of a tile, forward and backward.
+
+Oracle: `oracle.py`; machines: `../rows.py`.
 
 With s the (added) row, r = 1 / sqrt(mean(c ** 2) + eps), c = s or s - mean(s), n = c r, and g = (shift + weight) * dy:
 

@@ -18,8 +18,8 @@ def rms_norm_oracle(
 ) -> Any:
     """Returns `(shift + weight) * s / sqrt(mean(s ** 2) + eps)`, and s where a residual is given: `s = x + residual`.
 
-    Zhang and Sennrich, arXiv 1910.07467, eq. 4. Sums are float32 (float64 for float64); both results have the dtype of x,
-    and s is rounded to it before it is normalized.
+    Zhang and Sennrich, arXiv 1910.07467, eq. 4. Sums are float32 (float64 for float64); both results have the dtype of
+    x, and s is rounded to it before it is normalized.
 
     Args:
         x: `[..., D]`.
@@ -39,7 +39,7 @@ def layer_norm_oracle(
     *,
     eps: float = 1e-5,
 ) -> Any:
-    """Returns `weight * (s - mean(s)) / sqrt(var(s) + eps) + bias`, and s where a residual is given: `s = x + residual`.
+    """Returns `weight * (s - mean(s)) / sqrt(var(s) + eps) + bias`, and s with a residual: `s = x + residual`.
 
     Ba et al., arXiv 1607.06450, eq. 4. Otherwise as `rms_norm_oracle`.
     """

@@ -30,7 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def operands(rows: tuple[int, ...] = (3, 7), size: int = 16, vocabulary: int = 300, dtype: str = "float32", seed: int = 0) -> Any:
+def operands(
+    rows: tuple[int, ...] = (3, 7), size: int = 16, vocabulary: int = 300, dtype: str = "float32", seed: int = 0
+) -> Any:
     """Hidden rows, a table [D, V], a bias, labels of which one is ignored, and weights of the losses."""
     rng = np.random.default_rng(seed)
     arrays = [jnp.asarray(rng.standard_normal(s), dtype) for s in ((*rows, size), (size, vocabulary), (vocabulary,))]
@@ -39,7 +41,9 @@ def operands(rows: tuple[int, ...] = (3, 7), size: int = 16, vocabulary: int = 3
     return *arrays, jnp.asarray(labels, jnp.int32), jnp.asarray(rng.standard_normal(rows), jnp.float32)
 
 
-def total(function: Any, labels: Any, weights: Any, smooth: dict[str, Any], fixed: dict[str, Any], **options: Any) -> Any:
+def total(
+    function: Any, labels: Any, weights: Any, smooth: dict[str, Any], fixed: dict[str, Any], **options: Any
+) -> Any:
     given = {**smooth, **fixed}
     losses, lse = function(given["hidden"], given["table"], labels, bias=given.get("bias"), return_lse=True, **options)
     return jnp.sum(losses.astype(jnp.float32) * weights) + jnp.sum(jnp.sin(lse)).astype(jnp.float32), losses
@@ -51,25 +55,34 @@ def close(found: Any, expected: Any, atol: float) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, float(np.max(np.abs(b), initial=0))))
 
 
-@pytest.mark.parametrize("wanted", ["hidden table bias", "hidden", "table"])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        *((name, "hidden table bias") for name in CASES),
+        *((name, "hidden") for name in list(CASES)[1:]),
+        ("everything", "table"),
+    ],
+)
 def test_losses_and_gradients(name: str, wanted: str) -> None:
     """In chunks that do not divide V, of either layout; with a frozen table or a frozen body."""
     hidden, table, bias, labels, weights = operands()
-    for transposed in (False, True):
+    for transposed in (False, True) if name == "everything" else (False,):
         arrays = {"hidden": hidden, "table": table.T if transposed else table, "bias": bias}
         smooth = {n: arrays[n] for n in wanted.split()}
         fixed = {n: x for n, x in arrays.items() if n not in smooth}
         (found, expected) = (
-            jax.jit(jax.grad(functools.partial(total, f, labels, weights, transposed=transposed, **o, **CASES[name]), has_aux=True))(
-                smooth, fixed
-            )
+            jax.jit(
+                jax.grad(
+                    functools.partial(total, f, labels, weights, transposed=transposed, **o, **CASES[name]),
+                    has_aux=True,
+                )
+            )(smooth, fixed)
             for f, o in ((cross_entropy, {"chunk": 128 if transposed else 70}), (cross_entropy_oracle, {}))
         )
         close(found, expected, 3e-6)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     rows=st.integers(1, 20), size=st.integers(1, 20), vocabulary=st.integers(1, 400), chunk=st.integers(1, 300),
     smoothing=st.sampled_from((0.0, 0.3)), frozen=st.booleans(), seed=st.integers(0, 99),
@@ -78,7 +91,9 @@ def test_any_shape(rows, size, vocabulary, chunk, smoothing, frozen, seed) -> No
     hidden, table, _, labels, weights = operands((rows,), size, vocabulary, seed=seed)
     smooth, fixed = ({"hidden": hidden}, {"table": table}) if frozen else ({"hidden": hidden, "table": table}, {})
     found, expected = (
-        jax.grad(functools.partial(total, f, labels, weights, label_smoothing=smoothing, **o), has_aux=True)(smooth, fixed)
+        jax.jit(jax.grad(functools.partial(total, f, labels, weights, label_smoothing=smoothing, **o), has_aux=True))(
+            smooth, fixed
+        )
         for f, o in ((cross_entropy, {"chunk": chunk}), (cross_entropy_oracle, {}))
     )
     close(found, expected, 1e-5)
@@ -91,8 +106,10 @@ def test_dtypes(dtype: str) -> None:
         hidden, table, _, labels, weights = operands(dtype=dtype)
         smooth = {"hidden": hidden, "table": table}
         wide = {n: x.astype("float64" if dtype == "float64" else "float32") for n, x in smooth.items()}
-        found, losses = jax.grad(functools.partial(total, cross_entropy, labels, weights, chunk=100), has_aux=True)(smooth, {})
-        expected, truth = jax.grad(functools.partial(total, cross_entropy_oracle, labels, weights), has_aux=True)(wide, {})
+        (found, losses), (expected, truth) = (
+            jax.jit(jax.grad(functools.partial(total, f, labels, weights, **o), has_aux=True))(x, {})
+            for f, x, o in ((cross_entropy, smooth, {"chunk": 100}), (cross_entropy_oracle, wide, {}))
+        )
         close(losses, truth, 1e-13 if dtype == "float64" else 3e-6)
         close(found, expected, {"bfloat16": 8e-3, "float16": 1e-3, "float64": 1e-7}[dtype])  # cotangents are float32
         assert {x.dtype.name for x in found.values()} == {dtype}
@@ -105,9 +122,13 @@ def test_rows_that_are_ignored_and_labels_that_do_not_exist() -> None:
         wanted = (0,) if frozen else (0, 1)
         losses = cross_entropy(hidden, table, labels, ignore_index=7, chunk=100)
         assert losses[1] == 0 and np.isnan(losses[2:]).all() and losses[0] > 0
-        found = jax.grad(lambda h, t: jnp.sum(cross_entropy(h, t, labels[:2], ignore_index=7, chunk=100)), wanted)(hidden[:2], table)
+        found = jax.grad(lambda h, t: jnp.sum(cross_entropy(h, t, labels[:2], ignore_index=7, chunk=100)), wanted)(
+            hidden[:2], table
+        )
         assert (found[0][1] == 0).all() and np.isfinite(found[0]).all() and (found[0][0] != 0).all()
-        nothing = jax.grad(lambda h, t: jnp.sum(cross_entropy(h, t, jnp.full(4, -100), z_loss=1.0)), wanted)(hidden, table)
+        nothing = jax.grad(lambda h, t: jnp.sum(cross_entropy(h, t, jnp.full(4, -100), z_loss=1.0)), wanted)(
+            hidden, table
+        )
         assert all((g == 0).all() for g in nothing)
         lost = jax.grad(lambda h, t: jnp.sum(cross_entropy(h, t, labels)), wanted)(hidden, table)
         assert np.isnan(lost[0][2:]).all() and np.isfinite(lost[0][:2]).all()
@@ -137,7 +158,10 @@ def test_vmap(mapped: str) -> None:
 def test_memory_is_a_chunk_of_logits() -> None:
     """Temporaries of the compiled gradient: the plain form's hold R * V numbers, these R * C and what R * D takes."""
     rows, size, vocabulary, chunk = 1024, 64, 65536, 1024
-    types = [jax.ShapeDtypeStruct(s, d) for s, d in (((rows, size), "float32"), ((size, vocabulary), "float32"), ((rows,), "int32"))]
+    types = [
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (((rows, size), "float32"), ((size, vocabulary), "float32"), ((rows,), "int32"))
+    ]
 
     def temporary(function: Any, wanted: Any, **options: Any) -> int:
         gradient = jax.grad(lambda h, t, y: jnp.mean(function(h, t, y, **options)), wanted)
@@ -158,7 +182,8 @@ def test_packed_tables_are_decoded_by_chunks(transposed: bool) -> None:
     found, expected = (
         jax.jit(
             jax.value_and_grad(
-                lambda h, b, f=f, t=t, o=o: jnp.sum(f(h, t, labels, bias=b, transposed=transposed, **o) * weights), (0, 1)
+                lambda h, b, f=f, t=t, o=o: jnp.sum(f(h, t, labels, bias=b, transposed=transposed, **o) * weights),
+                (0, 1),
             )
         )(hidden, bias)
         for f, t, o in ((front, given[0], {"chunk": 100}), (cross_entropy_oracle, given[1], {}))
@@ -194,7 +219,8 @@ def test_shard_map_over_rows(fresh_python: Any) -> None:
         for wanted in ((0, 1), (0,)):
             def loss(f):
                 return jax.jit(jax.grad(lambda h, t, y: jnp.sum(jnp.sin(f(h, t, y))), wanted))
-            sharded = jax.shard_map(lambda *a: cross_entropy(*a, chunk=100), mesh=mesh, in_specs=(P("b"), P(), P("b")), out_specs=P("b"))
+            specs = {"in_specs": (P("b"), P(), P("b")), "out_specs": P("b")}
+            sharded = jax.shard_map(lambda *a: cross_entropy(*a, chunk=100), mesh=mesh, **specs)
             for a, b in zip(loss(sharded)(hidden, table, labels), loss(cross_entropy_oracle)(hidden, table, labels)):
                 assert jnp.max(jnp.abs(a - b)) < 1e-5, jnp.max(jnp.abs(a - b))
         print("same")
@@ -209,7 +235,10 @@ def test_shard_map_over_rows(fresh_python: Any) -> None:
     [
         ({"hidden": jnp.ones((3, 5))}, r"hidden \[..., D\] \[3, 5\] does not fit table \[D, V\] \[4, 9\]"),
         ({"table": jnp.ones((9, 4))}, "an embedding's table, .*, wants transposed=True"),
-        ({"table": jnp.ones((4, 9), jnp.bfloat16)}, "hidden and table are float32 and bfloat16; they must be of one dtype"),
+        (
+            {"table": jnp.ones((4, 9), jnp.bfloat16)},
+            "hidden and table are float32 and bfloat16; they must be of one dtype",
+        ),
         ({"labels": jnp.ones(2, jnp.int32)}, r"labels have the shape \[2\] and must have \[3\]"),
         ({"labels": jnp.ones(3)}, "labels are float32 and must be integers"),
         ({"bias": jnp.ones(4)}, r"bias has the shape \[4\] and must have \[9\]"),

@@ -32,8 +32,9 @@ def cross_entropy(
     """Returns the loss of each row, `logsumexp(hidden @ table) - logit of the label`, without the logits in memory.
 
     O(R * C) memory beyond operands and results for R rows and chunks of C columns; losses are float32 (float64 for
-    float64). Differentiable (in reverse, once) in hidden, bias and a table of floats. A packed table is decoded chunk by
-    chunk and has no gradient; where the table has none, the gradient of hidden costs one product more than the losses.
+    float64). Differentiable (in reverse, once) in hidden, bias and a table of floats. A packed table is decoded chunk
+    by chunk and has no gradient; where the table has none, the gradient of hidden costs one product more than the
+    losses.
 
     Args:
         hidden: what the output layer takes.
