@@ -10,7 +10,8 @@
 
 One chunk of logits `[R, C]` is alive at a time: O(R * C) memory beyond operands and results. Four products
 instead of the plain form's three where the table's gradient is wanted. Logits and sums are float32 (float64 for
-float64). Chunks are of one size: the last one begins where it ends with V, and counts the columns it shares with the one before it once.
+float64). Chunks are of one size: the last one ends with V, and the columns that it shares with the one before it count
+once.
 """
 
 from __future__ import annotations
