@@ -125,7 +125,8 @@ def cross_entropy(
         smooth["bias"] = bias
     alike = _vary_alike({**smooth, **fixed})
     smooth, fixed = {n: alike[n] for n in smooth}, {n: alike[n] for n in fixed}
-    losses, lse = _losses((spec, packed, implementation), smooth, fixed)
+    found: Any = _losses((spec, packed, implementation), smooth, fixed)
+    losses, lse = found
     losses, lse = losses.reshape(rows), lse.reshape(rows)
     return (losses, lse) if return_lse else losses
 
@@ -291,7 +292,8 @@ def _losses_forward(static: Any, smooth: Any, fixed: Any) -> Any:
         losses, lse, of_lse, target = _run(_one_pass, static, {**smooth, **fixed})
         like = {n: jnp.zeros((), x.dtype) for n, x in smooth.items()}  # which operands there are, and their dtypes
         return (losses, lse), (like, {"labels": fixed["labels"], "of_lse": of_lse, "target": target}, lse, None)
-    losses, lse = _losses(static, smooth, fixed)
+    found: Any = _losses(static, smooth, fixed)
+    losses, lse = found
     return (losses, lse), (smooth, fixed, lse, wanted)
 
 
