@@ -15,11 +15,17 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import kernels_pallas.attention
-from kernels_pallas import Explanation
+from kernels_pallas import Explanation, attention, cross_entropy, glu, norm
 from trustcore.errors import ImplementationError
 
-OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType({"attention": kernels_pallas.attention.explain})
+OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
+    {
+        "attention": attention.explain,
+        "cross_entropy": cross_entropy.explain,
+        "glu": glu.explain,
+        "norm": norm.explain,
+    }
+)
 
 
 def explain(
@@ -28,7 +34,7 @@ def explain(
     """Returns for each implementation of an op whether a call takes it, and why not; `str` of it is a table.
 
     Args:
-        op: "attention".
+        op: "attention", "cross_entropy", "glu" or "norm".
         shapes: the op's operands, arrays or `jax.ShapeDtypeStruct`.
         platform: "cpu", "cuda", "rocm", "tpu" or another; None: where arrays are computed by default.
         architecture: of the chip: a compute capability ("9.0"), "gfx942", "TPU v5e"; None: that of the first device.
