@@ -62,8 +62,24 @@ _CHEAP = frozenset(
 _OPAQUE = frozenset(["ffi_call", "pallas_call", "custom_call", "tpu_custom_call", "pure_callback", "io_callback"])
 
 
-# FLOPs of our own handlers on the CPU, by their names: of the shapes of operands and results.
+def _attention(inputs: Sequence[Any]) -> float:
+    """One product of [B, T, N, H] queries and [B, S, K, H] keys, as if nothing were masked."""
+    return 2.0 * _size(inputs[0]) * inputs[1].shape[1]
+
+
+def _projection(inputs: Sequence[Any]) -> float:
+    """One product of [R, D] rows and a table of V columns."""
+    return 2.0 * inputs[0].shape[0] * _size(inputs[1])
+
+
+# FLOPs of kernels of `kernels_pallas` by the names of their primitives, and of our own handlers on the CPU by theirs: of
+# operands and results. A backward pass computes its products anew.
 FOREIGN: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+    "attention_forward": lambda inputs, outputs: 2 * _attention(inputs),
+    "attention_backward": lambda inputs, outputs: 5 * _attention(inputs),
+    "cross_entropy_forward": lambda inputs, outputs: _projection(inputs),
+    "cross_entropy_one_pass": lambda inputs, outputs: 2 * _projection(inputs),
+    "cross_entropy_backward": lambda inputs, outputs: 3 * _projection(inputs),
     "trustcore_packed_matmul": lambda inputs, outputs: 2.0 * inputs[0].shape[-1] * sum(map(_size, outputs)),
     "trustcore_cached_attention": lambda inputs, outputs: 4.0 * _size(inputs[0]) * inputs[4].shape[-1],
     "trustcore_statistics": lambda inputs, outputs: 12.0 * _size(inputs[0]),
@@ -274,7 +290,7 @@ def _leaf(node: Node, times: int) -> Row:
         nbytes = 2 * _nbytes(outputs)
     elif name in ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add"):  # in place, where nobody else reads
         nbytes = 3 * _nbytes(inputs[1:2] if name.startswith("dynamic") else inputs[2:3])
-    rule = FOREIGN.get(str(eqn.params.get("target_name", ""))) if name == "ffi_call" else None
+    rule = FOREIGN.get(str(eqn.params.get("target_name", "")) if name == "ffi_call" else name)
     flops = _flops(name, eqn, inputs, outputs) if rule is None else rule(inputs, outputs)
     return Row(node.address, times, times * flops, times * nbytes, rule is not None or name not in _OPAQUE)
 
