@@ -104,6 +104,21 @@ def encoder(kind: str, types: int = 0, pad: int = 0, **changes: Any) -> Recorded
     return model, inputs, outputs
 
 
+def headed(kind: str, task: str, **changes: Any) -> Recorded:
+    """A text encoder with a head: its scores for a padded batch, and its states."""
+    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.AutoConfig.for_model(kind, **{**small, "intermediate_size": 24, **changes})
+    model = randomize(getattr(hf, f"AutoModelFor{task}").from_config(config, attn_implementation="eager"))
+    ids, mask = tokens(vocab=40)
+    ids[mask == 0] = config.pad_token_id
+    ids[2, :3], mask[2, :3] = 7, 1  # heads that read the first token read no padding
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    found = model(**inputs)
+    if task == "QuestionAnswering":
+        return model, inputs, {"scores": torch.stack([found.start_logits, found.end_logits], -1)}
+    return model, inputs, {"scores": found.logits}
+
+
 def seq2seq(kind: str, **changes: Any) -> Recorded:
     """An encoder-decoder of text: states of its encoder, logits of its decoder, for a padded batch."""
     config = hf.AutoConfig.for_model(kind, **changes)
@@ -213,6 +228,10 @@ MAMBA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 20}
 DEBERTA = {"max_position_embeddings": 24, "relative_attention": True, "layer_norm_eps": 1e-7}
 SHORT = {"max_position_embeddings": 20}
+LABELS = {0: "bad", 1: "fair", 2: "good"}
+SMALL_DISTILBERT = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 20}
+MODERN = {"local_attention": 6, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}
+MODERN |= {"eos_token_id": 2, **SHORT}
 
 CASES: dict[str, Callable[[], Recorded]] = {
     "bert": lambda: encoder("bert", types=2, **SHORT),
@@ -250,6 +269,21 @@ CASES: dict[str, Callable[[], Recorded]] = {
         embedding_size=32,
         **DEBERTA,
     ),
+    "bert-masked": lambda: headed("bert", "MaskedLM", pad_token_id=0, **SHORT),
+    "bert-labels": lambda: headed("bert", "SequenceClassification", pad_token_id=0, id2label=LABELS, **SHORT),
+    "bert-tokens": lambda: headed("bert", "TokenClassification", pad_token_id=0, id2label=LABELS, **SHORT),
+    "bert-spans": lambda: headed("bert", "QuestionAnswering", pad_token_id=0, **SHORT),
+    "roberta-masked": lambda: headed("roberta", "MaskedLM", pad_token_id=1, type_vocab_size=1, **SHORT),
+    "roberta-labels": lambda: headed("roberta", "SequenceClassification", pad_token_id=1, type_vocab_size=1, **SHORT),
+    "distilbert-masked": lambda: headed("distilbert", "MaskedLM", **SMALL_DISTILBERT),
+    "distilbert-labels": lambda: headed("distilbert", "SequenceClassification", id2label=LABELS, **SMALL_DISTILBERT),
+    "distilbert-spans": lambda: headed("distilbert", "QuestionAnswering", **SMALL_DISTILBERT),
+    "electra-masked": lambda: headed("electra", "MaskedLM", embedding_size=12, pad_token_id=0, **SHORT),
+    "electra-labels": lambda: headed("electra", "SequenceClassification", embedding_size=12, pad_token_id=0, **SHORT),
+    "modernbert-masked": lambda: headed("modernbert", "MaskedLM", **MODERN),
+    "modernbert-labels": lambda: headed("modernbert", "SequenceClassification", classifier_pooling="mean", **MODERN),
+    "modernbert-tokens": lambda: headed("modernbert", "TokenClassification", id2label=LABELS, **MODERN),
+    "modernbert-spans": lambda: headed("modernbert", "QuestionAnswering", classifier_bias=True, **MODERN),
     "t5": lambda: seq2seq("t5", **T5),
     "t5-gated": lambda: seq2seq("t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5),
     "bart": lambda: seq2seq("bart", **BART, **SHORT),

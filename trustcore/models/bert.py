@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.heads import Head, HeadConfig, HeadedEncoder, HeadNames, Task, labels_of, task_of
+from trustcore.models.model import key_mask, run
 from trustcore.models.name_map import linear, norm, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -52,6 +53,7 @@ class BertConfig:
         activation: of the feed-forward layer.
         norm_eps: epsilon of the norms.
         family: config.json's `model_type`.
+        head: for a task; None: there is none.
     """
 
     vocab_size: int
@@ -67,6 +69,7 @@ class BertConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-12
     family: str = "bert"
+    head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         if self.features % self.heads:
@@ -106,13 +109,16 @@ class BertConfig:
                 token_types=0,
                 activation=values.text("activation", "gelu"),
                 family=family,
+                head=_head(values, config, names, features, features, 1e-12, values.text("activation", "gelu")),
             )
         features = values.integer("hidden_size", 256 if family == "electra" else 768)
-        offset = family in ("roberta", "xlm-roberta", "camembert")
+        offset = family in _ROBERTA
+        embedded = values.integer("embedding_size", 128) if family == "electra" else features
+        act, eps = values.text("hidden_act", "gelu"), values.number("layer_norm_eps", 1e-12)
         return cls(
             vocab_size=values.integer("vocab_size", 30522),
             features=features,
-            embedded=values.integer("embedding_size", 128) if family == "electra" else features,
+            embedded=embedded,
             layers=values.integer("num_hidden_layers", 12),
             heads=values.integer("num_attention_heads", 4 if family == "electra" else 12),
             hidden=values.integer("intermediate_size", 1024 if family == "electra" else 3072),
@@ -120,10 +126,36 @@ class BertConfig:
             token_types=values.integer("type_vocab_size", 2, least=0),
             padding=values.integer("pad_token_id", 1, least=0) if offset else None,
             pooler=pooler,
-            activation=values.text("hidden_act", "gelu"),
-            norm_eps=values.number("layer_norm_eps", 1e-12),
+            activation=act,
+            norm_eps=eps,
             family=family,
+            head=_head(values, config, names, features, embedded, eps, act),
         )
+
+
+def _head(
+    values: Values,
+    config: Mapping[str, Any],
+    names: Collection[str],
+    features: int,
+    embedded: int,
+    eps: float,
+    act: str,
+) -> HeadConfig | None:
+    """The head that the checkpoint has; all but the first class of them read the first token themselves."""
+    family = values.text("model_type", "bert")
+    task = task_of(config, names, _heads(family))
+    if task is None:
+        return None
+    labels = labels_of(config, task)
+    if task == "masked":
+        act = act if family in ("bert", "distilbert") else "gelu"
+        tied = values.flag("tie_word_embeddings", True)
+        return HeadConfig(task, labels, embedded, activation=act, normed=True, norm_eps=eps, tied=tied)
+    if task != "labels" or family == "bert":
+        return HeadConfig(task, labels, pool="pooler")
+    acts = {"distilbert": "relu", "electra": "gelu"}
+    return HeadConfig(task, labels, features, activation=acts.get(family, "tanh"))
 
 
 class Block(nnx.Module):
@@ -143,7 +175,7 @@ class Block(nnx.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
-class Bert(TextEncoder):
+class Bert(HeadedEncoder):
     """An encoder of BERT's kind.
 
     Args:
@@ -163,6 +195,8 @@ class Bert(TextEncoder):
         self.widen = Linear(width, config.features, bias=True, **made) if width != config.features else None
         self.blocks: nnx.List[Any] | Stack = nnx.List([Block(config, **made) for _ in range(config.layers)])
         self.pooler = Linear(config.features, config.features, bias=True, **made) if config.pooler else None
+        words = (config.vocab_size, width)
+        self.head = None if config.head is None else Head(config.features, words, config.head, **made)
 
     def __call__(
         self, tokens: Int[Array, "B T"], mask: Any = None, token_types: Int[Array, "B T"] | None = None
@@ -247,13 +281,40 @@ def names(config: BertConfig) -> Names:
             *linear("pooler", "pooler.dense"),
         ),
         _DISTIL_BLOCK if config.family == "distilbert" else _BLOCK,
+        head=() if config.head is None else _heads(config.family)[config.head.task].rules,
         prefixes=("bert.", "roberta.", "distilbert.", "electra."),
         ignored=_HEADS,
         spellings=_SPELLINGS,
     )
 
 
-# Heads for tasks, and numbers that older files hold.
+_ROBERTA = ("roberta", "xlm-roberta", "camembert")
+
+
+def _heads(family: str) -> Mapping[Task, HeadNames]:
+    """What the heads of a family are called."""
+    same: dict[Task, HeadNames] = {"tokens": HeadNames(output="classifier"), "spans": HeadNames(output="qa_outputs")}
+    parts = HeadNames(dense="classifier.dense", output="classifier.out_proj")
+    if family in _ROBERTA:
+        masked = HeadNames("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+    elif family == "distilbert":
+        masked = HeadNames("vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.bias")
+        parts = HeadNames(dense="pre_classifier", output="classifier")
+    elif family == "electra":
+        masked = HeadNames(
+            "generator_predictions.dense",
+            "generator_predictions.LayerNorm",
+            "generator_lm_head",
+            "generator_lm_head.bias",
+        )
+    else:
+        at = "cls.predictions"
+        masked = HeadNames(f"{at}.transform.dense", f"{at}.transform.LayerNorm", f"{at}.decoder", f"{at}.bias")
+        parts = HeadNames(output="classifier")
+    return {**same, "masked": masked, "labels": parts}
+
+
+# Heads for other tasks, and numbers that older files hold.
 _HEADS = (
     *("cls.*", "lm_head.*", "classifier.*", "qa_outputs.*", "score.*", "*.position_ids", "*.token_type_ids"),
     *("vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*", "pre_classifier.*"),

@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.heads import Head, HeadConfig, HeadedEncoder, HeadNames, Task, labels_of, task_of
+from trustcore.models.model import key_mask, run
 from trustcore.models.name_map import joined, linear, norm, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -48,6 +49,7 @@ class ModernBertConfig:
         activation: of the gate.
         norm_eps: epsilon of the norms.
         family: config.json's `model_type`.
+        head: for a task; None: there is none.
     """
 
     vocab_size: int
@@ -65,6 +67,7 @@ class ModernBertConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-5
     family: str = "modernbert"
+    head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         if self.features % self.heads:
@@ -83,7 +86,6 @@ class ModernBertConfig:
         Raises:
             ModelError: a value is missing, impossible, or asks for what is not supported.
         """
-        del names
         values = Values(config, "config.json")
         features, heads = values.integer("hidden_size", 768), values.integer("num_attention_heads", 12)
         layers = values.integer("num_hidden_layers", 22)
@@ -105,7 +107,27 @@ class ModernBertConfig:
             mlp_bias=values.flag("mlp_bias", False),
             activation=values.text("hidden_activation", "gelu"),
             norm_eps=values.number("norm_eps", 1e-5),
+            head=_head(values, config, names, features),
         )
+
+
+def _head(values: Values, config: Mapping[str, Any], names: Collection[str], features: int) -> HeadConfig | None:
+    task = task_of(config, names, _HEADS)
+    if task is None:
+        return None
+    return HeadConfig(
+        task,
+        labels_of(config, task),
+        dense=features,
+        dense_bias=values.flag("classifier_bias", False),
+        activation=values.text("classifier_activation", "gelu"),
+        normed=True,
+        norm_bias=values.flag("norm_bias", False),
+        norm_eps=values.number("norm_eps", 1e-5),
+        pool=values.choice("classifier_pooling", "cls", {"cls": "first", "mean": "mean"}),
+        tied=values.flag("tie_word_embeddings", True),
+        masked_bias=values.flag("decoder_bias", True),
+    )
 
 
 def _local(values: Values, layers: int) -> tuple[bool, ...]:
@@ -165,7 +187,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ModernBert(TextEncoder):
+class ModernBert(HeadedEncoder):
     """A ModernBERT.
 
     Args:
@@ -184,6 +206,8 @@ class ModernBert(TextEncoder):
             [Block(config, local=local, first=i == 0, **made) for i, local in enumerate(config.local)]
         )
         self.norm = LayerNorm(config.features, **normed)
+        words = (config.vocab_size, config.features)
+        self.head = None if config.head is None else Head(config.features, words, config.head, **made)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Any = None) -> Float[Array, "B T D"]:
         """Returns the last layer's states, normed.
@@ -220,6 +244,15 @@ _BLOCK = under(
 )
 
 
+_CLASSIFIER = HeadNames("head.dense", "head.norm", "classifier")
+_HEADS: Mapping[Task, HeadNames] = {
+    "masked": HeadNames("head.dense", "head.norm", "decoder", "decoder.bias"),
+    "labels": _CLASSIFIER,
+    "tokens": _CLASSIFIER,
+    "spans": _CLASSIFIER,
+}
+
+
 def names(config: ModernBertConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
     return Names(
@@ -229,6 +262,7 @@ def names(config: ModernBertConfig) -> Names:
             *norm("norm", "final_norm"),
         ),
         _BLOCK,
+        head=() if config.head is None else _HEADS[config.head.task].rules,
         prefixes=("model.",),
         ignored=("head.*", "decoder.*", "classifier.*"),
     )
