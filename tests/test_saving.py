@@ -204,7 +204,7 @@ def test_one_width_for_all_where_the_layout_has_one(tmp_path):
         trustcore.save(model, tmp_path / "m", scheme="gptq")
     trustcore.save(model, tmp_path / "m", scheme="compressed-tensors")
     config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
-    assert config["config_groups"]["group_0"]["targets"] == ["lm_head"]
+    assert config["config_groups"]["group_1"]["targets"] == ["lm_head"]
     assert load(tmp_path / "m").output.kernel.get_value().description == "int8:g64"
 
 

@@ -77,9 +77,10 @@ def record(data: Path, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder of the file; that of the data where none is given")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = args.data / "adapters.npz"
+    path = (args.out or args.data) / "adapters.npz"
     found = {key: value for name in CASES for key, value in record(args.data, name).items()}
     if not args.check:
         np.savez_compressed(path, **found)

@@ -60,6 +60,8 @@ SUMS = 2e-5
 RECORDS = {
     "decoders": Record(("decoders/*.npz",), TORCH, ("--out", "{out}/decoders"), tolerance=SUMS),
     "families": Record(("families/*.npz",), TORCH, ("--out", "{out}/families"), tolerance=SUMS),
+    "layers": Record(("layers.npz",), TORCH, ("--out", "{out}/layers.npz"), tolerance=SUMS),
+    "adapters": Record(("adapters.npz",), (*TORCH, "peft"), ("--data", "tests/data", "--out", "{out}"), tolerance=SUMS),
     "generation": Record(("generated.json",), TORCH, ("--out", "{out}/generated.json")),
     "configs": Record(
         ("written_configs.json",),
