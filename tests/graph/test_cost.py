@@ -45,17 +45,20 @@ def test_flops_are_those_that_xla_counts(name: str) -> None:
 
 
 def test_a_model_and_its_gradient() -> None:
+    """2 FLOPs a token and weight of a matrix, and two products of queries with keys and values in each layer."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     model = random_model({"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 2, **sizes})
-    tokens = jnp.zeros((4, 32), jnp.int32)
+    batch, length = 4, 32
+    tokens = jnp.zeros((batch, length), jnp.int32)
+    weights = 128 * 64 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
+    forward = 2 * batch * length * weights + 2 * 4 * batch * length * length * 64
     loss = lambda model, tokens: jnp.mean(model(tokens) ** 2)  # noqa: E731
-    for fn in (loss, jax.grad(loss, allow_int=True)):
-        told = jax.jit(fn).lower(model, tokens).compile().cost_analysis()
-        found = cost(fn, model, tokens, compiled=True)
-        assert told is not None and found.flops == pytest.approx(told["flops"], rel=0.05)
-        assert found.fused_bytes is not None and found.fused_bytes < found.nbytes
+    found = cost(loss, model, tokens, compiled=True)
+    assert found.flops == pytest.approx(forward, rel=0.05)
+    assert found.fused_bytes is not None and found.fused_bytes < found.nbytes and not found.unknown
     stages = cost(jax.grad(loss, allow_int=True), model, tokens).by("stage")
-    assert stages["backward"][0] == pytest.approx(2 * stages["forward"][0], rel=0.1)
+    assert stages["forward"][0] + stages["backward"][0] == pytest.approx(3 * forward, rel=0.1)
+    assert stages["backward"][0] > 1.5 * stages["forward"][0]
     assert any("mlp" in name for name in found.by("module"))
 
 

@@ -72,7 +72,7 @@ def _projection(inputs: Sequence[Any]) -> float:
     return 2.0 * inputs[0].shape[0] * _size(inputs[1])
 
 
-# FLOPs of kernels of `kernels_pallas` by the names of their primitives, and of our own handlers on the CPU by theirs: of
+# FLOPs of kernels of `kernels_pallas` by the names of their primitives, of our own handlers on the CPU by theirs: of
 # operands and results. A backward pass computes its products anew.
 FOREIGN: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "attention_forward": lambda inputs, outputs: 2 * _attention(inputs),
