@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -48,3 +50,87 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps them as trees
     return len(consts.vals), len(carry.vals)
+
+
+class Frame(NamedTuple):
+    """A place in a source file."""
+
+    file: str
+    line: int
+    column: int
+    function: str
+
+
+def frames(eqn: Any) -> tuple[Frame, ...]:
+    """Returns where an equation was written, innermost call first, without the frames of jax itself.
+
+    Empty where jax keeps none, as within the library functions that it traces once for all callers. An equation that
+    differentiation made has the frames of the one it was made from.
+    """
+    from jax._src import source_info_util
+
+    found = source_info_util.user_frames(eqn.source_info.traceback)
+    return tuple(Frame(f.file_name, f.start_line, f.start_column, f.function_name) for f in found)
+
+
+def scopes(eqn: Any) -> tuple[tuple[str, bool], ...]:
+    """Returns the name stack of an equation, outermost first: each name, and whether it is that of a transformation.
+
+    It is relative to the equation that the program around belongs to.
+    """
+    stack = eqn.source_info.name_stack.stack
+    return tuple((entry.name, type(entry).__name__ == "Transform") for entry in stack)
+
+
+@functools.cache
+def _fresh_context() -> Any:
+    return jax.make_user_context(default_value=None)
+
+
+def tracing_anew(key: str) -> Any:
+    """Returns a context in which nothing that was traced outside of it is found in jax's caches."""
+    return _fresh_context()(key)
+
+
+def shard_mapped(eqn: Any, body: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    """Returns `body` under the mesh, axes and input specs of a `shard_map` equation."""
+    params = eqn.params
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=out_specs,
+        axis_names=axes,
+        check_vma=params["check_vma"],
+    )
+
+
+def manual_axes(eqn: Any) -> tuple[Any, ...]:
+    """Returns the mesh axes that a `shard_map` equation makes manual, in the order of the mesh."""
+    params = eqn.params
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    return tuple(name for name in params["mesh"].axis_names if name in axes)
+
+
+def varying(value: Any) -> frozenset:
+    """Returns the manual mesh axes along which a value (or its type) may differ from device to device."""
+    kind = value.aval if hasattr(value, "aval") else value
+    return frozenset(getattr(getattr(kind, "manual_axis_type", None), "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def varying_like(value: Any, axes: frozenset) -> Any:
+    """Returns the same value, typed as one that may differ along these manual mesh axes."""
+    missing = tuple(axes - varying(value))
+    return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+
+def replace_bodies(eqn: Any, jaxprs: Sequence[Any]) -> dict[str, Any]:
+    """Returns the parameters of a `cond` or checkpoint equation with other programs in it."""
+    params = dict(eqn.params)
+    if eqn.primitive.name == "cond":
+        params["branches"] = tuple(jaxprs)
+    else:
+        (closed,) = jaxprs
+        params["jaxpr"] = closed.jaxpr
+    return params

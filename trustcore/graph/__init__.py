@@ -1,6 +1,32 @@
-"""Programs as data: one walker over jaxprs, and what is read off them."""
+"""Programs as data: one walker over jaxprs, an address for every equation, and what is read off them."""
 
 from trustcore.graph.layout import Product, View, product_of, through
-from trustcore.graph.walk import aval, bind, called, inline, run
+from trustcore.graph.modules import Traced, module_scopes, trace
+from trustcore.graph.observe import Probe, Tap, observe
+from trustcore.graph.program import Address, Node, Origin, Program, Scope, origins
+from trustcore.graph.walk import aval, bind, bodies, called, inline, run
 
-__all__ = ["Product", "View", "aval", "bind", "called", "inline", "product_of", "run", "through"]
+__all__ = [
+    "Address",
+    "Node",
+    "Origin",
+    "Probe",
+    "Product",
+    "Program",
+    "Scope",
+    "Tap",
+    "Traced",
+    "View",
+    "aval",
+    "bind",
+    "bodies",
+    "called",
+    "inline",
+    "module_scopes",
+    "observe",
+    "origins",
+    "product_of",
+    "run",
+    "through",
+    "trace",
+]

@@ -4,7 +4,8 @@
 
 The values may be arrays, tracers, or anything that `step` understands; `lift` makes one of a literal or a constant.
 `step` usually ends in `bind`, which computes the equation as it stands, or in another `run` over the jaxpr that the
-equation calls (`called`).
+equation calls (`called`). `bodies` lists the programs within an equation of any kind: calls, loops, branches, shards.
+What has none is a leaf, `pallas_call` among them. `trustcore.graph.program` gives every equation its address.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _CALLS = {
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "composite": "jaxpr",
 }
 
 
@@ -80,6 +83,27 @@ def called(eqn: JaxprEqn) -> ClosedJaxpr | None:
         return None
     jaxpr = eqn.params[name]
     return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+
+
+def bodies(eqn: JaxprEqn) -> tuple[tuple[str, ClosedJaxpr], ...]:
+    """Returns the programs within an equation, each with what it is there; empty for a leaf.
+
+    The kinds are "call" (runs once), "scan", "test" and "while" (the condition and the body of a `while`), "branch"
+    (of a `cond`, in the order of its index) and "shard" (what `shard_map` runs on each device).
+    """
+    body = called(eqn)
+    if body is not None:
+        return (("call", body),)
+    params = eqn.params
+    if eqn.primitive.name == "scan":
+        return (("scan", params["jaxpr"]),)
+    if eqn.primitive.name == "while":
+        return (("test", params["cond_jaxpr"]), ("while", params["body_jaxpr"]))
+    if eqn.primitive.name == "cond":
+        return tuple(("branch", branch) for branch in params["branches"])
+    if eqn.primitive.name == "shard_map":
+        return (("shard", ClosedJaxpr(params["jaxpr"], ())),)
+    return ()
 
 
 def inline(jaxpr: ClosedJaxpr, marked: Sequence[bool]) -> ClosedJaxpr:
