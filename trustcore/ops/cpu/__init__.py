@@ -26,6 +26,7 @@ __all__ = [
     "nearest_entry",
     "packed_matmul",
     "packed_refusal",
+    "statistics",
     "vector_lanes",
     "why_not",
 ]
@@ -230,6 +231,12 @@ def nearest_entry(costs: jax.Array, grid: jax.Array, bits: int) -> tuple[jax.Arr
     target = jax.ffi.ffi_call("trustcore_nearest_entry", shapes, vmap_method="sequential")
     index, cost = target(costs, grid, bits=np.int64(bits))
     return index, cost
+
+
+def statistics(x: jax.Array) -> jax.Array:
+    """Returns the words of `trustcore.ops.statistics` for x `[R, C]`, float32, bfloat16 or float16."""
+    load("statistics")
+    return jax.ffi.ffi_call("trustcore_statistics", jax.ShapeDtypeStruct((80,), jnp.uint32))(x)
 
 
 def vector_lanes(library: str = "products") -> int:

@@ -32,6 +32,7 @@ LIBRARIES = {
         ("trustcore_packed_matmul", "trustcore_cached_attention"),
     ),
     "encoders": (("encode_blocks.cc", "nearest_entry.cc"), ("trustcore_encode_blocks", "trustcore_nearest_entry")),
+    "statistics": (("statistics.cc",), ("trustcore_statistics",)),
 }
 HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 
