@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trustcore import kernels
+    from trustcore import debug, kernels
     from trustcore.catalogue import pull
     from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError
@@ -53,7 +53,7 @@ _HOMES = {
     "save": "trustcore.saving",
 }
 
-_MODULES = ("kernels",)
+_MODULES = ("debug", "kernels")
 
 __all__ = [  # noqa: RUF022 - in the order in which they are met
     "load",
@@ -79,6 +79,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "Stream",
     "Tokenizer",
     "TrustcoreError",
+    "debug",
 ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -116,7 +118,9 @@ def manual_axes(eqn: Any) -> tuple[Any, ...]:
 def varying(value: Any) -> frozenset:
     """Returns the manual mesh axes along which a value (or its type) may differ from device to device."""
     kind = value.aval if hasattr(value, "aval") else value
-    return frozenset(getattr(getattr(kind, "manual_axis_type", None), "varying", None) or getattr(kind, "vma", None) or ())
+    return frozenset(
+        getattr(getattr(kind, "manual_axis_type", None), "varying", None) or getattr(kind, "vma", None) or ()
+    )
 
 
 def varying_like(value: Any, axes: frozenset) -> Any:
@@ -134,3 +138,41 @@ def replace_bodies(eqn: Any, jaxprs: Sequence[Any]) -> dict[str, Any]:
         (closed,) = jaxprs
         params["jaxpr"] = closed.jaxpr
     return params
+
+
+class Call(NamedTuple):
+    """A call of a jitted function that had to be traced or compiled."""
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    static_argnums: tuple[int, ...]
+    static_argnames: tuple[str, ...]
+    caller: Frame | None
+
+
+def jit_call_in_progress() -> Call | None:
+    """Returns the innermost call of a jitted function above this one on the stack; None where there is none.
+
+    It is read off the stack: jax tells its listeners when it compiles, but not for which arguments.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        info = frame.f_locals.get("jit_info") if frame.f_code.co_name == "cache_miss" else None
+        if info is not None and frame.f_code.co_filename.endswith("pjit.py"):
+            names = frame.f_locals
+            nums = tuple(getattr(info, "static_argnums", None) or ())
+            argnames = tuple(getattr(info, "static_argnames", None) or ())
+            return Call(names["fun"], names["args"], names["kwargs"], nums, argnames, _caller(frame))
+        frame = frame.f_back
+    return None
+
+
+def _caller(frame: Any) -> Frame | None:
+    own = os.path.dirname(jax.__file__)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(own):
+            return Frame(file, frame.f_lineno, 0, frame.f_code.co_name)
+        frame = frame.f_back
+    return None

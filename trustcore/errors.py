@@ -70,3 +70,7 @@ class CatalogueError(TrustcoreError, OSError):
 
 class BackendError(TrustcoreError, RuntimeError):
     """A backend is not installed, does not start, or has no such device."""
+
+
+class DebugError(TrustcoreError, ValueError):
+    """A function cannot be inspected as asked: a pattern that fits nothing, arguments that are gone, a broken file."""

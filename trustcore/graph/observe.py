@@ -147,9 +147,7 @@ class _Observer:
             params = _jax.replace_bodies(node.eqn, _with_all_consts(jaxprs))
             at = len(values) - len(own)
             found = list(
-                node.eqn.primitive.bind(
-                    *values[:at], *consts, *own, **node.eqn.primitive.get_bind_params(params)
-                )
+                node.eqn.primitive.bind(*values[:at], *consts, *own, **node.eqn.primitive.get_bind_params(params))
             )
         count = len(node.eqn.outvars)
         return found[:count], jax.tree.unflatten(tree, found[count:])
@@ -250,7 +248,9 @@ def _with_all_consts(jaxprs: list[tuple[Any, list[Any]]]) -> list[ClosedJaxpr]:
         before = sum(len(k) for k in kinds[:i])
         after = sum(len(k) for k in kinds)
 
-        def run_it(*v: Any, inner: Any = inner, own: slice = slice(before, before + len(consts)), n: int = after) -> Any:
+        def run_it(
+            *v: Any, inner: Any = inner, own: slice = slice(before, before + len(consts)), n: int = after
+        ) -> Any:
             return run(ClosedJaxpr(inner, ()), [*v[own], *v[n:]], lambda eqn, values: bind(eqn, values))
 
         rest = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner.invars[len(consts) :]]
@@ -270,18 +270,26 @@ def _chosen(chosen: jax.Array, sheets: Sheets, kept: Sheets) -> Sheets:
     return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), sheets, kept)
 
 
+def _raised(sheet: Sheet) -> jax.Array | None:
+    """Which flags of a sheet are raised; those of a loop within count if they were in any of its turns."""
+    if "flags" in sheet:
+        return sheet["flags"] > 0
+    return sheet["count"] > 0 if "count" in sheet else None
+
+
 def _first_while(empty: Sheet) -> Sheet:
     state = {"turns": jnp.int32(0), "last": empty}
-    if "flags" in empty:
-        counts = empty["flags"].astype(jnp.int32)
-        state |= {"count": counts, "first_turn": counts - 1, "first": empty}
+    raised = _raised(empty)
+    if raised is not None:
+        none = raised.astype(jnp.int32)
+        state |= {"count": none, "first_turn": none - 1, "first": empty}
     return state
 
 
 def _next_while(kept: Sheet, sheet: Sheet, turn: jax.Array) -> Sheet:
     state = {"turns": turn + 1, "last": sheet}
-    if "flags" in sheet:
-        raised = sheet["flags"] > 0
+    raised = _raised(sheet)
+    if raised is not None:
         before = jnp.any(kept["count"] > 0)
         new = jnp.logical_and(jnp.any(raised), jnp.logical_not(before))
         state["count"] = kept["count"] + raised.astype(jnp.int32)
@@ -310,7 +318,7 @@ class Probe:
 
     def see(self, node: Node, inputs: Sequence[Any], outputs: Sequence[Any]) -> Record:
         """See `Tap`."""
-        return {"inputs": [jnp.asarray(x) for x in inputs], "outputs": list(outputs)}
+        return {"inputs": [_plain(x) for x in inputs], "outputs": [_plain(x) for x in outputs]}
 
     def sheet(self, scope: Scope, records: dict[int, Record]) -> Sheet:
         """See `Tap`."""
@@ -320,6 +328,11 @@ class Probe:
         """See `Tap`."""
         loop = scope if scope.number in self.turns else scope.owner.bodies[0]  # type: ignore[union-attr]
         return turn == self.turns.get(loop.number, 0)
+
+
+def _plain(x: Any) -> jax.Array:
+    """An array of numbers: the data of a random key."""
+    return jax.random.key_data(x) if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else jnp.asarray(x)
 
 
 def index_of(node: Node, turns: Sequence[int]) -> tuple[int, ...]:

@@ -316,9 +316,7 @@ def _of_output(node: Node, output: int, turns: tuple[int | None, ...]) -> list[O
         _, carries = _jax.scan_counts(node.eqn.params)
         last = node.eqn.params["length"] - 1 if output < carries else None
         return origins(body, body.jaxpr.jaxpr.outvars[output], (*turns, last))
-    return [
-        origin for body in node.bodies for origin in origins(body, body.jaxpr.jaxpr.outvars[output], turns)
-    ]
+    return [origin for body in node.bodies for origin in origins(body, body.jaxpr.jaxpr.outvars[output], turns)]
 
 
 def _of_input(scope: Scope, place: int, turns: tuple[int | None, ...]) -> list[Origin]:
@@ -338,7 +336,9 @@ def _of_input(scope: Scope, place: int, turns: tuple[int | None, ...]) -> list[O
         in_test, in_body = owner.eqn.params["cond_nconsts"], owner.eqn.params["body_nconsts"]
         own = in_test if scope.kind == "test" else in_body
         carry, body, carries = place - own, owner.bodies[1], len(owner.eqn.outvars)
-        outer = place if scope.kind == "test" and carry < 0 else in_test + place if carry < 0 else in_test + in_body + carry
+        outer = (
+            place if scope.kind == "test" and carry < 0 else in_test + place if carry < 0 else in_test + in_body + carry
+        )
     if not 0 <= carry < carries or turn == 0:
         return origins(owner.scope, given[outer], before)
     if turn is None or turn < 0:

@@ -1,0 +1,376 @@
+"""From readings to issues: where each thing that is wrong came into being, and what it led to.
+
+A place is an origin of something (NaN, Inf, values above 1e6, ...) if its output has it and none of its inputs has. What
+an origin led to is found backwards: from the results that have it, through every input that has it. An origin from which
+nothing bad reaches a result is no more than information: programs that mask it out are healthy. Constants that the
+program itself holds (a mask of -Inf or -1e9) are no origins.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trustcore.debug.issues import Input, Issue, Severity, cause_of
+from trustcore.debug.readings import HUGE, NAN, NEGATIVE, POSITIVE, ZEROS, Place, Readings
+from trustcore.debug.statistics import Statistics
+from trustcore.graph import Address, origins
+from trustcore.graph.program import described
+
+Has = Callable[[Statistics], bool]
+Node = Place | int  # a place, or the number of an argument
+
+MOST_VISITED = 20_000
+DEAD = 0.5  # of the units of a layer: a dead one in two
+FEW_ROWS = 8  # below these, a unit that is zero in all rows may be so by chance
+UNUSUAL = 10.0  # times the baseline's root mean square
+
+# What makes zeros of values that are none: by underflow, or because everything was cut off.
+_ZEROING = ("max", "dot_general", "gather", "exp", "exp2", "logistic", "mul", "div", "integer_pow", "pow", "square")
+
+
+def has_nan(s: Statistics) -> bool:
+    """Returns whether there is a NaN."""
+    return s.nan > 0
+
+
+def has_inf(s: Statistics) -> bool:
+    """Returns whether there is an infinity."""
+    return s.inf + s.negative_inf > 0
+
+
+def has_huge(s: Statistics) -> bool:
+    """Returns whether something finite is above 1e6 in magnitude."""
+    return s.huge > 0
+
+
+def vanishes(s: Statistics) -> bool:
+    """Returns whether all is below 1e-7 in magnitude, and not all zero."""
+    return s.size > 1 and 0 < s.largest < 1e-7 and not s.bad
+
+
+class Diagnosis:
+    """Finds the issues of one call.
+
+    Args:
+        readings: what was measured.
+        results: a name for each output of the program.
+        baseline: statistics by address that are usual, as `Report.baseline` gives them.
+    """
+
+    def __init__(
+        self, readings: Readings, results: Sequence[str], baseline: Mapping[str, Mapping[str, Any]] | None = None
+    ):
+        self.readings, self.results, self.baseline = readings, tuple(results), baseline
+        self.forward = _forward(readings)
+
+    def issues(self) -> list[Issue]:
+        """Returns all issues, worst first, those alike in the order of the program."""
+        found: list[tuple[Any, Issue]] = [
+            *self.nan(),
+            *self.inf(),
+            *self.exploding(),
+            *self.vanishing(),
+            *self.zeros(),
+            *self.unusual(),
+        ]
+        found.sort(key=lambda pair: (-pair[1].severity, pair[0]))
+        return [issue for _, issue in found]
+
+    # ---- what may be wrong -------------------------------------------------------------------------------------------
+
+    def nan(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self.led_to(has_nan)
+        for place in self.readings.first(NAN):
+            if not self.has(place, has_nan):
+                bad = place in reached
+                chain = self.chain(place, has_inf)
+                yield self.made(
+                    "nan", Severity.CRITICAL if bad else Severity.INFO, place, reaches if bad else (), chain
+                )
+        yield from self.given("nan", has_nan, reached, reaches, Severity.CRITICAL, Severity.WARNING)
+
+    def inf(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self.led_to(has_inf)
+        nan_reached, nan_reaches = self.led_to(has_nan)
+        to_nan = self.back([p for p in nan_reached if isinstance(p, Place) and not self.has(p, has_nan)], has_inf)
+        for place in self.readings.first(POSITIVE, NEGATIVE):
+            if self.has(place, has_inf) or self.has(place, has_nan):
+                continue
+            bad = place in reached or place in to_nan
+            names = (*(reaches if place in reached else ()), *(nan_reaches if place in to_nan else ()))
+            yield self.made("inf", Severity.ERROR if bad else Severity.INFO, place, tuple(dict.fromkeys(names)))
+        yield from self.given("inf", has_inf, {**reached, **to_nan}, reaches, Severity.ERROR, Severity.INFO)
+
+    def exploding(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self.led_to(has_huge)
+        overflows = [p for p in self.readings.first(POSITIVE, NEGATIVE, NAN) if not self.has(p, _is_bad)]
+        to_bad = self.back([p for p in overflows if p in self.led_to(_is_bad)[0]], has_huge)
+        for place in self.readings.first(HUGE):
+            if not self.has(place, has_huge) and not self.has(place, _is_bad):
+                bad = place in reached or place in to_bad
+                yield self.made("exploding", Severity.WARNING if bad else Severity.INFO, place, reaches if bad else ())
+        yield from self.given("exploding", has_huge, {**reached, **to_bad}, reaches, Severity.WARNING, Severity.INFO)
+
+    def vanishing(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self.led_to(vanishes)
+        done = set()
+        for page, row, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
+            key = (place.node.number, place.output)
+            floats = page.words[row, :2].view(np.float32)
+            if key in done or not 0 < max(-floats[0], floats[1]) < 1e-7:
+                continue
+            stats = self.readings.of(place)
+            backward = place.node.address.stage == "backward"
+            underflow = stats is not None and stats.subnormal > 0.5 * max(stats.size - stats.zeros, 1)
+            if stats is None or not vanishes(stats) or self.has(place, vanishes) or not (backward or underflow):
+                continue
+            done.add(key)
+            bad = place in reached or (underflow and not backward)
+            cause = f"{stats.subnormal} of {stats.size} are subnormal" if underflow else ""
+            yield self.made("vanishing", Severity.WARNING if bad else Severity.INFO, place, reaches, cause=cause)
+
+    def zeros(self) -> Iterable[tuple[Any, Issue]]:
+        done = set()
+        for page, row, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
+            key = (place.node.number, place.output)
+            name = place.node.eqn.primitive.name
+            if key in done or name not in _ZEROING or not page.words[row, ZEROS]:
+                continue
+            stats = self.readings.of(place)
+            if stats is None or stats.size < 2:
+                continue
+            inputs = [
+                s for found in self.readings.inputs(place)[: 1 if name in ("max", "gather") else None] for _, s in found
+            ]
+            kind, cause = "zeros", ""
+            dead = (stats.dead_units or 0) / stats.shape[-1] if stats.shape else 0.0
+            rows = stats.size // stats.shape[-1] if stats.shape else 0
+            if name == "gather" and stats.zero_rows and inputs and inputs[0].zero_rows and not inputs[0].all_zero:
+                cause = f"{stats.zero_rows} of the {rows} rows taken are rows of zeros"
+            elif name == "max" and rows >= FEW_ROWS and dead >= DEAD:
+                kind, cause = "dead", f"{stats.dead_units} of {stats.shape[-1]} units are zero in all {rows} rows"
+            elif stats.all_zero and name != "gather" and inputs and not any(s.all_zero for s in inputs):
+                cause = (
+                    "its inputs are not zero: they are cut off"
+                    if name == "max"
+                    else "its inputs are not: it underflows"
+                )
+            else:
+                continue
+            done.add(key)
+            yield self.made(kind, Severity.WARNING, place, (), cause=cause)
+        yield from self.unreached()
+
+    def unreached(self) -> Iterable[tuple[Any, Issue]]:
+        """Gradients that are a constant zero: nothing that was differentiated depends on these arguments."""
+        root = self.readings.program.root
+        if not any(node.address.stage == "backward" for node in self.readings.program.nodes):
+            return
+        for name, atom, stats in zip(self.results, root.jaxpr.jaxpr.outvars, self.readings.results, strict=True):
+            if stats is None or not stats.all_zero or stats.size < 2:
+                continue
+            found = origins(root, atom, ())
+            for origin in found:
+                node = origin.node
+                if (
+                    node is None
+                    or node.eqn.primitive.name != "broadcast_in_dim"
+                    or not hasattr(node.eqn.invars[0], "val")
+                ):
+                    continue
+                place = Place(node, 0, (), ())
+                cause = f"{name} is a constant zero: nothing that was differentiated depends on it"
+                yield self.made("zeros", Severity.WARNING, place, (name,), cause=cause, stats=stats)
+
+    def unusual(self) -> Iterable[tuple[Any, Issue]]:
+        if self.baseline is None:
+            return
+        for page, _, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
+            usual = self.baseline.get(f"{place.node.address}:{place.output}")
+            stats = self.readings.of(place)
+            if usual is None or stats is None or stats.bad or page.shard:
+                continue
+            before, now = usual.get("rms"), stats.rms
+            if not before or now is None or 1 / UNUSUAL <= now / before <= UNUSUAL:
+                continue
+            if any(self.far(where) for found in self.readings.inputs(place) for where, _ in found):
+                continue
+            cause = f"its root mean square is {now:.4g}; in the baseline it is {before:.4g}"
+            yield self.made("unusual", Severity.WARNING, place, (), cause=cause)
+
+    def far(self, where: Any) -> bool:
+        """Whether a place is far from the baseline, too."""
+        if not isinstance(where, Place) or self.baseline is None:
+            return False
+        usual = self.baseline.get(f"{where.node.address}:{where.output}", {}).get("rms")
+        stats = self.readings.of(where)
+        if not usual or stats is None or stats.rms is None:
+            return False
+        return not 1 / UNUSUAL <= stats.rms / usual <= UNUSUAL
+
+    # ---- what leads to what ------------------------------------------------------------------------------------------
+
+    def has(self, place: Place, what: Has) -> bool:
+        """Whether an input of a place has something."""
+        return any(what(stats) for found in self.readings.inputs(place) for _, stats in found)
+
+    def led_to(self, what: Has) -> tuple[dict[Node, Node | None], tuple[str, ...]]:
+        """All places and arguments from which something reaches a result, and the results that have it."""
+        root = self.readings.program.root
+        starts: list[Node] = []
+        names = []
+        for name, atom, stats in zip(self.results, root.jaxpr.jaxpr.outvars, self.readings.results, strict=True):
+            if stats is None or not what(stats):
+                continue
+            names.append(name)
+            for origin in origins(root, atom, ()):
+                starts += [where for where, s in self.readings.at(origin, ()) if where is not None and what(s)]
+        return self.back(starts, what), tuple(names)
+
+    def back(self, starts: Iterable[Node], what: Has) -> dict[Node, Node | None]:
+        """Everything that has something and leads to the given places; each with what it leads to."""
+        seen: dict[Node, Node | None] = dict.fromkeys(starts)
+        left = collections.deque(seen)
+        while left and len(seen) < MOST_VISITED:
+            place = left.popleft()
+            if not isinstance(place, Place):
+                continue
+            for found in self.readings.inputs(place):
+                for where, stats in found:
+                    if where is not None and where not in seen and what(stats):
+                        seen[where] = place
+                        left.append(where)
+        return seen
+
+    def chain(self, place: Place, what: Has) -> tuple[str, ...]:
+        """The way to a place from where something came into being that led to it; only the place if nothing did."""
+        seen = self.back([place], what)
+        made = [p for p in seen if p != place and (not isinstance(p, Place) or not self.has(p, what))]
+        if not made:
+            return (self.named(place),)
+        first = min(made, key=lambda p: (0, ()) if not isinstance(p, Place) else (1, p.order))
+        way: list[str] = []
+        step: Node | None = first
+        while step is not None:
+            way.append(self.named(step))
+            step = seen[step]
+        return tuple(way)
+
+    # ---- issues ------------------------------------------------------------------------------------------------------
+
+    def named(self, where: Node | None) -> str:
+        if where is None:
+            return "a constant"
+        if not isinstance(where, Place):
+            return f"argument {self.readings.program.arguments[where]}"
+        shard = f" on shard {', '.join(map(str, where.shard))}" if where.shard else ""
+        return described(where.node.address, where.index) + shard
+
+    def made(
+        self,
+        kind: str,
+        severity: Severity,
+        place: Place,
+        reaches: Sequence[str],
+        chain: tuple[str, ...] = (),
+        *,
+        cause: str = "",
+        stats: Statistics | None = None,
+    ) -> tuple[Any, Issue]:
+        """An issue that an equation made."""
+        stats = stats or self.readings.of(place)
+        assert stats is not None
+        inputs = tuple(
+            Input(*((self.named(found[0][0]), max((s for _, s in found), key=_badness)) if found else ("?", None)))
+            for found in self.readings.inputs(place)
+        )
+        cause = cause or cause_of(place.node.eqn.primitive.name, kind, stats, [i.statistics for i in inputs])
+        address = place.node.address
+        forward = self.forward.get((address.frame, address.library, address.path), ())
+        return place.order, Issue(
+            kind,
+            severity,
+            address,
+            None,
+            place.index,
+            place.shard,
+            stats,
+            inputs=inputs,
+            cause=cause,
+            chain=chain or (self.named(place),),
+            forward=forward if address.stage == "backward" else (),
+            reaches=tuple(reaches),
+        )
+
+    def given(
+        self,
+        kind: str,
+        what: Has,
+        reached: Mapping[Node, Any],
+        reaches: tuple[str, ...],
+        bad: Severity,
+        else_: Severity,
+    ) -> Iterable[tuple[Any, Issue]]:
+        """Issues that came in with the arguments."""
+        for number, stats in enumerate(self.readings.arguments):
+            if stats is None or not what(stats):
+                continue
+            user = self.first_use(number)
+            leads = number in reached
+            yield (
+                (),
+                Issue(
+                    kind,
+                    bad if leads else else_,
+                    None,
+                    self.readings.program.arguments[number],
+                    (),
+                    (),
+                    stats,
+                    cause=f"it is first used by {user.address}" if user is not None else "",
+                    chain=(f"argument {self.readings.program.arguments[number]}",),
+                    reaches=reaches if leads else (),
+                ),
+            )
+
+    def first_use(self, number: int) -> Any:
+        """The first equation that computes with an argument and does not only move it."""
+        for node in self.readings.program.nodes:
+            if node.bodies or node.number in self.readings.tap.moved:
+                continue
+            for atom in node.eqn.invars:
+                if hasattr(atom, "val"):
+                    continue
+                turns = tuple(0 for _ in node.scope.loops)
+                if any(number in _arguments(self.readings, o) for o in origins(node.scope, atom, turns)):
+                    return node
+        return None
+
+
+def _arguments(readings: Readings, origin: Any) -> set[int]:
+    while origin.node is not None and origin.node.number in readings.tap.moved:
+        found = origins(origin.node.scope, origin.node.eqn.invars[0], origin.turns)
+        if len(found) != 1:
+            return set()
+        (origin,) = found
+    return set() if origin.argument is None else {origin.argument}
+
+
+def _forward(readings: Readings) -> dict[Any, tuple[Address, ...]]:
+    found: dict[Any, list[Address]] = {}
+    for node in readings.program.nodes:
+        if node.address.stage != "backward" and not node.bodies and node.address.frame is not None:
+            found.setdefault((node.address.frame, node.address.library, node.address.path), []).append(node.address)
+    return {key: tuple(addresses[:2]) for key, addresses in found.items()}
+
+
+def _is_bad(s: Statistics) -> bool:
+    return s.bad > 0
+
+
+def _badness(s: Statistics) -> tuple[int, int, float]:
+    return s.nan, s.bad, s.largest
