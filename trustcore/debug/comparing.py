@@ -214,8 +214,8 @@ def compare_recorded(
         if not pairs:
             paths = sorted({"/".join(v.address.path) for v in values if v.address.path})[:5]
             raise DebugError(
-                f"compare_recorded: nothing of the program has the path and shape of {', '.join(missing[:3])}; paths are "
-                f"{', '.join(paths)}"
+                f"compare_recorded: nothing of the program has the path and shape of {', '.join(missing[:3])}; "
+                f"paths are {', '.join(paths)}"
             )
         pairs.sort(key=lambda pair: pair[0].node.number)
         return _compared(program, pairs, missing, tolerance)
@@ -294,7 +294,8 @@ def _difference(a: jax.Array, b: jax.Array, limit: float, looped: bool) -> tuple
         return float("inf"), None
     if not a.size:
         return 0.0, None
-    error, by_turn = (np.asarray(x) for x in _errors(*jax.device_put((a, b), jax.devices()[0]), looped))
+    a, b = jax.device_put((a, b), jax.devices()[0])
+    error, by_turn = (np.asarray(x) for x in _errors(a, b, looped))
     beyond = np.flatnonzero(~(by_turn <= limit))
     return float(error), int(beyond[0]) if looped and len(beyond) else None
 

@@ -1,9 +1,9 @@
 """From readings to issues: where each thing that is wrong came into being, and what it led to.
 
-A place is an origin of something (NaN, Inf, values above 1e6, ...) if its output has it and none of its inputs has. What
-an origin led to is found backwards: from the results that have it, through every input that has it. An origin from which
-nothing bad reaches a result is no more than information: programs that mask it out are healthy. Constants that the
-program itself holds (a mask of -Inf or -1e9) are no origins.
+A place is an origin of something (NaN, Inf, values above 1e6, ...) if its output has it and none of its inputs has.
+What an origin led to is found backwards: from the results that have it, through every input that has it. An origin from
+which nothing bad reaches a result is no more than information: programs that mask it out are healthy. Constants that
+the program itself holds (a mask of -Inf or -1e9) are no origins.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ UNUSUAL = 10.0  # times the baseline's root mean square
 
 # What makes zeros of values that are none: by underflow, or because everything was cut off.
 _ZEROING = ("max", "dot_general", "gather", "exp", "exp2", "logistic", "mul", "div", "integer_pow", "pow", "square")
+
+# What may hold elements of its inputs unchanged, such as a mask of -1e9.
+_TAKING_OVER = ("select_n", "concatenate", "pad", "max", "min", "clamp", "scatter", "dynamic_update_slice", "copy")
 
 
 def has_nan(s: Statistics) -> bool:
@@ -70,53 +73,53 @@ class Diagnosis:
     def issues(self) -> list[Issue]:
         """Returns all issues, worst first, those alike in the order of the program."""
         found: list[tuple[Any, Issue]] = [
-            *self.nan(),
-            *self.inf(),
-            *self.exploding(),
-            *self.vanishing(),
-            *self.zeros(),
-            *self.unusual(),
+            *self._nan(),
+            *self._inf(),
+            *self._exploding(),
+            *self._vanishing(),
+            *self._zeros(),
+            *self._unusual(),
         ]
         found.sort(key=lambda pair: (-pair[1].severity, pair[0]))
         return [issue for _, issue in found]
 
     # ---- what may be wrong -------------------------------------------------------------------------------------------
 
-    def nan(self) -> Iterable[tuple[Any, Issue]]:
-        reached, reaches = self.led_to(has_nan)
+    def _nan(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self._led_to(has_nan)
         for place in self.readings.first(NAN):
-            if not self.has(place, has_nan):
+            if not self._has(place, has_nan):
                 bad = place in reached
-                chain = self.chain(place, has_inf)
-                yield self.made(
+                chain = self._chain(place, has_inf)
+                yield self._made(
                     "nan", Severity.CRITICAL if bad else Severity.INFO, place, reaches if bad else (), chain
                 )
-        yield from self.given("nan", has_nan, reached, reaches, Severity.CRITICAL, Severity.WARNING)
+        yield from self._given("nan", has_nan, reached, reaches, Severity.CRITICAL, Severity.WARNING)
 
-    def inf(self) -> Iterable[tuple[Any, Issue]]:
-        reached, reaches = self.led_to(has_inf)
-        nan_reached, nan_reaches = self.led_to(has_nan)
-        to_nan = self.back([p for p in nan_reached if isinstance(p, Place) and not self.has(p, has_nan)], has_inf)
+    def _inf(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self._led_to(has_inf)
+        nan_reached, nan_reaches = self._led_to(has_nan)
+        to_nan = self._back([p for p in nan_reached if isinstance(p, Place) and not self._has(p, has_nan)], has_inf)
         for place in self.readings.first(POSITIVE, NEGATIVE):
-            if self.has(place, has_inf) or self.has(place, has_nan):
+            if self._has(place, has_inf) or self._has(place, has_nan):
                 continue
             bad = place in reached or place in to_nan
             names = (*(reaches if place in reached else ()), *(nan_reaches if place in to_nan else ()))
-            yield self.made("inf", Severity.ERROR if bad else Severity.INFO, place, tuple(dict.fromkeys(names)))
-        yield from self.given("inf", has_inf, {**reached, **to_nan}, reaches, Severity.ERROR, Severity.INFO)
+            yield self._made("inf", Severity.ERROR if bad else Severity.INFO, place, tuple(dict.fromkeys(names)))
+        yield from self._given("inf", has_inf, {**reached, **to_nan}, reaches, Severity.ERROR, Severity.INFO)
 
-    def exploding(self) -> Iterable[tuple[Any, Issue]]:
-        reached, reaches = self.led_to(has_huge)
-        overflows = [p for p in self.readings.first(POSITIVE, NEGATIVE, NAN) if not self.has(p, _is_bad)]
-        to_bad = self.back([p for p in overflows if p in self.led_to(_is_bad)[0]], has_huge)
+    def _exploding(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self._led_to(has_huge)
+        overflows = [p for p in self.readings.first(POSITIVE, NEGATIVE, NAN) if not self._has(p, _is_bad)]
+        to_bad = self._back([p for p in overflows if p in self._led_to(_is_bad)[0]], has_huge)
         for place in self.readings.first(HUGE):
-            if not self.has(place, has_huge) and not self.has(place, _is_bad):
+            if not self._grew(place) and not self._has(place, _is_bad):
                 bad = place in reached or place in to_bad
-                yield self.made("exploding", Severity.WARNING if bad else Severity.INFO, place, reaches if bad else ())
-        yield from self.given("exploding", has_huge, {**reached, **to_bad}, reaches, Severity.WARNING, Severity.INFO)
+                yield self._made("exploding", Severity.WARNING if bad else Severity.INFO, place, reaches if bad else ())
+        yield from self._given("exploding", has_huge, {**reached, **to_bad}, reaches, Severity.WARNING, Severity.INFO)
 
-    def vanishing(self) -> Iterable[tuple[Any, Issue]]:
-        reached, reaches = self.led_to(vanishes)
+    def _vanishing(self) -> Iterable[tuple[Any, Issue]]:
+        reached, reaches = self._led_to(vanishes)
         done = set()
         for page, row, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
             key = (place.node.number, place.output)
@@ -126,14 +129,14 @@ class Diagnosis:
             stats = self.readings.of(place)
             backward = place.node.address.stage == "backward"
             underflow = stats is not None and stats.subnormal > 0.5 * max(stats.size - stats.zeros, 1)
-            if stats is None or not vanishes(stats) or self.has(place, vanishes) or not (backward or underflow):
+            if stats is None or not vanishes(stats) or self._has(place, vanishes) or not (backward or underflow):
                 continue
             done.add(key)
             bad = place in reached or (underflow and not backward)
             cause = f"{stats.subnormal} of {stats.size} are subnormal" if underflow else ""
-            yield self.made("vanishing", Severity.WARNING if bad else Severity.INFO, place, reaches, cause=cause)
+            yield self._made("vanishing", Severity.WARNING if bad else Severity.INFO, place, reaches, cause=cause)
 
-    def zeros(self) -> Iterable[tuple[Any, Issue]]:
+    def _zeros(self) -> Iterable[tuple[Any, Issue]]:
         done = set()
         for page, row, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
             key = (place.node.number, place.output)
@@ -143,9 +146,8 @@ class Diagnosis:
             stats = self.readings.of(place)
             if stats is None or stats.size < 2:
                 continue
-            inputs = [
-                s for found in self.readings.inputs(place)[: 1 if name in ("max", "gather") else None] for _, s in found
-            ]
+            told = self.readings.inputs(place)[: 1 if name in ("max", "gather") else None]
+            inputs = [s for found in told for _, s in found]
             kind, cause = "zeros", ""
             dead = (stats.dead_units or 0) / stats.shape[-1] if stats.shape else 0.0
             rows = stats.size // stats.shape[-1] if stats.shape else 0
@@ -162,13 +164,13 @@ class Diagnosis:
             else:
                 continue
             done.add(key)
-            yield self.made(kind, Severity.WARNING, place, (), cause=cause)
-        yield from self.unreached()
+            yield self._made(kind, Severity.WARNING, place, (), cause=cause)
+        yield from self._unreached()
 
-    def unreached(self) -> Iterable[tuple[Any, Issue]]:
+    def _unreached(self) -> Iterable[tuple[Any, Issue]]:
         """Gradients that are a constant zero: nothing that was differentiated depends on these arguments."""
         root = self.readings.program.root
-        if not any(node.address.stage == "backward" for node in self.readings.program.nodes):
+        if not self.readings.program.differentiated:
             return
         for name, atom, stats in zip(self.results, root.jaxpr.jaxpr.outvars, self.readings.results, strict=True):
             if stats is None or not stats.all_zero or stats.size < 2:
@@ -184,9 +186,9 @@ class Diagnosis:
                     continue
                 place = Place(node, 0, (), ())
                 cause = f"{name} is a constant zero: nothing that was differentiated depends on it"
-                yield self.made("zeros", Severity.WARNING, place, (name,), cause=cause, stats=stats)
+                yield self._made("zeros", Severity.WARNING, place, (name,), cause=cause, stats=stats)
 
-    def unusual(self) -> Iterable[tuple[Any, Issue]]:
+    def _unusual(self) -> Iterable[tuple[Any, Issue]]:
         if self.baseline is None:
             return
         for page, _, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
@@ -197,12 +199,12 @@ class Diagnosis:
             before, now = usual.get("rms"), stats.rms
             if not before or now is None or 1 / UNUSUAL <= now / before <= UNUSUAL:
                 continue
-            if any(self.far(where) for found in self.readings.inputs(place) for where, _ in found):
+            if any(self._far(where) for found in self.readings.inputs(place) for where, _ in found):
                 continue
             cause = f"its root mean square is {now:.4g}; in the baseline it is {before:.4g}"
-            yield self.made("unusual", Severity.WARNING, place, (), cause=cause)
+            yield self._made("unusual", Severity.WARNING, place, (), cause=cause)
 
-    def far(self, where: Any) -> bool:
+    def _far(self, where: Any) -> bool:
         """Whether a place is far from the baseline, too."""
         if not isinstance(where, Place) or self.baseline is None:
             return False
@@ -214,11 +216,17 @@ class Diagnosis:
 
     # ---- what leads to what ------------------------------------------------------------------------------------------
 
-    def has(self, place: Place, what: Has) -> bool:
+    def _has(self, place: Place, what: Has) -> bool:
         """Whether an input of a place has something."""
         return any(what(stats) for found in self.readings.inputs(place) for _, stats in found)
 
-    def led_to(self, what: Has) -> tuple[dict[Node, Node | None], tuple[str, ...]]:
+    def _grew(self, place: Place) -> bool:
+        """Whether an input is above 1e6 already; a constant counts only where it is taken over as it is."""
+        takes_over = place.node.eqn.primitive.name in _TAKING_OVER
+        inputs = [found for of_one in self.readings.inputs(place) for found in of_one]
+        return any(has_huge(stats) for where, stats in inputs if where is not None or takes_over)
+
+    def _led_to(self, what: Has) -> tuple[dict[Node, Node | None], tuple[str, ...]]:
         """All places and arguments from which something reaches a result, and the results that have it."""
         root = self.readings.program.root
         starts: list[Node] = []
@@ -229,9 +237,9 @@ class Diagnosis:
             names.append(name)
             for origin in origins(root, atom, ()):
                 starts += [where for where, s in self.readings.at(origin, ()) if where is not None and what(s)]
-        return self.back(starts, what), tuple(names)
+        return self._back(starts, what), tuple(names)
 
-    def back(self, starts: Iterable[Node], what: Has) -> dict[Node, Node | None]:
+    def _back(self, starts: Iterable[Node], what: Has) -> dict[Node, Node | None]:
         """Everything that has something and leads to the given places; each with what it leads to."""
         seen: dict[Node, Node | None] = dict.fromkeys(starts)
         left = collections.deque(seen)
@@ -246,23 +254,23 @@ class Diagnosis:
                         left.append(where)
         return seen
 
-    def chain(self, place: Place, what: Has) -> tuple[str, ...]:
+    def _chain(self, place: Place, what: Has) -> tuple[str, ...]:
         """The way to a place from where something came into being that led to it; only the place if nothing did."""
-        seen = self.back([place], what)
-        made = [p for p in seen if p != place and (not isinstance(p, Place) or not self.has(p, what))]
+        seen = self._back([place], what)
+        made = [p for p in seen if p != place and (not isinstance(p, Place) or not self._has(p, what))]
         if not made:
-            return (self.named(place),)
+            return (self._named(place),)
         first = min(made, key=lambda p: (0, ()) if not isinstance(p, Place) else (1, p.order))
         way: list[str] = []
         step: Node | None = first
         while step is not None:
-            way.append(self.named(step))
+            way.append(self._named(step))
             step = seen[step]
         return tuple(way)
 
     # ---- issues ------------------------------------------------------------------------------------------------------
 
-    def named(self, where: Node | None) -> str:
+    def _named(self, where: Node | None) -> str:
         if where is None:
             return "a constant"
         if not isinstance(where, Place):
@@ -270,7 +278,7 @@ class Diagnosis:
         shard = f" on shard {', '.join(map(str, where.shard))}" if where.shard else ""
         return described(where.node.address, where.index) + shard
 
-    def made(
+    def _made(
         self,
         kind: str,
         severity: Severity,
@@ -285,7 +293,7 @@ class Diagnosis:
         stats = stats or self.readings.of(place)
         assert stats is not None
         inputs = tuple(
-            Input(*((self.named(found[0][0]), max((s for _, s in found), key=_badness)) if found else ("?", None)))
+            Input(*((self._named(found[0][0]), max((s for _, s in found), key=_badness)) if found else ("?", None)))
             for found in self.readings.inputs(place)
         )
         cause = cause or cause_of(place.node.eqn.primitive.name, kind, stats, [i.statistics for i in inputs])
@@ -301,12 +309,12 @@ class Diagnosis:
             stats,
             inputs=inputs,
             cause=cause,
-            chain=chain or (self.named(place),),
+            chain=chain or (self._named(place),),
             forward=forward if address.stage == "backward" else (),
             reaches=tuple(reaches),
         )
 
-    def given(
+    def _given(
         self,
         kind: str,
         what: Has,
@@ -319,7 +327,7 @@ class Diagnosis:
         for number, stats in enumerate(self.readings.arguments):
             if stats is None or not what(stats):
                 continue
-            user = self.first_use(number)
+            user = self._first_use(number)
             leads = number in reached
             yield (
                 (),
@@ -337,7 +345,7 @@ class Diagnosis:
                 ),
             )
 
-    def first_use(self, number: int) -> Any:
+    def _first_use(self, number: int) -> Any:
         """The first equation that computes with an argument and does not only move it."""
         for node in self.readings.program.nodes:
             if node.bodies or node.number in self.readings.tap.moved:

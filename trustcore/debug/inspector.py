@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from trustcore.debug.report import Report
 from trustcore.debug.snapshot import Breakpoint, snapshot_at
@@ -153,7 +154,7 @@ class Inspected:
 def check_arguments(leaves: Sequence[Any], names: Sequence[str]) -> None:
     """Raises DebugError for arguments that are gone, or that are no arrays yet."""
     for leaf, name in zip(leaves, names, strict=True):
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise DebugError(
                 f"inspect: {name} is being traced, so nothing can be read of it. Inspect the transformed function from "
                 "outside: inspect(jax.jit(f)) or inspect(jax.grad(f)), not jax.jit(inspect(f))."

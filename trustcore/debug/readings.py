@@ -10,7 +10,7 @@ import numpy as np
 
 from trustcore.debug.statistics import Statistics, of
 from trustcore.debug.tap import Flag, Hits, Page, StatisticsTap, is_float, pages, scaled
-from trustcore.graph import Node, Origin, Program, Scope, origins
+from trustcore.graph import Node, Origin, Program, Scope, aval, origins
 from trustcore.graph.observe import Sheets, index_of
 from trustcore.ops.statistics import FLOATS
 
@@ -32,13 +32,6 @@ class Place(NamedTuple):
     def index(self) -> tuple[int, ...]:
         """The turns in the order of what the loops walk over."""
         return index_of(self.node, self.turns)
-
-
-class Column(NamedTuple):
-    """A word of the statistics by name, for a whole page at once."""
-
-    name: str
-    place: int
 
 
 NAN, POSITIVE, NEGATIVE, ZEROS = (len(FLOATS) + i for i in (1, 2, 3, 0))
@@ -133,7 +126,7 @@ class Readings:
         return found
 
     def hits(self, flag_of: Any) -> Iterator[tuple[Place, int, bool]]:
-        """Yields where the flags that `flag_of` selects were raised, how often, and whether that is one turn's count."""
+        """Yields where the flags that `flag_of` selects were raised, how often, and whether in that turn alone."""
         for page in self.pages:
             loops = [scope for scope in page.scope.around if scope.kind in ("while", "test")]
             if loops:
@@ -147,7 +140,7 @@ class Readings:
     def _moved(self, origin: Origin, node: Node, shard: tuple[int, ...]) -> list[tuple[Place | int | None, Statistics]]:
         turns = tuple(origin.turns)
         found = [o for o in origins(node.scope, node.eqn.invars[0], turns)]
-        shape = node.eqn.outvars[0].aval.shape
+        shape = aval(node.eqn.outvars[0]).shape
         return [(where, scaled(stats, shape)) for o in found for where, stats in self.at(o, shard)]
 
     def _keys(
@@ -161,18 +154,30 @@ class Readings:
         if any(turn == -1 for turn in turns):
             last = max((key[0] for key in found), default=())
             found = [key for key in found if key[0] == last]
+        if not found and any(s.kind in ("while", "test") for s in scope.around):
+            found = self._nearest(own, tuple(turns), shard)
         return found
+
+    def _nearest(
+        self, own: dict[tuple[Any, Any], Page], turns: tuple[int | None, ...], shard: tuple[int, ...]
+    ) -> list[tuple[Any, Any]]:
+        """The last page kept of a `while` up to a turn: what was bad in it is so from then on."""
+        if any(turn is None or turn < 0 for turn in turns):
+            return []
+        found = [key for key in own if key[0] <= turns and key[1][: len(shard)] == shard[: len(key[1])]]
+        last = max((key[0] for key in found), default=())
+        return [key for key in found if key[0] == last]
 
     def _read(self, page: Page, row: int, place: Place) -> Statistics:
         key = (place.node.number, place.output, page.turns, page.shard)
         if key not in self._decoded:
-            aval = place.node.eqn.outvars[place.output].aval
-            self._decoded[key] = Statistics.from_words(page.words[row], aval.shape, aval.dtype)
+            kind = aval(place.node.eqn.outvars[place.output])
+            self._decoded[key] = Statistics.from_words(page.words[row], kind.shape, kind.dtype)
         return self._decoded[key]
 
 
 def _fits(turns: tuple[int, ...], wanted: Sequence[int | None]) -> bool:
-    return all(w is None or w == -1 or t == w for t, w in zip(turns, wanted, strict=True))
+    return all(w is None or w in (-1, t) for t, w in zip(turns, wanted, strict=True))
 
 
 def _counted(flags: Sequence[Flag], counted: Hits, flag_of: Any) -> Iterator[tuple[Place, int, bool]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 from jax import monitoring
+from jax.core import Tracer
 
 from trustcore import _jax
 from trustcore.graph.program import place
@@ -105,7 +106,7 @@ class Recompile:
             return f"{where}: first program, {self.seconds:.2f} s"
         reasons = "; ".join(map(str, self.changes))
         return (
-            f"{where}: program {self.number + 1}, {self.seconds:.2f} s. Against program {self.against + 1}: {reasons}"
+            f"{where}: program {self.number + 1} ({self.seconds:.2f} s), unlike program {self.against + 1}: {reasons}"
         )
 
 
@@ -150,7 +151,7 @@ class RecompileLog:
             return
         known = self._known.setdefault(key, [])
         against, changes = _closest(sign, id(call.function), known)
-        nested = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((call.args, call.kwargs)))
+        nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((call.args, call.kwargs)))
         if kind == "traced":
             self._open[in_progress] = len(self.calls)
         self.calls.append(
@@ -167,8 +168,9 @@ class RecompileLog:
         )
         known.append((sign, id(call.function)))
         if self._warn_after and len(known) == self._warn_after and not nested:
+            last = self.calls[-1]
             warnings.warn(
-                f"{self.calls[-1].function} ({self.calls[-1].defined}) has been traced {len(known)} times. The last time: "
+                f"{last.function} ({last.defined}) has been traced {len(known)} times; at last for "
                 + "; ".join(map(str, changes)),
                 RecompileWarning,
                 stacklevel=2,
@@ -185,7 +187,7 @@ def recompiles(*, warn_after: int = MANY) -> Iterator[RecompileLog]:
     log = RecompileLog(warn_after)
     busy = threading.local()
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         kind = _EVENTS.get(event)
         if kind is None or getattr(busy, "now", False):
             return
@@ -193,7 +195,7 @@ def recompiles(*, warn_after: int = MANY) -> Iterator[RecompileLog]:
         if call is not None:
             busy.now = True
             try:
-                log.add(kind, duration, call)
+                log.add(kind, duration_secs, call)
             finally:
                 busy.now = False
 
@@ -237,7 +239,7 @@ def _leaf(leaf: Any) -> Leaf:
     except TypeError:
         return Leaf(static=_text(leaf))
     sharding = None
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
         sharding = str(leaf.sharding)
     return Leaf(tuple(aval.shape), str(aval.dtype), bool(getattr(aval, "weak_type", False)), sharding)
 
@@ -259,9 +261,7 @@ def _closest(
         return None, ()
     changes = _changes(known[best[1]][0], sign)
     if not changes and known[best[1]][1] != function:
-        changes = [
-            Change("", "function", "another object of the same definition", "one made anew; jit it once, outside")
-        ]
+        changes = [Change("", "function", "another object of the same definition", "one made anew")]
     elif not changes:
         changes = [Change("", "context", "other settings of jax, mesh or closure", "the same arguments")]
     return best[1], tuple(changes)

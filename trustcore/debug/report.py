@@ -111,6 +111,11 @@ class Report:
         self._baseline, self._limit = baseline, limit
         self._history, self._wants_history = history, traced_operations
 
+    @property
+    def pending(self) -> Any:
+        """What is still on the device, or on its way there; None once it was read."""
+        return self._measured
+
     @functools.cached_property
     def readings(self) -> Readings:
         """Everything that was measured, on the host."""

@@ -63,7 +63,7 @@ def headline(report: Report) -> str:
     if not issues:
         return "Nothing is wrong with the values that were watched."
     more = f" ({len(issues) - 1} more)" if len(issues) > 1 else ""
-    return issues[0].message + more
+    return next(iter(issues)).message + more
 
 
 def _reason(issue: Any) -> str:

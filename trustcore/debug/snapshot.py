@@ -25,7 +25,7 @@ from trustcore.debug.issues import Issue
 from trustcore.debug.statistics import Statistics, of
 from trustcore.debug.tap import is_float
 from trustcore.errors import DebugError, TrustcoreError
-from trustcore.graph import Address, Node, Probe, Program, bind, observe
+from trustcore.graph import Address, Node, Probe, Program, aval, bind, observe
 from trustcore.graph.observe import index_of
 from trustcore.graph.program import described
 
@@ -155,10 +155,9 @@ def _wide(x: Any) -> np.ndarray:
 
 
 def _device(x: Any, kind: Any) -> Any:
-    if jnp.issubdtype(kind.dtype, jax.dtypes.prng_key) and not jnp.issubdtype(
-        jnp.asarray(x).dtype, jax.dtypes.prng_key
-    ):
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(jax.ShapeDtypeStruct((), kind.dtype)))
+    """An array as the equation takes it; a random key is kept as its numbers."""
+    if jnp.issubdtype(kind.dtype, jax.dtypes.prng_key) and not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(x), impl=str(kind.dtype).removeprefix("key<").removesuffix(">"))
     return jnp.asarray(x, kind.dtype)
 
 
@@ -202,8 +201,8 @@ if __name__ == "__main__":
     for kind, arrays in (("in", inputs), ("out", outputs)):
         for i, x in enumerate(arrays):
             wide = np.asarray(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x)
-            nan, inf = int(np.isnan(wide).sum()), int(np.isinf(wide).sum())
-            print(f"{{kind}}{{i}}: {{x.dtype}}{{list(x.shape)}} with {{nan}} NaN and {{inf}} Inf, {{wide.reshape(-1)[:4]}}")
+            bad = f"{{int(np.isnan(wide).sum())}} NaN and {{int(np.isinf(wide).sum())}} Inf"
+            print(f"{{kind}}{{i}}: {{x.dtype}}{{list(x.shape)}} with {{bad}}, {{wide.reshape(-1)[:4]}}")
 '''
 
 
@@ -234,7 +233,7 @@ def _operation(snapshot: Snapshot, imports: set[str]) -> str:
     from jax.extend.core import primitives
 
     eqn = snapshot.node.eqn
-    if any(jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended) for atom in eqn.invars):
+    if any(jnp.issubdtype(aval(atom).dtype, jax.dtypes.extended) for atom in eqn.invars):
         raise _NotPlain("a random key")
     names = [name for name, value in vars(primitives).items() if value is eqn.primitive]
     if not names:
@@ -259,8 +258,9 @@ def _spelled(value: Any, imports: set[str]) -> str:
         fields = [f for f in dataclasses.fields(value) if f.init]
         inner = ", ".join(f"{f.name}={_spelled(getattr(value, f.name), imports)}" for f in fields)
         return f"{_imported(type(value), imports)}({inner})"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        inner = ", ".join(f"{name}={_spelled(getattr(value, name), imports)}" for name in value._fields)
+    names = getattr(value, "_fields", None)
+    if isinstance(value, tuple) and names is not None:
+        inner = ", ".join(f"{name}={_spelled(getattr(value, name), imports)}" for name in names)
         return f"{_imported(type(value), imports)}({inner})"
     if isinstance(value, (tuple, list)):
         inner = ", ".join(_spelled(item, imports) for item in value)
@@ -289,7 +289,7 @@ def _exported(snapshot: Snapshot, reason: str, imports: set[str]) -> str:
         from jax import export
 
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in snapshot.inputs]
-        blob = export.export(jax.jit(lambda *values: snapshot.replay(*values)))(*shapes).serialize()
+        blob = export.export(jax.jit(snapshot.replay))(*shapes).serialize()
     except ImportError as error:
         raise DebugError(
             f"save: {snapshot.address.primitive} has {reason}, so it is stored as jax.export makes it, which needs a "
@@ -297,4 +297,9 @@ def _exported(snapshot: Snapshot, reason: str, imports: set[str]) -> str:
         ) from error
     imports.add("from jax import export")
     text = "\n".join(textwrap.wrap(base64.b64encode(zlib.compress(blob, 9)).decode(), 115))
-    return f'program = """\n{text}\n"""\n    blob = bytearray(zlib.decompress(base64.b64decode(program)))\n    return export.deserialize(blob).call(*inputs)'
+    lines = (
+        f'program = """\n{text}\n"""',
+        "blob = bytearray(zlib.decompress(base64.b64decode(program)))",
+        "return export.deserialize(blob).call(*inputs)",
+    )
+    return "\n    ".join(lines)

@@ -4,7 +4,8 @@
     (tc) n                              commands: see `Session`
 
 Loops and branches are run by Python here, shard_map and Pallas kernels as a whole. Every value of the scopes that are
-being run is held. The results are those of the operations one by one: XLA, which fuses them, may differ in the last bits.
+being run is held. The results are those of the operations one by one; XLA, which fuses them, may differ in
+the last bits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trustcore.debug.report import Operation, operation
 from trustcore.debug.snapshot import Snapshot
 from trustcore.debug.statistics import of
 from trustcore.debug.tap import is_array, is_float
-from trustcore.graph import Node, Program, Scope, bind, run, trace
+from trustcore.graph import Node, Program, Scope, aval, bind, run, trace
 from trustcore.graph.modules import split_arguments
 from trustcore.graph.observe import index_of
 from trustcore.graph.program import described
@@ -78,12 +79,10 @@ class _Runner:
                 at = params["length"] - 1 - turn if params["reverse"] else turn
                 outputs = self.scope(node.bodies[0], [*fixed, *state, *(x[at] for x in xs)], (*turns, turn))
                 state, rows[at] = outputs[:carries], outputs[carries:]
-            avals = [var.aval for var in node.eqn.outvars[carries:]]
-            stacked = [
-                jnp.stack([row[i] for row in rows]) if rows else jnp.zeros(a.shape, a.dtype)
-                for i, a in enumerate(avals)
-            ]
-            return [*state, *stacked]
+            kinds = [aval(var) for var in node.eqn.outvars[carries:]]
+            if not rows:
+                return [*state, *(jnp.zeros(kind.shape, kind.dtype) for kind in kinds)]
+            return [*state, *(jnp.stack([row[i] for row in rows]) for i in range(len(kinds)))]
         test, body = node.bodies
         in_test, in_body = params["cond_nconsts"], params["body_nconsts"]
         of_test, of_body, state = values[:in_test], values[in_test : in_test + in_body], values[in_test + in_body :]
@@ -126,7 +125,7 @@ class Session:
         c, continue        run on to the next breakpoint, or to the end
         b, break PATTERN   stop at equations that fit a glob; `b` lists them
         bad                run on to the first output with NaN or Inf
-        p, print NAME      print a value: in0, in1, ..., out0, ... (outputs of the equation before), or statistics of all
+        p, print NAME      print a value: in0, in1, ..., out0, ... (of the equation before); without a name, all short
         w, where           the equation and its line
         l, list            the last ten equations that ran
         q, quit            end; `Quit` is raised

@@ -20,7 +20,7 @@ import numpy as np
 from trustcore import _jax
 from trustcore.debug.statistics import Statistics
 from trustcore.debug.watch import Watch
-from trustcore.graph import Node, Program, Scope
+from trustcore.graph import Node, Program, Scope, aval
 from trustcore.graph.observe import Record, Sheet, Sheets, leading
 from trustcore.ops.statistics import WORDS, native_refusal, statistics, worst_bits
 
@@ -44,15 +44,15 @@ MOVES = frozenset(
 )
 
 
-def is_float(aval: Any) -> bool:
+def is_float(kind: Any) -> bool:
     """Returns whether statistics can be taken of values of a type."""
-    dtype = getattr(aval, "dtype", None)
+    dtype = getattr(kind, "dtype", None)
     return dtype is not None and dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def is_array(aval: Any) -> bool:
+def is_array(kind: Any) -> bool:
     """Returns whether values of a type are plain arrays: no keys, no references."""
-    dtype = getattr(aval, "dtype", None)
+    dtype = getattr(kind, "dtype", None)
     return dtype is not None and dtype != jax.dtypes.float0 and not jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
@@ -93,7 +93,7 @@ class StatisticsTap:
         if node.eqn.primitive.name not in MOVES or any(self.watches[i].condition for i in self.fits[node.number]):
             return False
         source = node.eqn.invars[0]
-        if hasattr(source, "val") or source.aval.dtype != node.eqn.outvars[0].aval.dtype:
+        if hasattr(source, "val") or aval(source).dtype != aval(node.eqn.outvars[0]).dtype:
             return False
         if source in node.scope.producers:
             before = node.scope.producers[source][0]
@@ -111,18 +111,18 @@ class StatisticsTap:
         """See `Tap`."""
         words, bad, hits = {}, {}, {}
         for i, x in enumerate(outputs):
-            aval = node.eqn.outvars[i].aval
-            if is_float(aval):
+            kind = aval(node.eqn.outvars[i])
+            if is_float(kind):
                 words[i] = self.words(x)
                 bad[i] = self.is_bad(node, words[i], inputs)
             for w in self.fits[node.number]:
                 condition = self.watches[w].condition
-                if condition is not None and is_array(aval):
+                if condition is not None and is_array(kind):
                     hits[i, w] = condition(x)
         return {"words": words, "bad": bad, "hits": hits}
 
     def is_bad(self, node: Node, words: jax.Array, inputs: Sequence[Any]) -> jax.Array:
-        """Returns whether an output has NaN or Inf; a `while`, which keeps its first such turn, asks for Inf made here."""
+        """Returns whether an output has NaN or Inf; within a `while`, which keeps its first such turn, new Inf."""
         nan, inf = words[7] > 0, jnp.any(words[8:10] > 0)
         if any(scope.kind in ("while", "test") for scope in node.scope.around):
             for x, var in zip(inputs, node.eqn.invars, strict=True):

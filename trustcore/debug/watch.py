@@ -35,8 +35,8 @@ class Condition:
         answer = jnp.asarray(self.holds(x))
         if answer.shape != () or answer.dtype != jnp.bool_:
             raise DebugError(
-                f"condition {self.name!r} gave {answer.dtype}{list(answer.shape)} for {x.dtype}{list(x.shape)}; it must "
-                "give one boolean. Write for example lambda x: jnp.any(x > 3)."
+                f"condition {self.name!r} gave {answer.dtype}{list(answer.shape)} for {x.dtype}{list(x.shape)}; it "
+                "must give one boolean. Write for example lambda x: jnp.any(x > 3)."
             )
         return answer
 

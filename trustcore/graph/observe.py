@@ -8,7 +8,8 @@ the loops around it are in the sheet's leading axes, outermost first:
     scan        [length], in the order of what is walked over (a reverse scan runs it backwards)
     shard_map   [devices], along all mesh axes that it makes manual
     while       turns (how many there were), last (the sheet of the last one), and where the sheet has `flags`
-                [F]: count [F] and first turn [F] (-1: none) of each flag, and `first`, the sheet of the first turn with any
+                [F]: count [F] and first turn [F] (-1: none) of each flag, and `first`, the sheet of the first turn
+                with any
     cond        `ran` of a branch not taken is 0, and so is all else
 
 Equations that no tap wants, and all that is within them, run as they stand. The rest keeps its loops, branches, shards
@@ -248,10 +249,10 @@ def _with_all_consts(jaxprs: list[tuple[Any, list[Any]]]) -> list[ClosedJaxpr]:
         before = sum(len(k) for k in kinds[:i])
         after = sum(len(k) for k in kinds)
 
-        def run_it(
-            *v: Any, inner: Any = inner, own: slice = slice(before, before + len(consts)), n: int = after
-        ) -> Any:
-            return run(ClosedJaxpr(inner, ()), [*v[own], *v[n:]], lambda eqn, values: bind(eqn, values))
+        own = slice(before, before + len(consts))
+
+        def run_it(*v: Any, inner: Any = inner, own: slice = own, n: int = after) -> Any:
+            return run(ClosedJaxpr(inner, ()), [*v[own], *v[n:]], bind)
 
         rest = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner.invars[len(consts) :]]
         programs.append(jax.make_jaxpr(run_it)(*(k for group in kinds for k in group), *rest))

@@ -192,6 +192,7 @@ class Program:
         nodes: every equation; `nodes[i].number == i`.
         scopes: every scope; `scopes[i].number == i`.
         arguments: a name for each input.
+        differentiated: whether a part of it was differentiated.
     """
 
     def __init__(self, jaxpr: ClosedJaxpr, arguments: Sequence[str] | None = None):
@@ -199,6 +200,7 @@ class Program:
         self.nodes: list[Node] = []
         self.scopes: list[Scope] = []
         self.arguments = tuple(arguments or (f"input {i}" for i in range(len(jaxpr.jaxpr.invars))))
+        self.differentiated = False
         self._alike: collections.Counter[Any] = collections.Counter()
         self.root = self._scope("program", jaxpr, None, 0, Address((), "", None, None, "forward", 0, ()))
 
@@ -223,6 +225,8 @@ class Program:
                 stage = "recomputed"
             elif is_transform and name == "transpose":
                 stage = "backward"
+            elif is_transform and name == "jvp":
+                self.differentiated = True
             if not is_transform and name not in _MARKS:
                 path.append(name)
         frames = [frame for frame in _jax.frames(eqn) if not _is_insight(frame.file)]

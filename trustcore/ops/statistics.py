@@ -4,10 +4,10 @@
                                     COUNTS  of elements, columns and rows
                                     BINS    of magnitudes: bin b holds 2 ** (4 b - 127) <= |x| < 2 ** (4 b - 123)
 
-Bin 0 also holds zeros and subnormals, the last one Inf and NaN. A column is the last axis (a unit, a channel), a row all
-others together; those of zeros are counted where there are two rows or more. Moments are accumulated in float32 (the
-CPU handler: float64 beyond blocks of 1024): the standard deviation is good to some 3e-4 of the mean. Classes are told by
-bit patterns, so subnormals are seen where the device flushes them. O(elements) in one pass, no copy of x.
+Bin 0 also holds zeros and subnormals, the last one Inf and NaN. A column is the last axis (a unit, a channel), a row
+all others together; those of zeros are counted where there are two rows or more. Moments are accumulated in float32
+(the CPU handler: float64 beyond blocks of 1024): the standard deviation is good to some 3e-4 of the mean. Classes are
+told by bit patterns, so subnormals are seen where the device flushes them. O(elements) in one pass, no copy of x.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _xla(x: jax.Array) -> jax.Array:
     def join(left: Any, right: Any) -> tuple[jax.Array, ...]:
         return tuple(f(a, b) for f, a, b in zip(joins, left, right, strict=True))
 
-    rows, cols = x.shape
+    rows = x.shape[0]
     least, greatest, total, squares, *counts = lax.reduce(operands, starts, join, (0,) if rows > 1 else (0, 1))
     sums = dict(zip(classes, counts, strict=True))
     dead = jnp.sum(sums["zeros"] == rows, dtype=jnp.int32) if rows > 1 else jnp.int32(0)
