@@ -79,7 +79,7 @@ def runs(step: Callable[..., Any], args: Any) -> dict[str, Callable[[], Any]]:
 
     nothing = inspect(step, watch=None)
     assert nothing is step
-    one, everything = inspect(step, "layers/1/attention/*"), inspect(step)
+    one, everything = inspect(step, "blocks/1/attention/*"), inspect(step)
     return {
         "plain": lambda: step(*args),
         "nothing watched": lambda: nothing(*args),

@@ -1,7 +1,8 @@
 """The tap that takes statistics: what it measures inside the program, and the readings that come of it on the host.
 
-    leaf equation -> words of each float output [80], a flag for not finite, a flag for each watch that fits
-    scope         -> one sheet: words [outputs * 80], flags [F]       stacked and carried by `trustcore.graph.observe`
+    leaf equation -> words of each float output [80], a flag for each watch with a condition that fits; within a
+                     `while`, which keeps few of its turns, a flag for not finite, too
+    scope         -> one sheet: words, a list of [80]; flags [F]      stacked and carried by `trustcore.graph.observe`
     sheets        -> pages: one for each turn (shard, branch) that ran, words [outputs, 80]
 
 What only moves or copies elements is not measured: its readings are those of its input.
@@ -114,7 +115,8 @@ class StatisticsTap:
             kind = aval(node.eqn.outvars[i])
             if is_float(kind):
                 words[i] = self.words(x)
-                bad[i] = self.is_bad(node, words[i], inputs)
+                if any(scope.kind in ("while", "test") for scope in node.scope.around):
+                    bad[i] = self.is_bad(node, words[i], inputs)
             for w in self.fits[node.number]:
                 condition = self.watches[w].condition
                 if condition is not None and is_array(kind):
@@ -122,12 +124,11 @@ class StatisticsTap:
         return {"words": words, "bad": bad, "hits": hits}
 
     def is_bad(self, node: Node, words: jax.Array, inputs: Sequence[Any]) -> jax.Array:
-        """Returns whether an output has NaN or Inf; within a `while`, which keeps its first such turn, new Inf."""
+        """Returns whether an output has NaN, or Inf that no input has."""
         nan, inf = words[7] > 0, jnp.any(words[8:10] > 0)
-        if any(scope.kind in ("while", "test") for scope in node.scope.around):
-            for x, var in zip(inputs, node.eqn.invars, strict=True):
-                if is_float(var.aval):
-                    inf = jnp.logical_and(inf, worst_bits(jnp.asarray(x)) < np.uint32(0x7F800000))
+        for x, var in zip(inputs, node.eqn.invars, strict=True):
+            if is_float(var.aval):
+                inf = jnp.logical_and(inf, worst_bits(jnp.asarray(x)) < np.uint32(0x7F800000))
         return jnp.logical_or(nan, inf)
 
     def words(self, x: jax.Array) -> jax.Array:
@@ -144,16 +145,15 @@ class StatisticsTap:
                 slot = Slot(nodes[number], i)
                 slots.append(slot)
                 words.append(vector)
-                flags.append(Flag(slot, None))
-                raised.append(record["bad"][i])
+                if i in record["bad"]:
+                    flags.append(Flag(slot, None))
+                    raised.append(record["bad"][i])
             for (i, w), hit in record["hits"].items():
                 flags.append(Flag(Slot(nodes[number], i), w))
                 raised.append(hit)
         self.slots[scope.number], self.flags[scope.number] = slots, flags
-        return {
-            "words": jnp.concatenate(words) if words else jnp.zeros((0,), jnp.uint32),
-            "flags": jnp.stack(raised).astype(jnp.uint8) if raised else jnp.zeros((0,), jnp.uint8),
-        }
+        # Words are not joined: XLA's CPU compiler takes minutes for a concatenation of a thousand arrays.
+        return {"words": words} | ({"flags": jnp.stack(raised).astype(jnp.uint8)} if raised else {})
 
     def keep(self, scope: Scope, turn: jax.Array) -> None:
         """See `Tap`: every turn is kept."""
@@ -200,8 +200,9 @@ def pages(tap: StatisticsTap, program: Program, sheets: Sheets) -> tuple[list[Pa
             if hits is not None:
                 counted.append(Hits(scope, turns, shard, *hits))
             elif int(part["ran"]):
-                words = np.asarray(part["words"]).reshape(-1, WORDS)
-                found.append(Page(scope, turns, shard, words, np.asarray(part["flags"])))
+                words = np.stack(part["words"]) if part["words"] else np.zeros((0, WORDS), np.uint32)
+                flags = np.asarray(part.get("flags", np.zeros(0, np.uint8)))
+                found.append(Page(scope, turns, shard, words, flags))
     return found, counted
 
 
@@ -225,9 +226,10 @@ def _opened(
         count = int(np.asarray(sheet["turns"]))
         if not count:
             return
-        yield turns, shard, None, (np.asarray(sheet["count"]), np.asarray(sheet["first_turn"]))
-        raised = np.asarray(sheet["first_turn"])
-        first = min((int(t) for t in raised.reshape(-1) if t >= 0), default=-1)
+        first = -1
+        if "count" in sheet:
+            yield turns, shard, None, (np.asarray(sheet["count"]), np.asarray(sheet["first_turn"]))
+            first = min((int(t) for t in np.reshape(sheet["first_turn"], -1) if t >= 0), default=-1)
         if 0 <= first < count - 1:
             yield from _opened(rest, sheet["first"], (*turns, first), shard)
         yield from _opened(rest, sheet["last"], (*turns, count - 1), shard)

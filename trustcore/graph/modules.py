@@ -1,9 +1,9 @@
 """Traces a function, and names what each flax.nnx module computes by the module's path.
 
 While a function is traced here, the call of every nnx module opens a name scope: its path within the outermost module
-that is being called (`layers/3/attention`), or its class name where a transformation made it anew so that it is no part
-of the one around (`Block`). Nothing is left behind: outside, modules are as they were. Functions under jit that were
-traced before are traced again, for the names are part of their programs.
+that is being called (`layers/3/attention`), or `~Block` where a transformation made it anew so that it is no part of
+the one around (see `trustcore.graph.program`). Nothing is left behind: outside, modules are as they were. Functions
+under jit that were traced before are traced again, for the names are part of their programs.
 
 Leaves of the arguments that are arrays or floats are inputs of the program; all others (ints, strings, None) are fixed
 in it.
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from trustcore import _jax
-from trustcore.graph.program import Program
+from trustcore.graph.program import ANEW, Program
 
 _TRACING = threading.Lock()
 
@@ -143,7 +143,7 @@ class _Calls:
         path = paths.get(id(module))
         if path is None:  # made anew by a transformation
             self.active.append((module, _paths(module), ()))
-            return (type(module).__name__,)
+            return (ANEW + type(module).__name__,)
         self.active.append((module, paths, path))
         return path[len(here) :] if path[: len(here)] == here else path
 

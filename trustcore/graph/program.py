@@ -9,6 +9,10 @@ Calls (jit, checkpoint, custom derivatives) leave no trace in it, nor do the mar
 latter say the `stage`. An equation without a source line of its own has that of the call it belongs to. The same
 program traced again has the same addresses.
 
+A module that jit, checkpoint or another transformation made anew has lost its place in the one that calls it; its scope
+is called `~Block`. It gets the path that the arguments share which the equation around is given: for
+`args[0].blocks[3].mlp.kernel` and others of `blocks[3]` that is `blocks/3`. Where they share none, it stays `Block`.
+
 A turn of a loop is named where it is known: `address.at((37,))` is `scan[37]/log`.
 """
 
@@ -17,6 +21,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -32,6 +38,10 @@ from trustcore.graph.walk import bodies
 
 LOOPS = ("scan", "while", "test")  # kinds of scopes that run several times
 _COMPONENTS = {"scan": "scan", "while": "while", "test": "while", "shard": "shard_map"}
+ANEW = "~"  # begins the scope of a module that was made anew
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\['([^']*)'\]")
+# Primitives through which an argument is still told.
+_SAME = frozenset({"convert_element_type", "copy", "reshape", "squeeze", "transpose", "pvary", "stop_gradient"})
 _MARKS = frozenset({"checkpoint", "rematted_computation", "remat", "remat2"})
 
 
@@ -202,23 +212,58 @@ class Program:
         self.arguments = tuple(arguments or (f"input {i}" for i in range(len(jaxpr.jaxpr.invars))))
         self.differentiated = False
         self._alike: collections.Counter[Any] = collections.Counter()
-        self.root = self._scope("program", jaxpr, None, 0, Address((), "", None, None, "forward", 0, ()))
+        nowhere = Address((), "", None, None, "forward", 0, ())
+        self.root = self._scope("program", jaxpr, None, 0, nowhere, list(range(len(jaxpr.jaxpr.invars))), ())
 
-    def _scope(self, kind: str, jaxpr: ClosedJaxpr, owner: Node | None, branch: int, around: Address) -> Scope:
+    def _scope(
+        self,
+        kind: str,
+        jaxpr: ClosedJaxpr,
+        owner: Node | None,
+        branch: int,
+        around: Address,
+        given: Sequence[int | None],
+        shared: tuple[str, ...],
+    ) -> Scope:
+        """Adds a scope.
+
+        Args:
+            kind, jaxpr, owner, branch: see `Scope`.
+            around: the address of its owner.
+            given: for each input, which argument of the program it is, if it is one.
+            shared: the path that the arguments given to its owner have in common.
+        """
         scope = Scope(kind, jaxpr, owner, branch, len(self.scopes))
         self.scopes.append(scope)
+        told = {var: which for var, which in zip(jaxpr.jaxpr.invars, given, strict=True) if which is not None}
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-            address = self._address(eqn, around)
+            own = [None if isinstance(atom, Literal) else told.get(atom) for atom in eqn.invars]
+            if eqn.primitive.name in _SAME and own[0] is not None:
+                told[eqn.outvars[0]] = own[0]
+            address = self._address(eqn, around, shared)
             node = Node(eqn, scope, index, len(self.nodes), address)
             self.nodes.append(node)
             scope.nodes.append(node)
             found = bodies(eqn)
             node.bodies = tuple(
-                self._scope(kind, body, node, i, _entered(address, kind, i)) for i, (kind, body) in enumerate(found)
+                self._scope(
+                    kind, body, node, i, _entered(address, kind, i), _given(eqn, kind, own), self._shared(own) or shared
+                )
+                for i, (kind, body) in enumerate(found)
             )
         return scope
 
-    def _address(self, eqn: JaxprEqn, around: Address) -> Address:
+    def _shared(self, own: Sequence[int | None]) -> tuple[str, ...]:
+        """The path that arguments have in common, of those of the tree that has most of them."""
+        paths = [_steps(self.arguments[which]) for which in own if which is not None]
+        roots = collections.Counter(root for root, steps in paths if len(steps) > 1)
+        if not roots:
+            return ()
+        most = roots.most_common(1)[0][0]
+        columns = zip(*(steps for root, steps in paths if root == most and len(steps) > 1), strict=False)
+        return tuple(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+    def _address(self, eqn: JaxprEqn, around: Address, shared: tuple[str, ...]) -> Address:
         path, stage = list(around.path), around.stage
         for name, is_transform in _jax.scopes(eqn):
             if name == "rematted_computation":
@@ -227,7 +272,10 @@ class Program:
                 stage = "backward"
             elif is_transform and name == "jvp":
                 self.differentiated = True
-            if not is_transform and name not in _MARKS:
+            if not is_transform and name.startswith(ANEW):
+                known = shared[len(path) :] if list(shared[: len(path)]) == path else shared
+                path += known or (name.removeprefix(ANEW),)
+            elif not is_transform and name not in _MARKS:
                 path.append(name)
         frames = [frame for frame in _jax.frames(eqn) if not _is_insight(frame.file)]
         own = next((frame for frame in frames if not _is_library(frame.file)), None)
@@ -248,6 +296,29 @@ def _entered(address: Address, kind: str, branch: int) -> Address:
         return address
     loops = (*address.loops, len(address.path)) if kind in LOOPS else address.loops
     return dataclasses.replace(address, path=(*address.path, component), loops=loops)
+
+
+def _given(eqn: JaxprEqn, kind: str, own: Sequence[int | None]) -> list[int | None]:
+    """Which arguments of the program the inputs of a body are; what a loop carries is none."""
+    if kind == "branch":
+        return list(own[1:])
+    if kind == "scan":
+        consts, carries = _jax.scan_counts(eqn.params)
+        return [*own[:consts], *[None] * carries, *own[consts + carries :]]
+    if kind in ("test", "while"):
+        in_test, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        fixed = own[:in_test] if kind == "test" else own[in_test : in_test + in_body]
+        return [*fixed, *[None] * (len(own) - in_test - in_body)]
+    return list(own)
+
+
+@functools.lru_cache(maxsize=4096)
+def _steps(argument: str) -> tuple[str, tuple[str, ...]]:
+    """`args[0].blocks[1].kernel` -> `args[0]`, (blocks, 1, kernel)."""
+    found = list(_STEP.finditer(argument))
+    head = argument.partition("[")[0]
+    steps = tuple(next(group for group in step.groups() if group is not None) for step in found)
+    return head + "/".join(steps[:1]), steps[1:]
 
 
 @functools.cache

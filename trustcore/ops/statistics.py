@@ -87,9 +87,9 @@ def _bits(value: float) -> np.uint32:
 
 def _xla(x: jax.Array) -> jax.Array:
     normal = _bits(float(jnp.finfo(x.dtype).tiny)) if x.dtype != jnp.float64 else _bits(1.1754944e-38)
-    x = _rows(_as_float32(x))
     if not x.size:
         return jnp.zeros((WORDS,), jnp.uint32)
+    x = _rows(_as_float32(x))
     a = _magnitudes(x)
     finite = a < _INF
     kept = jnp.where(finite, x, 0.0)
