@@ -1,8 +1,8 @@
 """Traces a function, and names what each flax.nnx module computes by the module's path.
 
 While a function is traced here, the call of every nnx module opens a name scope: its path within the outermost module
-that is being called (`layers/3/attention`), or `~Block` where a transformation made it anew so that it is no part of
-the one around (see `trustcore.graph.program`). Nothing is left behind: outside, modules are as they were. Functions
+that is being called (`layers/3/attention`), or `~Block:7` where a transformation made it anew so that it is no part
+of the one around (see `trustcore.graph.program`). Nothing is left behind: outside, modules are as they were. Functions
 under jit that were traced before are traced again, for the names are part of their programs.
 
 Leaves of the arguments that are arrays or floats are inputs of the program; all others (ints, strings, None) are fixed
@@ -116,7 +116,7 @@ class _Calls:
     """The modules that are being called, outermost first: each with the paths of all modules below it."""
 
     def __init__(self, thread: int):
-        self.thread = thread
+        self.thread, self.anew = thread, 0
         self.active: list[tuple[Any, dict[int, tuple[str, ...]], tuple[str, ...]]] = []
 
     def scoped(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +143,8 @@ class _Calls:
         path = paths.get(id(module))
         if path is None:  # made anew by a transformation
             self.active.append((module, _paths(module), ()))
-            return (ANEW + type(module).__name__,)
+            self.anew += 1
+            return (f"{ANEW}{type(module).__name__}:{self.anew}",)
         self.active.append((module, paths, path))
         return path[len(here) :] if path[: len(here)] == here else path
 

@@ -10,8 +10,9 @@ latter say the `stage`. An equation without a source line of its own has that of
 program traced again has the same addresses.
 
 A module that jit, checkpoint or another transformation made anew has lost its place in the one that calls it; its scope
-is called `~Block`. It gets the path that the arguments share which the equation around is given: for
-`args[0].blocks[3].mlp.kernel` and others of `blocks[3]` that is `blocks/3`. Where they share none, it stays `Block`.
+is called `~Block:7`, the seventh such call. It gets the path that the arguments share which its equations, or the
+call around them, are given: for `args[0].blocks[3].mlp.kernel` and others of `blocks[3]` that is `blocks/3`. Where they
+share none, it stays `Block`.
 
 A turn of a loop is named where it is known: `address.at((37,))` is `scan[37]/log`.
 """
@@ -24,7 +25,7 @@ import functools
 import itertools
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -236,34 +237,49 @@ class Program:
         scope = Scope(kind, jaxpr, owner, branch, len(self.scopes))
         self.scopes.append(scope)
         told = {var: which for var, which in zip(jaxpr.jaxpr.invars, given, strict=True) if which is not None}
-        for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        used: list[list[int | None]] = []
+        anew: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for eqn in jaxpr.jaxpr.eqns:
             own = [None if isinstance(atom, Literal) else told.get(atom) for atom in eqn.invars]
+            used.append(own)
             if eqn.primitive.name in _SAME and own[0] is not None:
                 told[eqn.outvars[0]] = own[0]
-            address = self._address(eqn, around, shared)
+            names = [name for name, is_transform in _jax.scopes(eqn) if not is_transform]
+            for i, name in enumerate(names):
+                if name.startswith(ANEW):
+                    inner = tuple(n for n in names[i + 1 :] if n not in _MARKS and not n.startswith(ANEW))
+                    anew.setdefault(name, []).extend(self._owners(own, inner))
+        paths = {name: _shared(owners) or shared for name, owners in anew.items()}
+        for index, (eqn, own) in enumerate(zip(jaxpr.jaxpr.eqns, used, strict=True)):
+            address = self._address(eqn, around, paths)
             node = Node(eqn, scope, index, len(self.nodes), address)
             self.nodes.append(node)
             scope.nodes.append(node)
             found = bodies(eqn)
             node.bodies = tuple(
                 self._scope(
-                    kind, body, node, i, _entered(address, kind, i), _given(eqn, kind, own), self._shared(own) or shared
+                    kind,
+                    body,
+                    node,
+                    i,
+                    _entered(address, kind, i),
+                    _given(eqn, kind, own),
+                    _shared(self._owners(own, ())) or shared,
                 )
                 for i, (kind, body) in enumerate(found)
             )
         return scope
 
-    def _shared(self, own: Sequence[int | None]) -> tuple[str, ...]:
-        """The path that arguments have in common, of those of the tree that has most of them."""
-        paths = [_steps(self.arguments[which]) for which in own if which is not None]
-        roots = collections.Counter(root for root, steps in paths if len(steps) > 1)
-        if not roots:
-            return ()
-        most = roots.most_common(1)[0][0]
-        columns = zip(*(steps for root, steps in paths if root == most and len(steps) > 1), strict=False)
-        return tuple(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    def _owners(self, own: Sequence[int | None], inner: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+        """For each argument its tree, and the path of the module that has it, or whose part `inner` has it."""
+        found = []
+        for root, steps in (_steps(self.arguments[which]) for which in own if which is not None):
+            if len(steps) > 1:
+                ends = [i for i in range(len(steps)) if inner and steps[i : i + len(inner)] == inner]
+                found.append((root, steps[: ends[-1]] if ends else steps[:-1]))
+        return found
 
-    def _address(self, eqn: JaxprEqn, around: Address, shared: tuple[str, ...]) -> Address:
+    def _address(self, eqn: JaxprEqn, around: Address, anew: Mapping[str, tuple[str, ...]]) -> Address:
         path, stage = list(around.path), around.stage
         for name, is_transform in _jax.scopes(eqn):
             if name == "rematted_computation":
@@ -273,8 +289,9 @@ class Program:
             elif is_transform and name == "jvp":
                 self.differentiated = True
             if not is_transform and name.startswith(ANEW):
-                known = shared[len(path) :] if list(shared[: len(path)]) == path else shared
-                path += known or (name.removeprefix(ANEW),)
+                known = anew[name]
+                known = known[len(path) :] if list(known[: len(path)]) == path else known
+                path += known or (name.removeprefix(ANEW).partition(":")[0],)
             elif not is_transform and name not in _MARKS:
                 path.append(name)
         frames = [frame for frame in _jax.frames(eqn) if not _is_insight(frame.file)]
@@ -310,6 +327,15 @@ def _given(eqn: JaxprEqn, kind: str, own: Sequence[int | None]) -> list[int | No
         fixed = own[:in_test] if kind == "test" else own[in_test : in_test + in_body]
         return [*fixed, *[None] * (len(own) - in_test - in_body)]
     return list(own)
+
+
+def _shared(owners: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
+    """What paths have in common, of those of the tree that has most of them."""
+    if not owners:
+        return ()
+    most = collections.Counter(root for root, _ in owners).most_common(1)[0][0]
+    columns = zip(*(steps for root, steps in owners if root == most), strict=False)
+    return tuple(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 @functools.lru_cache(maxsize=4096)
