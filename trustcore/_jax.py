@@ -140,6 +140,11 @@ def replace_bodies(eqn: Any, jaxprs: Sequence[Any]) -> dict[str, Any]:
     return params
 
 
+def key_implementation(dtype: Any) -> str:
+    """Returns the name of the generator that a dtype of random keys belongs to."""
+    return dtype._impl.name
+
+
 class Call(NamedTuple):
     """A call of a jitted function that had to be traced or compiled."""
 

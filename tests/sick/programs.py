@@ -92,7 +92,13 @@ def vanishing_gradient(x):
     return jnp.sum(x * x * x + 1.0)  # here
 
 
-@sick(jnp.ones(4), jnp.ones(4), kind="zeros", primitive="broadcast_in_dim", transform=functools.partial(jax.grad, argnums=1))
+@sick(
+    jnp.ones(4),
+    jnp.ones(4),
+    kind="zeros",
+    primitive="broadcast_in_dim",
+    transform=functools.partial(jax.grad, argnums=1),
+)
 def gradient_that_is_cut_off(x, w):
     return jnp.sum(x * jax.lax.stop_gradient(w))
 
@@ -189,7 +195,8 @@ def an_all_zero_embedding_row(tokens, table):
     return table[tokens] * 2.0  # here
 
 
-@sick(jnp.ones((16, 4)) + X[:1], jnp.where(jnp.arange(8)[None] < 5, -1.0, 1.0) * jnp.ones((4, 8)), kind="dead", primitive="max",
+@sick(jnp.ones((16, 4)) + X[:1], jnp.where(jnp.arange(8)[None] < 5, -1.0, 1.0) * jnp.ones((4, 8)),
+      kind="dead", primitive="max",
       says="5 of 8 units")  # fmt: skip
 def dead_relu_units(x, w):
     hidden = jax.nn.relu(x @ w - 0.5)  # here
@@ -284,7 +291,7 @@ def a_division_in_a_fori_loop(x, n):
 
 @sick(jnp.float32(-2.0), kind="nan", primitive="log", path="cond:1", says="negative number")
 def a_nan_in_one_branch(x):
-    return jax.lax.cond(x < 0, lambda x: jnp.log(x), lambda x: x, x)  # here
+    return jax.lax.cond(x < 0, jnp.log, lambda x: x, x)  # here
 
 
 @sick(X[0], kind="inf", primitive="div", path="scan/cond:3", turns=(3,), says="denominator is 0")
@@ -401,7 +408,7 @@ def newton_in_a_while_loop(x):
 
 @healthy(jnp.float32(2.0))
 def branch_that_would_fail(x):
-    return jax.lax.cond(x < 0, lambda x: jnp.log(x), lambda x: x, x)
+    return jax.lax.cond(x < 0, jnp.log, lambda x: x, x)
 
 
 @healthy(KEY, X, transform=functools.partial(jax.grad, argnums=1))

@@ -48,6 +48,7 @@ class Difference:
         turn: of the outermost loop around, the first in which it diverged; None outside of loops.
         shapes: of both.
         dtypes: of both.
+        order: sorts values by when they diverged: all those of one turn before those of the next.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Difference:
     turn: int | None
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtypes: tuple[str, str]
+    order: tuple[int, ...]
 
     @property
     def diverged(self) -> bool:
@@ -86,8 +88,8 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first divergence in the order of the program; None where there is none."""
-        return next((d for d in self.differences if d.diverged), None)
+        """The first divergence in the order in which values are computed; None where there is none."""
+        return min((d for d in self.differences if d.diverged), key=lambda d: d.order, default=None)
 
     @property
     def ranked(self) -> list[Difference]:
@@ -281,7 +283,9 @@ def _compared(program: Program, pairs: Sequence[Any], unmatched: Sequence[str], 
         growth = error / max(before) if before and max(before) > 0 else None
         kinds = (x.array.dtype.name, y.array.dtype.name)
         shapes = (x.array.shape, y.array.shape)
-        found.append(Difference(name, x.address, reference, error, growth, limit, turn, shapes, kinds))
+        outermost = next((s.owner for s in x.node.scope.around if s.kind == "scan" and s.owner), x.node)
+        order = (outermost.number, turn or 0, x.node.number, x.output)
+        found.append(Difference(name, x.address, reference, error, growth, limit, turn, shapes, kinds, order))
     return Comparison(tuple(found), tuple(unmatched))
 
 

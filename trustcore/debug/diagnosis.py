@@ -17,7 +17,7 @@ import numpy as np
 from trustcore.debug.issues import Input, Issue, Severity, cause_of
 from trustcore.debug.readings import HUGE, NAN, NEGATIVE, POSITIVE, ZEROS, Place, Readings
 from trustcore.debug.statistics import Statistics
-from trustcore.graph import Address, origins
+from trustcore.graph import Address, aval, origins
 from trustcore.graph.program import described
 
 Has = Callable[[Statistics], bool]
@@ -148,6 +148,8 @@ class Diagnosis:
                 continue
             told = self.readings.inputs(place)[: 1 if name in ("max", "gather") else None]
             inputs = [s for found in told for _, s in found]
+            shapes = [aval(atom).shape for atom in place.node.eqn.invars]
+            parts = any(s.shape != shape for found, shape in zip(told, shapes, strict=False) for _, s in found)
             kind, cause = "zeros", ""
             dead = (stats.dead_units or 0) / stats.shape[-1] if stats.shape else 0.0
             rows = stats.size // stats.shape[-1] if stats.shape else 0
@@ -155,7 +157,7 @@ class Diagnosis:
                 cause = f"{stats.zero_rows} of the {rows} rows taken are rows of zeros"
             elif name == "max" and rows >= FEW_ROWS and dead >= DEAD:
                 kind, cause = "dead", f"{stats.dead_units} of {stats.shape[-1]} units are zero in all {rows} rows"
-            elif stats.all_zero and name != "gather" and inputs and not any(s.all_zero for s in inputs):
+            elif stats.all_zero and name != "gather" and inputs and not parts and not any(s.all_zero for s in inputs):
                 cause = (
                     "its inputs are not zero: they are cut off"
                     if name == "max"
@@ -192,7 +194,7 @@ class Diagnosis:
         if self.baseline is None:
             return
         for page, _, place in sorted(self.readings.measured(), key=lambda found: found[2].order):
-            usual = self.baseline.get(f"{place.node.address}:{place.output}")
+            usual = self.baseline.get(_key(place))
             stats = self.readings.of(place)
             if usual is None or stats is None or stats.bad or page.shard:
                 continue
@@ -208,7 +210,7 @@ class Diagnosis:
         """Whether a place is far from the baseline, too."""
         if not isinstance(where, Place) or self.baseline is None:
             return False
-        usual = self.baseline.get(f"{where.node.address}:{where.output}", {}).get("rms")
+        usual = self.baseline.get(_key(where), {}).get("rms")
         stats = self.readings.of(where)
         if not usual or stats is None or stats.rms is None:
             return False
@@ -374,6 +376,11 @@ def _forward(readings: Readings) -> dict[Any, tuple[Address, ...]]:
         if node.address.stage != "backward" and not node.bodies and node.address.frame is not None:
             found.setdefault((node.address.frame, node.address.library, node.address.path), []).append(node.address)
     return {key: tuple(addresses[:2]) for key, addresses in found.items()}
+
+
+def _key(place: Place) -> str:
+    """As a baseline names a value."""
+    return f"{described(place.node.address, place.index)}:{place.output}"
 
 
 def _is_bad(s: Statistics) -> bool:

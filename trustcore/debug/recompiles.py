@@ -120,7 +120,7 @@ class RecompileLog:
     def __init__(self, warn_after: int):
         self.calls: list[Recompile] = []
         self._warn_after = warn_after
-        self._known: dict[Any, list[tuple[dict[str, Leaf], int]]] = {}
+        self._known: dict[Any, list[tuple[dict[str, Leaf], Any]]] = {}
         self._open: dict[Any, int] = {}
 
     @property
@@ -150,7 +150,7 @@ class RecompileLog:
             self.calls[index] = dataclasses.replace(self.calls[index], seconds=self.calls[index].seconds + seconds)
             return
         known = self._known.setdefault(key, [])
-        against, changes = _closest(sign, id(call.function), known)
+        against, changes = _closest(sign, call.function, known)
         nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((call.args, call.kwargs)))
         if kind == "traced":
             self._open[in_progress] = len(self.calls)
@@ -166,7 +166,7 @@ class RecompileLog:
                 seconds=seconds,
             )
         )
-        known.append((sign, id(call.function)))
+        known.append((sign, call.function))
         if self._warn_after and len(known) == self._warn_after and not nested:
             last = self.calls[-1]
             warnings.warn(
@@ -250,7 +250,7 @@ def _text(value: Any) -> str:
 
 
 def _closest(
-    sign: dict[str, Leaf], function: int, known: list[tuple[dict[str, Leaf], int]]
+    sign: dict[str, Leaf], function: Any, known: list[tuple[dict[str, Leaf], Any]]
 ) -> tuple[int | None, tuple[Change, ...]]:
     best: tuple[int, int] | None = None
     for i, (other, _) in enumerate(known):
@@ -260,7 +260,7 @@ def _closest(
     if best is None:
         return None, ()
     changes = _changes(known[best[1]][0], sign)
-    if not changes and known[best[1]][1] != function:
+    if not changes and known[best[1]][1] is not function:
         changes = [Change("", "function", "another object of the same definition", "one made anew")]
     elif not changes:
         changes = [Change("", "context", "other settings of jax, mesh or closure", "the same arguments")]

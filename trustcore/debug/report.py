@@ -214,9 +214,9 @@ class Report:
         return tuple(operation(nodes[n], Place(nodes[n], 0, turns, ()).index) for _, n, turns in ran)
 
     def baseline(self) -> dict[str, dict[str, Any]]:
-        """Returns what is usual, for `inspect(baseline=...)`: plain data, the last turn of what runs in loops."""
+        """Returns what is usual, for `inspect(baseline=...)`: plain data by address, turn and output."""
         return {
-            f"{r.address}:{r.output}": {"rms": r.statistics.rms, "mean": r.statistics.mean, "std": r.statistics.std}
+            f"{described(r.address, r.turns)}:{r.output}": {"rms": r.statistics.rms, "mean": r.statistics.mean, "std": r.statistics.std}
             for r in self.statistics
         }
 

@@ -125,9 +125,10 @@ def tree(report: Report) -> dict[str, Any]:
         place = root
         for part in path:
             place = place.setdefault(part + "/", {})
-        place[f"{last} {reading.address.place}".strip() + ("" if not reading.shard else f" shard {reading.shard}")] = (
-            reading.statistics
-        )
+        notes = [reading.address.place, "" if reading.address.stage == "forward" else reading.address.stage]
+        notes += [f"output {reading.output}"] if reading.output else []
+        notes += [f"shard {', '.join(map(str, reading.shard))}"] if reading.shard else []
+        place[f"{last} ({', '.join(filter(None, notes))})"] = reading.statistics
     return root
 
 

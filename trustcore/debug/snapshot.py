@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trustcore import _jax
 from trustcore.debug.issues import Issue
 from trustcore.debug.statistics import Statistics, of
 from trustcore.debug.tap import is_float
@@ -157,7 +158,7 @@ def _wide(x: Any) -> np.ndarray:
 def _device(x: Any, kind: Any) -> Any:
     """An array as the equation takes it; a random key is kept as its numbers."""
     if jnp.issubdtype(kind.dtype, jax.dtypes.prng_key) and not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=str(kind.dtype).removeprefix("key<").removesuffix(">"))
+        return jax.random.wrap_key_data(jnp.asarray(x), impl=_jax.key_implementation(kind.dtype))
     return jnp.asarray(x, kind.dtype)
 
 

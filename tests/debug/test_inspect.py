@@ -1,0 +1,205 @@
+"""`inspect`: the same outputs, statistics of every value, watches, reports in every form, and refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trustcore as tc
+from trustcore.debug import Breakpoint, Severity, Watch
+from trustcore.errors import DebugError
+
+X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
+
+
+def body(carry, i):
+    with jax.named_scope("block"):
+        return carry + jnp.exp(carry * i), carry.sum()
+
+
+def fn(x, scale=2.0):
+    carry, sums = jax.lax.scan(body, x * scale, jnp.arange(3.0))
+    return {"carry": carry, "mean": sums.mean()}
+
+
+@pytest.fixture(scope="module")
+def ran():
+    return tc.debug.inspect(fn).run(X)
+
+
+def test_nothing_watched_gives_the_function_itself():
+    assert tc.debug.inspect(fn, watch=None) is fn and tc.debug.inspect(fn, watch=()) is fn
+
+
+def test_outputs_are_those_of_the_function(ran):
+    outputs, report = ran
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), outputs, fn(X))
+    assert list(report.results) == ["result['carry']", "result['mean']"]
+    assert report.arguments["args[0]"].size == 12
+
+
+def test_statistics_are_those_of_each_turn(ran):
+    _, report = ran
+    found = report.find("scan/block/exp")
+    assert [reading.turns for reading in found] == [(0,), (1,), (2,)]
+    carry = X * 2
+    for reading, i in zip(found, range(3), strict=True):
+        expected = np.asarray(jnp.exp(carry * i), np.float64)
+        stats = reading.statistics
+        for name, value in (("min", expected.min()), ("max", expected.max()), ("mean", expected.mean())):
+            np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-5)
+        np.testing.assert_allclose(stats.std, expected.std(), rtol=1e-4, atol=1e-6)
+        carry, _ = body(carry, jnp.float32(i))
+    assert report.find("broadcast_in_dim") or report.find("mul")
+
+
+def test_what_only_moves_is_read_off_its_input():
+    _, report = tc.debug.inspect(lambda x: (x * 3).T.reshape(2, 6)[None]).run(X)
+    by_name = {r.address.primitive: r.statistics for r in report.statistics}
+    assert by_name["transpose"].shape == (4, 3) and by_name["transpose"].max == by_name["mul"].max == 3.0
+    assert sum(by_name["reshape"].histogram) == 12
+
+
+def test_a_program_is_traced_once_for_arguments_of_a_kind():
+    calls = []
+
+    def counted(x, flag):
+        calls.append(flag)
+        return x * 2 if flag else x
+
+    inspected = tc.debug.inspect(counted)
+    for flag in (True, True, False, True):
+        inspected(X, flag)
+    inspected(X.astype(jnp.bfloat16), True)
+    assert calls == [True, False, True]
+    assert inspected.report.find("mul")[0].statistics.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("condition", "count", "first"),
+    [
+        (tc.debug.exceeds(4.0), 4, "scan[1]/block/exp"),
+        (tc.debug.below(1.5), 3, "scan[0]/block/exp"),
+        (tc.debug.has_nan(), 0, ""),
+        (tc.debug.has_inf(), 0, ""),
+        (tc.debug.shape_equals(3, 4), 3, "scan[0]/block/exp"),
+        (tc.debug.predicate(lambda x: jnp.mean(x) > 2, "large mean"), None, "scan"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_watches_count_their_hits(condition, count, first):
+    watch = Watch("scan/block/exp", condition)
+    _, report = tc.debug.inspect(fn, [watch]).run(X)
+    (hit,) = report.hits
+    carry, expected = X * 2, 0
+    for i in range(3):
+        expected += bool(condition(jnp.exp(carry * i)))
+        carry, _ = body(carry, jnp.float32(i))
+    assert hit.count == expected and hit.first.startswith(first)
+    assert {r.address.primitive for r in report.statistics} == {"exp"}
+    assert count is None or expected <= count
+
+
+def test_hits_within_a_while_are_counted():
+    def loop(x):
+        return jax.lax.while_loop(lambda s: s[0] < 8, lambda s: (s[0] + 1, s[1] * 2.0), (0, x))[1]
+
+    _, report = tc.debug.inspect(loop, [Watch("while/mul", tc.debug.exceeds(10.0))]).run(jnp.ones(2))
+    (hit,) = report.hits
+    assert (hit.count, hit.first.split(" ")[0]) == (5, "while[3]/mul")
+
+
+def test_a_stop_hands_over_a_snapshot():
+    watched = tc.debug.inspect(fn, ["*", Watch("*/exp", tc.debug.exceeds(4.0), stop=True)])
+    with pytest.raises(Breakpoint, match=r"exceeds\(4\) at scan\[1\]/block/exp") as caught:
+        watched(X)
+    snapshot = caught.value.snapshot
+    assert snapshot.turns == (1,) and snapshot.address.primitive == "exp"
+    np.testing.assert_allclose(snapshot.outputs[0], np.exp(snapshot.inputs[0]), rtol=1e-6)
+    assert watched.report is caught.value.report
+
+
+def test_a_predicate_must_give_one_boolean():
+    with pytest.raises(DebugError, match="it must give one boolean"):
+        tc.debug.inspect(fn, [Watch("*", tc.debug.predicate(lambda x: x > 3))])(X)
+
+
+def test_refusals_say_what_to_write():
+    with pytest.raises(DebugError, match=r"fits none of the \d+ equations; addresses look like"):
+        tc.debug.inspect(fn, "layers/*")(X)
+    with pytest.raises(DebugError, match="neither a glob nor a Watch"):
+        tc.debug.inspect(fn, [3])
+    with pytest.raises(DebugError, match="names no condition"):
+        Watch("*", stop=True)
+    with pytest.raises(DebugError, match="none of False, True, 'times'"):
+        tc.debug.inspect(fn, trace="all")
+    with pytest.raises(DebugError, match=r"not jax\.jit"):
+        jax.jit(tc.debug.inspect(fn))(X)
+
+
+def test_history_lists_what_ran():
+    _, report = tc.debug.inspect(fn, trace=True, limit=5).run(X)
+    assert len(report.history) == 5 and report.history[0].inputs[0] == "float32[3,4]"
+    timed = tc.debug.inspect(fn, watch=None, trace="times", limit=100)
+    outputs, report = timed.run(X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), outputs, fn(X))
+    assert all(op.seconds > 0 for op in report.history)
+    assert [op.turns for op in report.history if op.address.primitive == "exp"] == [(0,), (1,), (2,)]
+
+
+def test_a_value_far_from_the_baseline_is_an_issue():
+    usual, small = tc.debug.inspect(fn), X / 8
+    usual(small)
+    baseline = json.loads(json.dumps(usual.report.baseline()))
+    again = tc.debug.inspect(fn, baseline=baseline)
+    again(small)
+    assert again.report.issues == ()
+    again(small * 20)
+    issues = [issue for issue in again.report.issues if issue.kind == "unusual"]
+    assert issues and issues[0].severity == Severity.WARNING and "in the baseline it is" in issues[0].message
+
+
+def test_reports_in_every_form(tmp_path):
+    inspected = tc.debug.inspect(jax.grad(lambda x: jnp.sum(jnp.where(x > 0, jnp.sqrt(x), 0.0))))
+    inspected(jnp.array([0.0, 1.0]))
+    report = inspected.report
+    text = str(report)
+    assert "critical" in text and "0 * Inf is NaN" in text and "1e-8 to 1e8" in text
+    data = json.loads(report.to_json(tmp_path / "report.json"))
+    assert data["issues"][0]["kind"] == "nan" and data["issues"][0]["line"] and data["statistics"]
+    page = report.to_html(tmp_path / "report.html")
+    assert page.count("<svg") == len(report.statistics) and "src=" not in page and "href=" not in page
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+    assert report._repr_html_() in page and "mul" in "".join(report.tree())
+
+
+def test_the_hunt_prints_one_sentence(capsys):
+    answer = tc.debug.nan_hunt(lambda x: jnp.log(x - 1.0))(jnp.array([2.0, 0.5]))
+    assert capsys.readouterr().out == f"{answer}\n"
+    assert answer.found and "logarithm of a negative number (-0.5)" in str(answer) and "is [1]" in str(answer)
+    assert answer.to_dict()["root"]["primitive"] == "log"
+    fine = tc.debug.nan_hunt(jnp.sin, show=None)(X)
+    assert (fine.found, str(fine)) == (False, "All results are finite.")
+
+
+def test_the_hunt_goes_back_to_the_overflow():
+    answer = tc.debug.nan_hunt(lambda x: jnp.exp(x) / jnp.sum(jnp.exp(x)), show=None)(jnp.array([100.0, 1.0]))
+    assert (answer.issue.kind, answer.root.kind, answer.root.address.primitive) == ("nan", "inf", "exp")
+    assert "Of it came this: NaN first appeared in div" in str(answer)
+
+
+def test_statistics_of_a_program_on_several_devices(fresh_python):
+    source = """
+        import jax, jax.numpy as jnp
+        import trustcore as tc
+        mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        x = jax.device_put(jnp.arange(32.0).reshape(8, 4), jax.NamedSharding(mesh, jax.P("d")))
+        loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2)
+        outputs, report = tc.debug.inspect(jax.jit(jax.grad(loss))).run(jnp.ones((4, 4)), x)
+        assert jnp.allclose(outputs, jax.grad(loss)(jnp.ones((4, 4)), x), atol=1e-5)
+        assert report.arguments["args[1]"].max == 31.0 and report.find("*dot_general")
+        print("fine")
+    """
+    assert fresh_python(source, devices=4).strip() == "fine"
