@@ -141,7 +141,10 @@ def main() -> None:
 
 def put(result: dict[str, Any]) -> None:
     """Puts a result into docs/benchmarks.md."""
-    lines = ["| step | plain | nothing watched | attention of one layer | everything | everything / plain |", "|---|" + "---|" * 5]
+    lines = [
+        "| step | plain | nothing watched | attention of one layer | everything | everything / plain |",
+        "|---|" + "---|" * 5,
+    ]
     for name, size in result["sizes"].items():
         seconds = size["seconds"]
         cells = [
@@ -152,7 +155,9 @@ def put(result: dict[str, Any]) -> None:
         lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
     told = ", ".join(f"{s['values']} values of {s['equations']} equations" for s in result["sizes"].values())
     read = " and ".join(f"{s['reading']:.1f} s" for s in result["sizes"].values())
-    first = " and ".join(f"{s['first']['everything']:.0f} s against {s['first']['plain']:.0f} s" for s in result["sizes"].values())
+    first = " and ".join(
+        f"{s['first']['everything']:.0f} s against {s['first']['plain']:.0f} s" for s in result["sizes"].values()
+    )
     note = f"Measured are {told}. Reading the report takes {read}, the first call with its compilation {first}."
     fill("docs/benchmarks.md", "debug", "\n".join([*lines, "", note, described(result)]))
 

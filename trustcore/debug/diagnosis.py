@@ -298,7 +298,12 @@ class Diagnosis:
             Input(*((self._named(found[0][0]), max((s for _, s in found), key=_badness)) if found else ("?", None)))
             for found in self.readings.inputs(place)
         )
-        cause = cause or cause_of(place.node.eqn.primitive.name, kind, stats, [i.statistics for i in inputs])
+        shapes = [aval(atom).shape for atom in place.node.eqn.invars]
+        whole = [  # what a scan walks over is measured as one
+            i.statistics if i.statistics is not None and i.statistics.shape == shape else None
+            for i, shape in zip(inputs, shapes, strict=True)
+        ]
+        cause = cause or cause_of(place.node.eqn.primitive.name, kind, stats, whole)
         address = place.node.address
         forward = self.forward.get((address.frame, address.library, address.path), ())
         return place.order, Issue(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trustcore.debug.inspector import Inspected
-from trustcore.debug.issues import Issue
+from trustcore.debug.issues import Input, Issue, cause_of
 from trustcore.debug.report import Report
 from trustcore.debug.snapshot import Snapshot, snapshot_at
 from trustcore.debug.watch import Watch
@@ -104,4 +104,10 @@ def _answer(report: Report, outputs: Any, leaves: list[Any]) -> Answer:
         place = next((p for p in places if index_of(p.node, p.turns) == root.turns and p.shard == root.shard), None)
         if place is not None:
             snapshot = snapshot_at(report.traced.program, leaves, place.node, place.turns, place.shard, root)
+            into, out = snapshot.statistics()
+            cause = cause_of(root.address.primitive, root.kind, out[0] or root.statistics, into)
+            inputs = tuple(Input(i.source, s) for i, s in zip(root.inputs, into, strict=True))
+            exact = dataclasses.replace(root, cause=cause or root.cause, inputs=inputs)
+            snapshot = dataclasses.replace(snapshot, issue=exact)
+            issue, root = (exact if issue is root else issue), exact
     return Answer(issue, root, snapshot, report, outputs)

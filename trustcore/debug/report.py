@@ -216,7 +216,11 @@ class Report:
     def baseline(self) -> dict[str, dict[str, Any]]:
         """Returns what is usual, for `inspect(baseline=...)`: plain data by address, turn and output."""
         return {
-            f"{described(r.address, r.turns)}:{r.output}": {"rms": r.statistics.rms, "mean": r.statistics.mean, "std": r.statistics.std}
+            f"{described(r.address, r.turns)}:{r.output}": {
+                "rms": r.statistics.rms,
+                "mean": r.statistics.mean,
+                "std": r.statistics.std,
+            }
             for r in self.statistics
         }
 
@@ -265,6 +269,9 @@ class Report:
         from trustcore.debug.show import plain
 
         return plain(self)
+
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.issues)} issues, {len(self.statistics)} values>"
 
     def _repr_html_(self) -> str:
         from trustcore.debug.show import fragment

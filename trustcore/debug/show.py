@@ -53,7 +53,7 @@ def plain(report: Report) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=160, no_color=True, highlight=False).print(tables(report))
+    Console(file=stream, width=160, no_color=True, highlight=False, force_jupyter=False).print(tables(report))
     return stream.getvalue()
 
 
