@@ -3,9 +3,9 @@
     python benchmarks/debug.py                        # writes benchmarks/results/debug-DATE.json
     python benchmarks/debug.py --table FILE           # puts such a file into docs/benchmarks.md
 
-The step is loss, gradient and AdamW of a small decoder on random tokens, one jitted function. The contenders take turns;
-a figure is the median of the rounds. "reading" is what the report takes on the host afterwards, up to its issues; it is
-paid only where somebody reads. Run it on a quiet machine.
+The step is loss, gradient and AdamW of a small decoder on random tokens, one jitted function. The contenders take
+turns; a figure is the median of the rounds. "reading" is what the report takes on the host afterwards, up to its
+issues; it is paid only where somebody reads. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def step_of(features: int, layers: int, hidden: int, batch: int, length: int) ->
         rope=RopeConfig(64, theta=1e4, interleaved=False, original_context=length),
         norm_eps=1e-5,
     )
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    model: Any = Decoder(config, rngs=nnx.Rngs(0))
     optimizer = optax.adamw(1e-3)
 
     def loss(model: Any, tokens: jax.Array) -> jax.Array:

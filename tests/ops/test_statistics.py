@@ -20,7 +20,7 @@ def oracle(x):
     finite = wide[np.isfinite(wide)]
     a = np.abs(wide)
     tiny = float(jnp.finfo(x.dtype).tiny)
-    rows = wide.reshape(-1, wide.shape[-1]) if wide.ndim > 1 else None
+    rows = wide.reshape(-1, wide.shape[-1]) if wide.ndim > 1 and wide.shape[-1] else None
     grouped = rows is not None and len(rows) > 1
     return {
         "min": finite.min() if finite.size else None,
@@ -50,7 +50,7 @@ def sample(shape, dtype, seed=0):
     x = np.where(rng.random(shape) < 0.02, np.nan, x)
     x = np.where(rng.random(shape) < 0.02, np.inf, x)
     x = np.where(rng.random(shape) < 0.02, -np.inf, x)
-    if np.ndim(x) > 1:
+    if np.ndim(x) > 1 and x.size:
         x[..., 0], x[1:2] = 0, 0
     with np.errstate(over="ignore"):
         return jnp.asarray(np.asarray(x).astype(dtype))

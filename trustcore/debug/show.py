@@ -53,7 +53,8 @@ def plain(report: Report) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=160, no_color=True, highlight=False, force_jupyter=False).print(tables(report))
+    console = Console(file=stream, width=160, color_system=None, force_jupyter=False, force_terminal=False)
+    console.print(tables(report), highlight=False)
     return stream.getvalue()
 
 
