@@ -63,14 +63,11 @@ def test_a_healthy_decoder_raises_nothing():
 
 @pytest.mark.slow
 def test_smollm2_with_a_poisoned_weight(smollm2):
-    from trustcore.quant.calibration.capture import decoded
+    from trustcore.quant.calibration.capture import decoded, named_leaves, replaced
 
-    flat, tree = jax.tree_util.tree_flatten_with_path(smollm2, is_leaf=lambda x: hasattr(x, "dequantize"))
-    leaves = []
-    for where, leaf in flat:
-        path = jax.tree_util.keystr(where)
-        leaves.append(decoded(leaf).at[5, 5].set(jnp.nan) if ".blocks[17].mlp.down" in path else leaf)
-    model = jax.tree.unflatten(tree, leaves)
+    leaves = named_leaves(smollm2)
+    (name,) = [n for n in leaves if n.startswith("blocks.17.mlp.down")]
+    model = replaced(smollm2, {name: decoded(leaves[name]).at[5, 5].set(jnp.nan)})
     answer = tc.debug.nan_hunt(lambda model, tokens: model(tokens), show=None)(model, TOKENS)
     assert answer.issue.argument.startswith("args[0].blocks[17].mlp.down"), str(answer)
     assert "blocks/17/mlp/" in answer.issue.cause and "dot_general" in answer.issue.cause
