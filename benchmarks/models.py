@@ -217,17 +217,19 @@ def compare(args: argparse.Namespace) -> None:
         else:
             print(f"{name}: skipped, {python} has no {module}", flush=True)
     running = [Contender(__file__, name, python) for name, python in contenders.items()]
-    result = origin(contenders) | {"models": {}}
+    out = Path(args.out) if args.out else None
+    kept = json.loads(out.read_text())["models"] if out is not None and out.exists() else {}
+    result = origin(contenders) | {"models": kept}  # families that are not measured anew stay
     for family in args.only or CONFIGS:
         for task in TASKS:
             rows: dict[str, dict[str, Any]] = {}
+            result["models"].setdefault(family, {})[task] = rows
             for _ in range(args.rounds):
                 for contender in running:
                     answer = contender.ask([family, task])
                     if answer:
                         row = rows.setdefault(contender.name, {"first": answer["first"], "seconds": []})
                         row["seconds"].append(answer["seconds"])
-            result["models"].setdefault(family, {})[task] = rows
             told = (f"{n} {statistics.median(r['seconds']):.3f} s (first {r['first']:.1f} s)" for n, r in rows.items())
             print(f"{family}, {task}: " + ", ".join(told), flush=True)
     for contender in running:
