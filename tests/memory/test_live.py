@@ -62,7 +62,7 @@ def test_a_healthy_loop_leaves_nothing() -> None:
     assert grown.lines == {} and str(grown) == "nothing is left behind"
 
 
-@pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"\x0f")])
+@pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"\x0f")], ids=["empty", "no gzip", "no pprof"])
 def test_profiles_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(jax.profiler, "device_memory_profile", lambda backend=None: data)
     with pytest.raises(ProgramError):
