@@ -76,6 +76,11 @@ def plan_of(ops: Operands, platform: str) -> Plan:
     return Plan(block_q, block_k, at_once)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Returns whether two sizes are equal; they may be symbolic, and one object only by chance."""
+    return a is b or a == b
+
+
 def _even(length: int, block: int) -> int:
     """The size of equal blocks, none above `block`, that cover a length with little to spare."""
     if length <= block:
@@ -202,9 +207,9 @@ def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transpose
     span, kv_heads = ops.key.shape[1:3]
     groups = heads // kv_heads
     _, narrow = _dtypes(ops.query, platform)
-    single = plan.block_q is length and plan.block_k is span
-    queries = length if plan.block_q is length else -(-length // plan.block_q) * plan.block_q
-    keys = span if plan.block_k is span else -(-span // plan.block_k) * plan.block_k
+    single = same(plan.block_q, length) and same(plan.block_k, span)
+    queries = length if same(plan.block_q, length) else -(-length // plan.block_q) * plan.block_q
+    keys = span if same(plan.block_k, span) else -(-span // plan.block_k) * plan.block_k
 
     def by_head(x: jax.Array, to: Any) -> jax.Array:  # [B, S, K, H] -> [B K, S, H]
         return padded(x.astype(narrow).transpose(0, 2, 1, 3).reshape(batch * kv_heads, *x.shape[1::2]), 1, to)
@@ -241,7 +246,7 @@ def _over_heads(one: Callable[..., Any], operands: Any, plan: Plan) -> Any:
     """Returns `one(number, operands of one head)` of all heads, `plan.heads` computed at a time."""
     count = jax.tree.leaves(operands)[0].shape[0]
     numbers = jax.lax.broadcasted_iota(jnp.int32, (count,), 0)
-    if plan.heads is count or plan.heads == count:
+    if same(plan.heads, count):
         return jax.vmap(one)(numbers, operands)
     if plan.heads == 1:
         return jax.lax.map(lambda xs: one(*xs), (numbers, operands))
@@ -322,7 +327,7 @@ def _picked(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _sliced(x: jax.Array, axis: int, start: Any, size: Any) -> jax.Array:
-    if x.shape[axis] is size or x.shape[axis] == size:
+    if same(x.shape[axis], size):
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
@@ -365,7 +370,7 @@ def _forward_head(
         else:
             top = jnp.broadcast_to(head.sinks.astype(wide)[:, None], (groups, plan.block_q))
             total = jnp.ones((groups, plan.block_q), wide)
-        if plan.block_k is keys or plan.block_k == keys:
+        if same(plan.block_k, keys):
             out, top, total = step(0, (out, top, total))
         else:
             number_b = number // ops.key.shape[2]
@@ -376,7 +381,7 @@ def _forward_head(
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
         return out.reshape(groups, plan.block_q, value_size), lse
 
-    if plan.block_q is queries or plan.block_q == queries:
+    if same(plan.block_q, queries):
         return block(0)
     out, lse = jax.lax.map(block, jax.lax.broadcasted_iota(jnp.int32, (queries // plan.block_q,), 0))
     return out.swapaxes(0, 1).reshape(groups, queries, value_size), lse.swapaxes(0, 1).reshape(groups, queries)
@@ -440,7 +445,7 @@ def _backward_head(
     def empty() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((size, plan.block_k), wide), jnp.zeros((value_size, plan.block_k), wide)
 
-    if plan.block_q is queries and plan.block_k is keys:
+    if same(plan.block_q, queries) and same(plan.block_k, keys):
         dq, (dk, dv, more, bias) = tile_gradients(0, 0, head.key, head.value, (*empty(), more, bias))
         return (dq.reshape(groups, queries, size) * spec.scale, dk.T * spec.scale, dv.T, more), bias
 
