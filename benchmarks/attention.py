@@ -11,14 +11,14 @@ to it, so that a long table can be measured piece by piece.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 from harness import ROOT, described, fill, origin, write_result
+from programs import figures, side_by_side
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SHAPES = ("8x64", "16x128")  # query heads x head size
@@ -57,60 +57,24 @@ def measure(args: argparse.Namespace) -> None:
         heads, size = map(int, heads_size.split("x"))
         shape = (1, length, heads, size)
         operands = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
-        row: dict[str, Any] = {
-            "shape": heads_size, "length": length, "causal": causal, "direction": direction,
-            "seconds": {}, "bytes": {}, "compile": {},
-        }  # fmt: skip
-        programs = {}
-        for contender in (OURS, THEIRS):
-            begin = time.perf_counter()
-            program = compiled(contender, direction, shape, causal)
-            row["compile"][contender] = time.perf_counter() - begin
-            row["bytes"][contender] = program.memory_analysis().temp_size_in_bytes
-            if row["bytes"][contender] <= args.memory:
-                programs[contender] = program
-                row["seconds"][contender] = []
-        results = {name: jax.block_until_ready(program(*operands)) for name, program in programs.items()}
-        if len(results) == 2:
-            pairs = zip(*map(jax.tree.leaves, results.values()), strict=True)
-            worst = max(float(abs(a - b).max() / (abs(b).max() + 1e-9)) for a, b in pairs)
-            assert worst < 1e-4, (row, worst)
-        del results
-        end = time.perf_counter() + args.seconds
-        while time.perf_counter() < end or len(row["seconds"][OURS]) < 2:
-            for name, program in programs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(program(*operands))
-                row["seconds"][name].append(time.perf_counter() - begin)
-        rows.append(row)
+        what = {"shape": heads_size, "length": length, "causal": causal, "direction": direction}
+        makers = {name: functools.partial(compiled, name, direction, shape, causal) for name in (OURS, THEIRS)}
+        rows.append(side_by_side(what, makers, operands, seconds=args.seconds, memory=args.memory))
         if path:
             path.write_text(json.dumps(result))
-        print({n: f"{statistics.median(t) * 1e3:.2f} ms" for n, t in row["seconds"].items()}, row["bytes"], flush=True)
-        print({k: row[k] for k in ("shape", "length", "causal", "direction")}, flush=True)
     write_result(result, args.out, "attention")
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: medians, their ratio, memory."""
-
-    def ms(row: dict[str, Any], name: str) -> str:
-        times = [1e3 * t for t in row["seconds"].get(name, [])]
-        return f"{statistics.median(times):.3g} ({min(times):.3g} to {max(times):.3g})" if times else ""
-
     lines = [
         "| N x H | T | mask | | trustcore, ms | jax.nn, ms | jax.nn / trustcore | trustcore, MB | jax.nn, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda r: (int(r["shape"].split("x")[0]), r["length"], not r["causal"])):
-        seconds, memory = row["seconds"], row["bytes"]
-        ratio = ""
-        if THEIRS in seconds:
-            ratio = f"{statistics.median(seconds[THEIRS]) / statistics.median(seconds[OURS]):.2f}"
         mask = "causal" if row["causal"] else "none"
-        lines.append(
-            f"| {row['shape'].replace('x', ' x ')} | {row['length']} | {mask} | {row['direction']} | {ms(row, OURS)} | "
-            f"{ms(row, THEIRS)} | {ratio} | {memory[OURS] / 1e6:.3g} | {memory[THEIRS] / 1e6:.3g} |"
-        )
+        what = [row["shape"].replace("x", " x "), str(row["length"]), mask, row["direction"]]
+        lines.append(f"| {' | '.join([*what, *figures(row, OURS, THEIRS)])} |")
     return "\n".join(lines)
 
 

@@ -12,14 +12,14 @@ more than `--memory` bytes is compiled and not run. `--out` of a file that exist
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 from harness import ROOT, described, fill, origin, write_result
+from programs import figures, side_by_side
 
 ROWS = (512, 2048, 8192)
 SHAPES = ("576x49152", "896x151936")  # D x V: SmolLM2-135M, Qwen2-0.5B
@@ -63,59 +63,26 @@ def measure(args: argparse.Namespace) -> None:
             jax.random.randint(keys[2], (rows,), 0, vocabulary),
         )
         types = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
-        row: dict[str, Any] = {
-            "shape": shape, "rows": rows, "direction": direction, "seconds": {}, "bytes": {}, "compile": {},
-        }  # fmt: skip
         names = [f"{OURS} {c}" for c in args.chunks] or [OURS, PLAIN]
-        programs = {}
+        makers = {}
         for name in names:
-            begin = time.perf_counter()
             contender, _, chunk = name.partition(" ")
-            program = compiled(contender, direction, types, int(chunk) if chunk else None)
-            row["compile"][name] = time.perf_counter() - begin
-            row["bytes"][name] = program.memory_analysis().temp_size_in_bytes
-            if row["bytes"][name] <= args.memory:
-                programs[name], row["seconds"][name] = program, []
-        results = {name: jax.block_until_ready(program(*operands)) for name, program in programs.items()}
-        first, *others = results.values()
-        for other in others:
-            pairs = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
-            worst = max(float(abs(a - b).max() / (abs(b).max() + 1e-9)) for a, b in pairs)
-            assert worst < 1e-4, (row, worst)
-        del results, first, others
-        end = time.perf_counter() + args.seconds
-        while time.perf_counter() < end or len(row["seconds"][names[0]]) < 2:
-            for name, program in programs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(program(*operands))
-                row["seconds"][name].append(time.perf_counter() - begin)
-        kept.append(row)
-        print({k: row[k] for k in ("shape", "rows", "direction")}, row["bytes"])
-        print({n: f"{statistics.median(t) * 1e3:.0f} ms" for n, t in row["seconds"].items()}, flush=True)
+            makers[name] = functools.partial(compiled, contender, direction, types, int(chunk) if chunk else None)
+        what = {"shape": shape, "rows": rows, "direction": direction}
+        kept.append(side_by_side(what, makers, operands, seconds=args.seconds, memory=args.memory))
         if args.out and not args.chunks:
             write_result(result, args.out, "cross_entropy")
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: medians, their ratio, memory."""
-
-    def ms(row: dict[str, Any], name: str) -> str:
-        times = [1e3 * t for t in row["seconds"].get(name, [])]
-        return f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})" if times else ""
-
     lines = [
         "| D x V | rows | | chunks, ms | plain, ms | plain / chunks | chunks, MB | plain, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda r: (r["shape"], r["rows"], DIRECTIONS.index(r["direction"]))):
-        seconds, memory = row["seconds"], row["bytes"]
-        ratio = ""
-        if PLAIN in seconds:
-            ratio = f"{statistics.median(seconds[PLAIN]) / statistics.median(seconds[OURS]):.2f}"
-        lines.append(
-            f"| {row['shape'].replace('x', ' x ')} | {row['rows']} | {row['direction']} | {ms(row, OURS)} | "
-            f"{ms(row, PLAIN)} | {ratio} | {memory[OURS] / 1e6:.3g} | {memory[PLAIN] / 1e6:.4g} |"
-        )
+        what = [row["shape"].replace("x", " x "), str(row["rows"]), row["direction"]]
+        lines.append(f"| {' | '.join([*what, *figures(row, OURS, PLAIN)])} |")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ FLOORS: dict[str, int] = {
     "trustcore.errors": 0,
     "trustcore.heap": 0,
     "trustcore.trees": 0,
+    "trustcore.units": 0,
     "trustcore.backend": 1,
     "trustcore.catalogue": 1,
     "trustcore.graph": 1,

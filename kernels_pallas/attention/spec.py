@@ -50,6 +50,16 @@ class Operands(NamedTuple):
     seed: jax.Array | None = None  # uint32 [2], of the dropout
 
 
+def masked_bias(ops: Operands) -> jax.Array | None:
+    """Returns the bias with -inf where the mask hides a key, for kernels that take one array of both."""
+    bias = ops.bias
+    if ops.mask is None:
+        return bias
+    zero = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    shape = ops.mask.shape if bias is None else jnp.broadcast_shapes(ops.mask.shape, bias.shape)
+    return jnp.where(jnp.broadcast_to(ops.mask, shape), jnp.broadcast_to(zero, shape), jnp.float32(-jnp.inf))
+
+
 def capped(spec: Spec, product: jax.Array) -> jax.Array:
     """Returns scores before anything is added: `scale * product`, bent by the soft cap."""
     scores = product * spec.scale

@@ -25,7 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
-from kernels_pallas.attention.spec import HIDDEN, NO_KEY, NOTHING, added, capped, kept, row_numbers, seen, uncapped
+from kernels_pallas.attention.spec import (
+    HIDDEN,
+    NO_KEY,
+    NOTHING,
+    added,
+    capped,
+    kept,
+    masked_bias,
+    row_numbers,
+    seen,
+    uncapped,
+)
 from kernels_pallas.dispatch import Target
 
 LARGEST = 256  # head size
@@ -196,11 +207,7 @@ class _Made:
         for name in ("key_positions", "key_segments"):
             if arrays[name] is not None:
                 self.add(name, arrays[name][:, None, :], "column")
-        bias = ops.bias
-        if ops.mask is not None:
-            zero = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
-            shape = ops.mask.shape if bias is None else jnp.broadcast_shapes(ops.mask.shape, bias.shape)
-            bias = jnp.where(jnp.broadcast_to(ops.mask, shape), jnp.broadcast_to(zero, shape), jnp.float32(-jnp.inf))
+        bias = masked_bias(ops)
         if bias is not None:
             self.add("bias", bias, "bias")
         for name in ("slopes", "sinks"):

@@ -26,7 +26,18 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
-from kernels_pallas.attention.spec import HIDDEN, NO_KEY, NOTHING, added, capped, kept, row_numbers, seen, uncapped
+from kernels_pallas.attention.spec import (
+    HIDDEN,
+    NO_KEY,
+    NOTHING,
+    added,
+    capped,
+    kept,
+    masked_bias,
+    row_numbers,
+    seen,
+    uncapped,
+)
 from kernels_pallas.dispatch import Target
 
 SIZES = (1, 256)  # head sizes
@@ -174,11 +185,7 @@ class _Operands:
         if ops.query_segments is not None:
             self.add("query_segments", ops.query_segments, self.by_batch(self.queries))
             self.add("key_segments", ops.key_segments, self.by_batch(self.keys))
-        bias = ops.bias
-        if ops.mask is not None:
-            zero = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
-            shape = ops.mask.shape if bias is None else jnp.broadcast_shapes(ops.mask.shape, bias.shape)
-            bias = jnp.where(jnp.broadcast_to(ops.mask, shape), jnp.broadcast_to(zero, shape), jnp.float32(-jnp.inf))
+        bias = masked_bias(ops)
         if bias is not None:
             self.add("bias", bias, self.by_tile(bias.shape))
         for name in ("slopes", "sinks", "seed"):

@@ -17,6 +17,7 @@ import pytest
 import trustcore
 from trustcore import catalogue
 from trustcore.cli import main
+from trustcore.models import random_model
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("fake_program.py")
@@ -65,3 +66,13 @@ def program() -> Callable[..., subprocess.Popen[Any]]:
         return subprocess.Popen([sys.executable, str(PROGRAM), *words], env=environment, **options)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a language model of two small layers."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 2, **sizes}
+    path = tmp_path_factory.mktemp("model")
+    trustcore.save(random_model({**config, "max_position_embeddings": 512}), path)
+    return path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trustcore import backend, catalogue
+from trustcore import backend, catalogue, units
 from trustcore.cli import console, doctor
 from trustcore.cli.generate import peak_memory
 from trustcore.errors import BackendError, CatalogueError
@@ -137,10 +137,10 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
 
 
 def test_figures_for_people() -> None:
-    assert [console.size(n) for n in (0, 999, 1000, 98362432, 3e9, 5e12)] == [
+    assert [units.size(n) for n in (0, 999, 1000, 98362432, 3e9, 5e12)] == [
         *("0 B", "999 B", "1.0 kB", "98.4 MB", "3.0 GB", "5.0 TB"),
     ]
-    assert [console.count(n) for n in (7, 134515008)] == ["7", "134.5 M"]
+    assert [units.count(n) for n in (7, 134515008)] == ["7", "134.5 M"]
 
 
 def test_peak_memory_counts_bytes() -> None:

@@ -82,7 +82,7 @@ def test_integers_among_the_parameters_have_no_gradient() -> None:
 
 
 def test_what_cannot_be_done_is_said() -> None:
-    with pytest.raises(ProgramError, match=r"nothing fits 0\.0 MB; the least found is .*batch="):
+    with pytest.raises(ProgramError, match=r"nothing fits 1\.0 kB; the least found is .*batch="):
         fit(mean_square, 1000, WS, X)
     with pytest.raises(ProgramError, match="budget is 0"):
         fit(mean_square, 0, WS, X)

@@ -50,7 +50,7 @@ def test_what_a_block_leaves_behind_is_told_by_line() -> None:
             x = keep(x)
     (frame, (nbytes, count)), *rest = grown.lines.items()
     assert frame.line in lines_of(keep) and nbytes == 5 * x.nbytes and count == 5 and not rest
-    assert "2.62 MB are left behind" in str(grown)
+    assert "2.6 MB are left behind" in str(grown)
 
 
 def test_a_healthy_loop_leaves_nothing() -> None:

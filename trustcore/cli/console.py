@@ -93,21 +93,3 @@ def progress_bar(unit: str = "bytes") -> Iterator[Callable[[str, int, int], None
         yield report
     finally:
         bar.stop()
-
-
-def size(nbytes: float) -> str:
-    """Returns bytes for people: "98.4 MB" (powers of 1000, as disks and model pages count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def count(number: float) -> str:
-    """Returns a count for people: "134.5 M"."""
-    for unit in ("", " k", " M", " G"):
-        if number < 1000:
-            return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
-        number /= 1000
-    return f"{number:.1f} T"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trustcore import units
 from trustcore.cli import console, options
 from trustcore.errors import CheckpointError
 
@@ -90,7 +91,7 @@ def _print(report: Any) -> None:
         out.print(Text(console.plain(text)), soft_wrap=True)
 
     line(f"{report.path}: {report.kind} from {report.source_kind}, {report.tensors} tensors")
-    line(f"{console.size(report.source_bytes)} -> {console.size(report.nbytes)}, {report.seconds:.1f} s")
+    line(f"{units.size(report.source_bytes)} -> {units.size(report.nbytes)}, {report.seconds:.1f} s")
     if report.files:
         line(f"beside them: {', '.join(report.files)}")
     checked = report.verification

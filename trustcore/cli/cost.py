@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from trustcore.cli import console, options
-from trustcore.cli.memory import next_token_step
 from trustcore.cli.model import load_model
+from trustcore.cli.step import next_token_step
 
 
 class By(enum.StrEnum):

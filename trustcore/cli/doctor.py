@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trustcore import units
 from trustcore.cli import console
 from trustcore.errors import BackendError
 
@@ -140,7 +141,7 @@ def _print(report: dict[str, Any]) -> None:
     line("instructions", " ".join(processor["instructions"]) or "not told")
     line("compiler", kernels["compiler"] or "none ($CXX, g++, c++, clang++)")
     line("cpu kernels", "usable" if kernels["usable"] else f"not used: {kernels['reason']}")
-    line("cache", f"{cache['folder']} ({console.size(cache['bytes'])})" if cache["folder"] else cache["reason"])
+    line("cache", f"{cache['folder']} ({units.size(cache['bytes'])})" if cache["folder"] else cache["reason"])
     out.print()
     if report["problem"]:
         line("platforms", report["problem"])
@@ -154,7 +155,7 @@ def _print(report: dict[str, Any]) -> None:
             row["platform"],
             "yes" if row["usable"] else "no",
             _devices(row["devices"]),
-            "" if row["memory_bytes"] is None else console.size(row["memory_bytes"]),
+            "" if row["memory_bytes"] is None else units.size(row["memory_bytes"]),
             " ".join(row["dtypes"]) if row["usable"] else row["reason"],
         )
         table.add_row(*(Text(console.plain(cell)) for cell in cells))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trustcore import units
 from trustcore.cli import console, interrupts, options
 from trustcore.cli.model import load_model
 from trustcore.errors import GenerationError
@@ -106,7 +107,7 @@ def figures(stream: Any) -> str:
         parts.append(f"first token after {stats.first_token_seconds:.2f} s")
     peak = peak_memory()
     if peak is not None:
-        parts.append(f"peak memory {console.size(peak)}")
+        parts.append(f"peak memory {units.size(peak)}")
     return " | ".join(parts)
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trustcore import units
 from trustcore.cli import console
 
 _ITEMS = 6  # of a long array that are shown
@@ -119,12 +120,12 @@ def _print(description: dict[str, Any]) -> None:
     files = description["files"]
     line("file", description["path"])
     line("format", f"{description['format']}, {len(files)} file{'s' if len(files) > 1 else ''}, "
-         f"{console.size(sum(file['bytes'] for file in files))}")  # fmt: skip
+         f"{units.size(sum(file['bytes'] for file in files))}")  # fmt: skip
     line("architecture", description["architecture"] or "not told")
-    line("parameters", f"{description['parameters']:,} ({console.count(description['parameters'])})")
+    line("parameters", f"{description['parameters']:,} ({units.count(description['parameters'])})")
     total = description["tensor_bytes"]
     bits = 8 * total / description["parameters"] if description["parameters"] else 0
-    line("tensors", f"{description['tensors']}, {console.size(total)}, {bits:.2f} bits a weight")
+    line("tensors", f"{description['tensors']}, {units.size(total)}, {bits:.2f} bits a weight")
     out.print()
     table(
         "Encodings",
@@ -140,7 +141,7 @@ def _print(description: dict[str, Any]) -> None:
                 str(row["tensors"]),
                 f"{row['parameters']:,}",
                 f"{row['bytes']:,}",
-                console.size(row["bytes"]),
+                units.size(row["bytes"]),
                 f"{100 * row['bytes'] / total:.1f} %" if total else "",
             )
             for name, row in description["encodings"].items()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from trustcore import units
 from trustcore.cli import console
 
 
@@ -27,5 +28,5 @@ def pull(
     if name in entries:
         entry = entries[name]
         checked = "SHA-256 is right" if verify else f"licence {entry.licence}"
-        console.err().print(f"{entry.summary}, {console.size(entry.total)}, {checked}", style="dim", soft_wrap=True)
+        console.err().print(f"{entry.summary}, {units.size(entry.total)}, {checked}", style="dim", soft_wrap=True)
     print(path)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trustcore import units
 from trustcore.cli import console, options
 from trustcore.cli.perplexity import read_text
 from trustcore.errors import CheckpointError, QuantizationError
@@ -236,7 +237,7 @@ def _print(report: Any) -> None:
     formats = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     out.print(Text(f"{console.plain(report.path)}: {len(report.tensors)} tensors ({formats})"), soft_wrap=True)
     out.print(
-        f"{console.size(report.source_bytes)} -> {console.size(report.nbytes)}, {report.bits_per_weight:.2f} bits a "
+        f"{units.size(report.source_bytes)} -> {units.size(report.nbytes)}, {report.bits_per_weight:.2f} bits a "
         f"weight, {report.seconds:.1f} s",
         soft_wrap=True,
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from trustcore import units
 from trustcore.errors import ProgramError
 from trustcore.graph.cost import cost_of
 from trustcore.graph.modules import trace
@@ -104,12 +105,12 @@ def as_dot(picture: Picture) -> str:
     lines = ["digraph program {", "  rankdir=TB;", '  node [shape=box, fontname="Helvetica", style=rounded];']
     for name, part in picture.parts.items():
         share = part.flops / whole
-        label = f"{name}\\n{_count(part.flops)}FLOP, {part.equations} equations"
+        label = f"{name}\\n{units.count(part.flops)}FLOP, {part.equations} equations"
         lines.append(f"  {_quoted(name)} [label={_quoted(label, keep=True)}, penwidth={1 + 6 * share:.2f}];")
     if any(a == "inputs" for a, _ in picture.edges):
         lines.append('  "inputs" [shape=ellipse];')
     for (a, b), nbytes in picture.edges.items():
-        lines.append(f'  {_quoted(a)} -> {_quoted(b)} [label="{_count(nbytes)}B"];')
+        lines.append(f'  {_quoted(a)} -> {_quoted(b)} [label="{units.size(nbytes)}"];')
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -169,11 +170,3 @@ def _leaves(program: Program) -> list[Node]:
 def _quoted(text: str, *, keep: bool = False) -> str:
     text = text if keep else text.replace("\\", "\\\\")
     return '"' + text.replace('"', '\\"') + '"'
-
-
-def _count(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if not unit else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} T"

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from trustcore import units
 from trustcore.graph.cost import cost_of
 from trustcore.graph.modules import Traced, trace
 from trustcore.graph.program import Address, Node, Program, place
@@ -86,7 +87,7 @@ def _captured(program: Program) -> Iterator[Finding]:
         if nbytes >= LARGE:
             yield Finding(
                 "captured-constant",
-                f"an array of shape {list(value.shape)} ({nbytes / 1e6:.1f} MB) is part of the program; pass it as an "
+                f"an array of shape {list(value.shape)} ({units.size(nbytes)}) is part of the program; pass it as an "
                 "argument",
                 None,
                 nbytes,
@@ -216,7 +217,7 @@ def _replicated(leaves: Sequence[jax.Array]) -> Iterator[Finding]:
         if leaf.sharding.is_fully_replicated and leaf.nbytes >= LARGE:
             yield Finding(
                 "replicated",
-                f"an argument of shape {list(leaf.shape)} ({leaf.nbytes / 1e6:.1f} MB) lies whole on each of "
+                f"an argument of shape {list(leaf.shape)} ({units.size(leaf.nbytes)}) lies whole on each of "
                 f"{len(leaf.sharding.device_set)} devices, while others are split; give it a sharding",
                 None,
                 float(leaf.nbytes * (len(leaf.sharding.device_set) - 1)),

@@ -295,7 +295,7 @@ class Program:
             elif not is_transform and name not in _MARKS:
                 path.append(name)
         frames = [frame for frame in _jax.frames(eqn) if not _is_insight(frame.file)]
-        own = next((frame for frame in frames if not _is_library(frame.file)), None)
+        own = next((frame for frame in frames if not is_library(frame.file)), None)
         inner = frames[0] if frames and frames[0] != own else None
         if own is None and around.frame is not None:
             own, inner = around.frame, inner or around.library
@@ -348,10 +348,12 @@ def _steps(argument: str) -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
+    """Returns whether a source file is Python's own, of an installed package, of trustcore, or none (`<string>`)."""
     path = Path(file)
     return (
-        "site-packages" in path.parts
+        file.startswith("<")
+        or "site-packages" in path.parts
         or "dist-packages" in path.parts
         or path.is_relative_to(sysconfig.get_path("stdlib"))
         or path.is_relative_to(Path(__file__).parents[1])

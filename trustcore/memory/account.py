@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trustcore import units
 from trustcore._jax import compiled_with_lines
 from trustcore.errors import ProgramError
 from trustcore.graph.hlo import Origin, read_program
@@ -82,17 +83,17 @@ class Account:
         return {**figures, "peak_at": at, "curve": self.curve.tolist(), "largest": rows}
 
     def __str__(self) -> str:
-        parts = f"{_size(self.arguments)} arguments, {_size(self.results)} results"
+        parts = f"{units.size(self.arguments)} arguments, {units.size(self.results)} results"
         lines = [
-            f"peak {_size(self.peak)} ({parts}), {_size(self.allocated)} reserved, "
-            f"{_size(self.estimate)} by the jaxpr alone",
+            f"peak {units.size(self.peak)} ({parts}), {units.size(self.allocated)} reserved, "
+            f"{units.size(self.estimate)} by the jaxpr alone",
             f"at step {self.peak_step + 1} of {len(self.steps)}: {self.steps[self.peak_step]}",
             sparkline(self.curve),
         ]
         for buffer in self.largest():
             if buffer.nbytes < self.peak / 10**4:
                 break
-            lines.append(f"{_size(buffer.nbytes):>10}  {buffer.kind:9}  {buffer.shape:28}  {buffer.origin}")
+            lines.append(f"{units.size(buffer.nbytes):>10}  {buffer.kind:9}  {buffer.shape:28}  {buffer.origin}")
         return "\n".join(lines)
 
 
@@ -161,11 +162,3 @@ def sparkline(curve: np.ndarray, width: int = 72) -> str:
     parts = [part.max() for part in np.array_split(curve, min(width, curve.size))]
     top = max(parts) or 1
     return "".join(marks[int(part * (len(marks) - 1) // top)] for part in parts)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 from jax.extend.core import ClosedJaxpr, Literal
+
+from trustcore.graph.walk import aval, bodies
 
 
 def estimate(jaxpr: ClosedJaxpr) -> int:
@@ -32,7 +33,7 @@ def _inside(jaxpr: Any) -> int:
     live = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
         made = sum(_nbytes(var) for var in eqn.outvars)
-        inner = max((_inside(body) for body in _bodies(eqn)), default=0)
+        inner = max((_inside(body.jaxpr) for _, body in bodies(eqn)), default=0)
         # What a body returns is counted with the equation's outputs.
         peak = max(peak, live + max(made, inner))
         for var in eqn.outvars:
@@ -45,17 +46,6 @@ def _inside(jaxpr: Any) -> int:
     return peak
 
 
-def _bodies(eqn: Any) -> list[Any]:
-    found = []
-    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-        jaxpr = getattr(value, "jaxpr", value)
-        if hasattr(jaxpr, "eqns"):
-            found.append(jaxpr)
-    return found
-
-
 def _nbytes(var: Any) -> int:
-    aval = var.aval
-    if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
-        return 0
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0)
+    kind = aval(var)
+    return math.prod(getattr(kind, "shape", ())) * getattr(getattr(kind, "dtype", None), "itemsize", 0)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from trustcore import _jax
+from trustcore import _jax, units
 from trustcore.errors import ProgramError
 from trustcore.graph.walk import bind, called, run
 from trustcore.memory.account import account_compiled
@@ -48,7 +48,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = f"{self.microbatches} microbatches" if self.microbatches > 1 else "the whole batch"
-        return f"{rows}, remat: {self.remat}: {self.peak / 1e6:.1f} MB, {self.flops / 1e9:.2f} GFLOP"
+        return f"{rows}, remat: {self.remat}: {units.size(self.peak)}, {units.count(self.flops)}FLOP"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def fit(
         return Fit(step, best, plain, tuple(found for found, _ in tried.values()))
     least = min((found for found, _ in tried.values()), key=lambda found: found.peak)
     held = "" if len(splits) > 1 else " Name the arguments that hold the batch (batch=), so that it can be split."
-    raise ProgramError(f"fit: nothing fits {budget / 1e6:.1f} MB; the least found is {least}.{held}")
+    raise ProgramError(f"fit: nothing fits {units.size(budget)}; the least found is {least}.{held}")
 
 
 def remat_blocks(fn: Callable[..., Any], *, policy: Any = None) -> Callable[..., Any]:

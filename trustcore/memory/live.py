@@ -12,20 +12,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
+from trustcore import units
 from trustcore._jax import Frame
 from trustcore.errors import ProgramError
-from trustcore.graph.program import place
+from trustcore.graph.program import is_library, place
 from trustcore.graph.wire import Message
-
-_STANDARD = Path(sysconfig.get_path("stdlib"))
-_HERE = Path(__file__).parents[1]
-_PACKAGES = {"site-packages", "dist-packages"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +44,8 @@ class Held:
     @property
     def frame(self) -> Frame:
         """The innermost line of the user's code, or the innermost of all."""
-        return next(filter(_is_users, self.stack), self.stack[0] if self.stack else Frame("", 0, 0, "unknown"))
+        own = (frame for frame in self.stack if frame.file and not is_library(frame.file))
+        return next(own, self.stack[0] if self.stack else Frame("", 0, 0, "unknown"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +78,9 @@ class Census:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        lines = [f"{self.nbytes / 1e6:.1f} MB in {sum(h.count for h in self.held if h.kind == 'buffer')} arrays"]
+        lines = [f"{units.size(self.nbytes)} in {sum(h.count for h in self.held if h.kind == 'buffer')} arrays"]
         lines += [
-            f"{n / 1e6:10.2f} MB {count:6}  {_shown(frame)}" for frame, (n, count) in list(self.by_line().items())[:20]
+            f"{units.size(n):>10} {count:6}  {_shown(frame)}" for frame, (n, count) in list(self.by_line().items())[:20]
         ]
         return "\n".join(lines)
 
@@ -138,8 +134,8 @@ class Growth:
     def __str__(self) -> str:
         if not self.lines:
             return "nothing is left behind"
-        told = [f"{n / 1e6:10.2f} MB {count:6}  {_shown(frame)}" for frame, (n, count) in self.lines.items()]
-        return "\n".join([f"{self.nbytes / 1e6:.2f} MB are left behind", *told])
+        told = [f"{units.size(n):>10} {count:6}  {_shown(frame)}" for frame, (n, count) in self.lines.items()]
+        return "\n".join([f"{units.size(self.nbytes)} are left behind", *told])
 
 
 @contextlib.contextmanager
@@ -168,13 +164,6 @@ def leaks(*, at_least: int = 1) -> Iterator[Growth]:
         elif held[0] >= at_least and held[1] > 0:
             left[frame] = held
     grown.lines = left
-
-
-def _is_users(frame: Frame) -> bool:
-    """Whether a frame is neither Python's own, nor of an installed package or of trustcore."""
-    path = Path(frame.file)
-    own = path.is_relative_to(_STANDARD) or path.is_relative_to(_HERE) or bool(_PACKAGES.intersection(path.parts))
-    return bool(frame.file) and not frame.file.startswith("<") and not own
 
 
 def _shown(frame: Frame) -> str:
