@@ -4,10 +4,11 @@
     python benchmarks/models.py --python transformers=/venv/bin/python --only llama --only bert
 
 Weights are random, shapes small but real (`CONFIGS`, in the words of config.json), float32; texts are a batch of 8 rows
-of 128 tokens, images a batch of 8. Backward is of the mean square of what the model returns, with respect to all
-weights. Compiling is counted apart: trustcore's first call. Contenders live in processes of their own and take turns; a
-figure is the median over the rounds. The result is written to benchmarks/results/models-DATE.json; `--table` puts such
-a file into docs/benchmarks.md. Run it on a quiet machine. About ten minutes.
+of 128 tokens, images a batch of 8, sounds one of ten seconds each. Backward is of the mean square of what the model
+returns, with respect to all weights. Compiling is counted apart: trustcore's first call. Contenders live in processes
+of their own and take turns; a figure is the median over the rounds. The result is written to
+benchmarks/results/models-DATE.json; `--table` puts such a file into docs/benchmarks.md. Run it on a quiet machine:
+half an hour.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 from harness import ROOT, THREADS, Contender, answering, described, fill, installed, origin, write_result
 
-BATCH, LENGTH = 8, 128
+BATCH, LENGTH, FRAMES = 8, 128, 1000
 MODULES = {"trustcore": "trustcore", "transformers": "transformers"}
 TASKS = ("forward", "forward and backward")
 
@@ -44,59 +45,123 @@ _ENCODER = {
     "intermediate_size": 1536,
     "max_position_embeddings": 512,
 }
-# model_type -> the rest of its config.json, and what it reads.
+_EXPERTS = {**_DECODER, "num_hidden_layers": 4, "intermediate_size": 768, "num_experts_per_tok": 2}
+_GEMMA = {**_DECODER, "head_dim": 64}
+_LATENT = {"q_lora_rank": 192, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+_DEEPSEEK = {
+    **_EXPERTS,
+    **_LATENT,
+    "num_key_value_heads": 9,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 512,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+_VISION = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+_SEQ2SEQ = {
+    "vocab_size": 16384,
+    "d_model": 512,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 2048,
+    "decoder_ffn_dim": 2048,
+}
+_TOWERS = {
+    "text_config": {
+        "vocab_size": 16384,
+        "hidden_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "intermediate_size": 1536,
+        "max_position_embeddings": LENGTH,
+    },
+    "vision_config": {**_VISION, "num_hidden_layers": 4, "intermediate_size": 1536, "patch_size": 16},
+}
+# model_type -> the rest of its config.json, and what it is.
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "llama": (_DECODER, "text"),
-    "qwen3": ({**_DECODER, "head_dim": 64}, "text"),
-    "gemma3_text": ({**_DECODER, "head_dim": 64, "sliding_window": 64}, "text"),
-    "phi3": ({**_DECODER, "pad_token_id": 0}, "text"),
-    "gpt2": ({"vocab_size": 16384, "n_embd": 576, "n_layer": 6, "n_head": 9, "n_positions": 1024}, "text"),
-    "gpt_neox": (_DECODER, "text"),
-    "mixtral": (
-        {
-            **_DECODER,
-            "num_hidden_layers": 4,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "intermediate_size": 768,
-        },
-        "text",
+    "llama": (_DECODER, "decoder"),
+    "mistral": ({**_DECODER, "sliding_window": 64}, "decoder"),
+    "qwen2": (_DECODER, "decoder"),
+    "qwen3": ({**_DECODER, "head_dim": 64}, "decoder"),
+    "smollm3": ({**_DECODER, "pad_token_id": 0}, "decoder"),
+    "granite": (_DECODER, "decoder"),
+    "olmo2": (_DECODER, "decoder"),
+    "phi3": ({**_DECODER, "pad_token_id": 0}, "decoder"),
+    "stablelm": (_DECODER, "decoder"),
+    "cohere": (_DECODER, "decoder"),
+    "gemma": (_GEMMA, "decoder"),
+    "gemma2": ({**_GEMMA, "sliding_window": 64}, "decoder"),
+    "gemma3_text": ({**_GEMMA, "sliding_window": 64}, "decoder"),
+    "mixtral": ({**_EXPERTS, "num_local_experts": 4}, "decoder"),
+    "qwen2_moe": (
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+        "decoder",
     ),
-    "mamba": ({"vocab_size": 16384, "hidden_size": 384, "num_hidden_layers": 4, "state_size": 16}, "text"),
-    "bert": (_ENCODER, "text"),
-    "modernbert": ({**_ENCODER, "intermediate_size": 768, "pad_token_id": 0}, "text"),
-    "deberta-v2": ({**_ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, "text"),
+    "qwen3_moe": ({**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 512, "head_dim": 64}, "decoder"),
+    "gpt_oss": ({**_EXPERTS, "num_local_experts": 4, "head_dim": 64, "sliding_window": 64}, "decoder"),
+    "deepseek_v2": ({**_DEEPSEEK, "topk_method": "greedy"}, "decoder"),
+    "deepseek_v3": ({**_DEEPSEEK, "n_group": 1, "topk_group": 1}, "decoder"),
+    "gpt2": ({"vocab_size": 16384, "n_embd": 576, "n_layer": 6, "n_head": 9, "n_positions": 1024}, "decoder"),
+    "gpt_neox": (_DECODER, "decoder"),
+    "opt": ({**_DECODER, "ffn_dim": 1536, "word_embed_proj_dim": 576}, "decoder"),
+    "bloom": ({"vocab_size": 16384, "hidden_size": 576, "n_layer": 6, "n_head": 9}, "decoder"),
+    "falcon": (_DECODER, "decoder"),
+    "mamba": ({"vocab_size": 16384, "hidden_size": 384, "num_hidden_layers": 4, "state_size": 16}, "decoder"),
+    "mamba2": (
+        {
+            "vocab_size": 16384,
+            "hidden_size": 384,
+            "num_hidden_layers": 4,
+            "state_size": 64,
+            "num_heads": 12,
+            "head_dim": 64,
+            "n_groups": 1,
+        },
+        "decoder",
+    ),
+    "bert": (_ENCODER, "encoder"),
+    "roberta": (_ENCODER, "encoder"),
+    "distilbert": (
+        {"vocab_size": 30522, "dim": 384, "n_layers": 6, "n_heads": 12, "hidden_dim": 1536},
+        "encoder",
+    ),
+    "electra": ({**_ENCODER, "embedding_size": 128}, "encoder"),
+    "modernbert": ({**_ENCODER, "intermediate_size": 768, "pad_token_id": 0}, "encoder"),
+    "deberta-v2": ({**_ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, "encoder"),
     "t5": (
         {"vocab_size": 16384, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 4, "num_heads": 8},
         "text to text",
     ),
-    "bart": (
-        {
-            "vocab_size": 16384,
-            "d_model": 512,
-            "encoder_layers": 4,
-            "decoder_layers": 4,
-            "encoder_attention_heads": 8,
-            "decoder_attention_heads": 8,
-            "encoder_ffn_dim": 2048,
-            "decoder_ffn_dim": 2048,
-        },
-        "text to text",
-    ),
-    "vit": ({"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}, "image"),
+    "bart": (_SEQ2SEQ, "text to text"),
+    "whisper": ({**_SEQ2SEQ, "d_model": 384, "num_mel_bins": 80, "max_source_positions": FRAMES // 2}, "sound to text"),
+    "vit": ({**_VISION, "intermediate_size": 1536}, "image"),
+    "dinov2": ({**_VISION, "mlp_ratio": 4, "image_size": 224, "patch_size": 16}, "image"),
+    "clip": (_TOWERS, "image and text"),
+    "siglip": (_TOWERS, "image and text"),
     "resnet": ({"depths": [3, 4, 6, 3], "layer_type": "bottleneck"}, "image"),
     "convnext": ({"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}, "image"),
+    "efficientnet": (
+        {"image_size": 224, "hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0},
+        "image",
+    ),
 }
 
 
-def inputs(kind: str, vocab: int) -> list[Any]:
-    """NumPy arguments, images as [B, C, h, w]."""
+def inputs(config: dict[str, Any], kind: str) -> list[Any]:
+    """NumPy arguments in the order of the parts of a kind; images are [B, C, h, w], sounds [B, M, frames]."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    if kind == "image":
-        return [rng.standard_normal((BATCH, 3, 224, 224)).astype(np.float32)]
-    return [rng.integers(3, vocab, (BATCH, LENGTH)) for _ in range(2 if kind == "text to text" else 1)]
+    vocab = config.get("text_config", config).get("vocab_size", 0)
+    parts = {"image": (BATCH, 3, 224, 224), "sound": (BATCH, 80, FRAMES)}
+    return [
+        rng.standard_normal(parts[part]).astype(np.float32)
+        if part in parts
+        else rng.integers(3, vocab, (BATCH, LENGTH))
+        for part in {"decoder": "text", "encoder": "text"}.get(kind, kind).replace(" and ", " to ").split(" to ")
+    ]
 
 
 # ---- contenders: each returns a function (family, task) -> (seconds of the first call, a call to be timed) -----------
@@ -118,14 +183,10 @@ def open_trustcore() -> Callable[[str, str], tuple[float, Callable[[], Any]]]:
             made[family] = random_model({"model_type": family, **config}, seed=0)
         model = made[family]
         config, kind = CONFIGS[family]
-        given = [jnp.asarray(a) for a in inputs(kind, config.get("vocab_size", 0))]
-        if kind == "image":
-            given = [jnp.moveaxis(given[0], 1, -1)]
+        given = [jnp.moveaxis(jnp.asarray(a), 1, -1) if a.ndim > 2 else jnp.asarray(a) for a in inputs(config, kind)]
 
         def forward(model: Any, *given: Any) -> Any:
-            if kind == "text to text":
-                return model(given[0], decoder_tokens=given[1])
-            out = model(*given)
+            out = model(given[0], decoder_tokens=given[1]) if kind.endswith("to text") else model(*given)
             return out[0] if isinstance(out, tuple) else out  # Mamba's states go with its logits
 
         def loss(model: Any, *given: Any) -> Any:
@@ -154,18 +215,13 @@ def open_transformers() -> Callable[[str, str], tuple[float, Callable[[], Any]]]
             made.clear()
             described = transformers.AutoConfig.for_model(family, **config)
             torch.manual_seed(0)
-            by_kind = (
-                transformers.AutoModelForSeq2SeqLM if kind == "text to text" else transformers.AutoModelForCausalLM
-            )
-            decoder = kind == "text to text" or family in DECODERS
-            made[family] = (by_kind if decoder else transformers.AutoModel).from_config(described).eval()
+            made[family] = getattr(transformers, AUTO.get(kind, "AutoModel")).from_config(described).eval()
         model = made[family]
-        given = [torch.tensor(a) for a in inputs(kind, config.get("vocab_size", 0))]
+        given = [torch.tensor(a) for a in inputs(config, kind)]
 
         def forward() -> Any:
-            if kind == "text to text":
-                return model(input_ids=given[0], decoder_input_ids=given[1])[0]
-            return model(given[0])[0]
+            named = zip(NAMES.get(kind, [model.main_input_name]), given, strict=True)
+            return model(**dict(named))[0]
 
         def call() -> None:
             if task == "forward":
@@ -182,7 +238,16 @@ def open_transformers() -> Callable[[str, str], tuple[float, Callable[[], Any]]]
     return prepare
 
 
-DECODERS = ("llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "mixtral", "mamba")
+AUTO = {
+    "decoder": "AutoModelForCausalLM",
+    "text to text": "AutoModelForSeq2SeqLM",
+    "sound to text": "AutoModelForSpeechSeq2Seq",
+}
+NAMES = {
+    "text to text": ["input_ids", "decoder_input_ids"],
+    "sound to text": ["input_features", "decoder_input_ids"],
+    "image and text": ["pixel_values", "input_ids"],
+}
 OPEN = {"trustcore": open_trustcore, "transformers": open_transformers}
 
 

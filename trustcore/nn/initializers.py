@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from trustcore.errors import ModelError
 
@@ -36,7 +37,13 @@ def _truncated_normal(*, std: float = 0.02) -> Initializer:
 
 
 def _orthogonal(*, gain: float = 1.0) -> Initializer:
-    return _init.orthogonal(gain)
+    exact = _init.orthogonal(gain)
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **options: Any) -> jax.Array:
+        wide = dtype if jnp.dtype(dtype).itemsize > 2 else jnp.float32  # there is no QR decomposition in 16 bits
+        return exact(key, shape, wide, **options).astype(dtype)
+
+    return init
 
 
 def _normal(*, std: float = 0.02) -> Initializer:

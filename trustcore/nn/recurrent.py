@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
+from trustcore.nn.initializers import initializer
 from trustcore.nn.module import made_module
 
 Cell = Literal["rnn", "lstm", "gru"]
@@ -52,7 +53,10 @@ class Recurrent(nnx.Module):
             raise ModelError(f"Recurrent: cell is {cell!r}; choose from {', '.join(_CELLS)}.")
 
         def make(rngs: nnx.Rngs) -> Any:
-            return _CELLS[cell](features, hidden, dtype=dtype, param_dtype=dtype, rngs=rngs)
+            inner = initializer("orthogonal")
+            return _CELLS[cell](
+                features, hidden, dtype=dtype, param_dtype=dtype, recurrent_kernel_init=inner, rngs=rngs
+            )
 
         self.ahead = made_module(make, rngs)
         self.back = made_module(make, rngs) if both else None
