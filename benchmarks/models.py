@@ -135,7 +135,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "text to text",
     ),
     "bart": (_SEQ2SEQ, "text to text"),
-    "whisper": ({**_SEQ2SEQ, "d_model": 384, "num_mel_bins": 80, "max_source_positions": FRAMES // 2}, "sound to text"),
+    "whisper": (
+        {**_SEQ2SEQ, "num_mel_bins": 80, "max_source_positions": FRAMES // 2, "pad_token_id": 0},
+        "sound to text",
+    ),
     "vit": ({**_VISION, "intermediate_size": 1536}, "image"),
     "dinov2": ({**_VISION, "mlp_ratio": 4, "image_size": 224, "patch_size": 16}, "image"),
     "clip": (_TOWERS, "image and text"),
