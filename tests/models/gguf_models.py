@@ -61,6 +61,24 @@ CONFIGS |= {
         **LATENT, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
     },
 }  # fmt: skip
+CONFIGS |= {
+    "smollm3": {**SHAPE, "model_type": "smollm3", "num_hidden_layers": 5},
+    "granite": {
+        **SHAPE, "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2, "logits_scaling": 2.5,
+    },
+    "olmo2": {**SHAPE, "model_type": "olmo2"},
+    "stablelm": {**SHAPE, "model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.25},
+    "stablelm_parallel": {
+        **SHAPE, "model_type": "stablelm", "head_dim": 16, "qk_layernorm": True, "use_parallel_residual": True,
+    },
+    "cohere": {**SHAPE, "model_type": "cohere", "logit_scale": 0.25},
+    "gpt_neox": {**SHAPE, "model_type": "gpt_neox", "rotary_pct": 0.5, "num_key_value_heads": 4},
+    "gpt_neox_sequential": {**SHAPE, "model_type": "gpt_neox", "rotary_pct": 0.25, "use_parallel_residual": False},
+    "bloom": {"model_type": "bloom", "vocab_size": 64, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "falcon": {**SHAPE, "model_type": "falcon", "multi_query": True},
+    "falcon_grouped": {**SHAPE, "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+}  # fmt: skip
 TOKENS = np.random.default_rng(7).integers(0, 64, 14)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from trustcore.errors import ModelError
@@ -184,6 +184,7 @@ class DecoderConfig:
         tied: bool,
         rope_divisors: tuple[float, ...] = (),
         long_divisors: tuple[float, ...] = (),
+        tensors: Collection[str] = (),
     ) -> DecoderConfig:
         """Returns the configuration that GGUF metadata describe.
 
@@ -193,6 +194,7 @@ class DecoderConfig:
             tied: whether the file has no output table of its own.
             rope_divisors: contents of its `rope_freqs.weight` or `rope_factors_short.weight`, if there.
             long_divisors: contents of its `rope_factors_long.weight`, if there.
+            tensors: names of its tensors, which tell what the metadata of some architectures do not.
 
         Raises:
             ModelError: the architecture is not supported, or a value is missing or out of range.
@@ -200,7 +202,7 @@ class DecoderConfig:
         from trustcore.models.families import read_gguf  # families make configurations: they are above this file
 
         divisors = (rope_divisors, long_divisors)
-        return read_gguf(metadata, vocab_size=vocab_size, tied=tied, divisors=divisors)
+        return read_gguf(metadata, vocab_size=vocab_size, tied=tied, divisors=divisors, tensors=tensors)
 
     @staticmethod
     def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:

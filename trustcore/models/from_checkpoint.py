@@ -143,6 +143,7 @@ def _read(checkpoint: Checkpoint) -> tuple[Any, Names, Callable[..., Model]]:
         tied="output.weight" not in checkpoint,
         rope_divisors=plain or short,
         long_divisors=long,
+        tensors=checkpoint,
     )
     return _bounded(config, checkpoint), gguf_of(config).names_in(checkpoint), Decoder
 

@@ -6,7 +6,8 @@ that exists is an entry of one of these files; `docs/models.md` is made from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from trustcore.errors import ModelError
@@ -43,6 +44,7 @@ def read_gguf(
     vocab_size: int,
     tied: bool,
     divisors: tuple[tuple[float, ...], tuple[float, ...]] = ((), ()),
+    tensors: Collection[str] = (),
 ) -> DecoderConfig:
     """See `DecoderConfig.from_gguf`; `divisors` of rotary frequencies: all, or of short and of long contexts."""
     architecture = metadata.get("general.architecture")
@@ -72,12 +74,14 @@ def read_gguf(
         "hidden": values.integer("feed_forward_length"),
         "context": context,
         "rope": _gguf_rope(values, head_dim, context, family.gguf, divisors),
-        "norm_eps": values.number("attention.layer_norm_rms_epsilon", 1e-5),
+        "norm_eps": values.number(
+            "attention.layer_norm_rms_epsilon", values.number("attention.layer_norm_epsilon", 1e-5)
+        ),
         "tied": tied,
         "window": values.integer("attention.sliding_window", 0, least=0) or None,
         "family": family.name,
     }
-    return DecoderConfig(**{**fields, **family.gguf.read(values, fields)})
+    return DecoderConfig(**{**fields, **family.gguf.read(values, fields), **family.gguf.seen(tensors)})
 
 
 def _gguf_rope(
@@ -125,4 +129,4 @@ def gguf_of(config: DecoderConfig) -> Gguf:
     if found is None:
         known = ", ".join(f.name for f in FAMILIES.values() if f.gguf is not None)
         raise ModelError(f"{config.family} has no place in GGUF files here; families that have one: {known}.")
-    return found
+    return found if found.variant is None else dataclasses.replace(found, names=found.variant(config))

@@ -24,10 +24,12 @@ class Gguf:
         names: of the weights.
         interleaved: whether they hold query and key rows for interleaved rotary pairs.
         read: what the configuration has besides the fields that all architectures share.
+        seen: what the configuration has by the names of the file's tensors, where the metadata do not tell.
         write: metadata besides those that all architectures share, without the architecture's name.
         own: whether the name is the family's own (Mistral's files call themselves "llama").
         experts: whether the family is that of the files which have experts (Mixtral's, too, are called "llama").
         whole_pairs: whether YaRN's ramp begins and ends at whole pairs of channels, which files do not tell.
+        variant: names of the weights where they depend on the configuration; None: `names` are those of all.
         older: names in files of earlier programs, by a tensor that only those have.
     """
 
@@ -35,10 +37,12 @@ class Gguf:
     names: Names
     interleaved: bool = False
     read: Callable[[Values, Mapping[str, Any]], Mapping[str, Any]] = lambda values, fields: {}
+    seen: Callable[[Collection[str]], Mapping[str, Any]] = lambda found: {}
     write: Callable[[DecoderConfig], Mapping[str, Any]] = lambda config: {}
     own: bool = True
     experts: bool = False
     whole_pairs: bool = True
+    variant: Callable[[DecoderConfig], Names] | None = None
     older: Mapping[str, Names] = dataclasses.field(default_factory=dict)
 
     def names_in(self, found: Collection[str]) -> Names:

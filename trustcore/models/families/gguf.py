@@ -24,6 +24,7 @@ NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_l
 _BODY = (
     plain("embedding.table", "token_embd.weight"),
     *norm("norm", "output_norm"),
+    *norm("embedding_norm", "token_embd_norm"),
     kernel("output.kernel", "output.weight"),
     plain("positions.table", "position_embd.weight"),
 )
@@ -55,6 +56,7 @@ def gguf_names(*layer: Rule) -> Names:
     return Names(_BODY, under("blocks.{}.", "blk.{}.", layer), ignored=NOT_WEIGHTS)
 
 
+BIASES = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "norm_bias"), True)
 SEPARATE = gguf_names(*NORMS, *QKV, *OUT, *GATE, *UP, *DOWN)
 _FUSED = {
     "phi3": gguf_names(*NORMS, *QKV_FUSED, *OUT, *GATE_UP_FUSED, *DOWN),
@@ -72,6 +74,23 @@ def _qwen2(values: Values, fields: Fields) -> Fields:
 
 def _qwen3(values: Values, fields: Fields) -> Fields:
     return {"qk_norm": "head"}
+
+
+def _smollm3(values: Values, fields: Fields) -> Fields:
+    return {"positioned": _three_of_four(fields["layers"])}
+
+
+def _granite(values: Values, fields: Fields) -> Fields:
+    return {
+        "embedding_scale": values.number("embedding_scale", 1.0) or 1.0,
+        "residual_scale": values.number("residual_scale", 1.0) or 1.0,
+        "attention_scale": values.number("attention.scale", 0.0) or None,
+        "logit_scale": 1.0 / (values.number("logit_scale", 1.0) or 1.0),
+    }
+
+
+def _olmo2(values: Values, fields: Fields) -> Fields:
+    return {"norm_place": "after", "qk_norm": "whole"}
 
 
 def _gemma(values: Values, fields: Fields) -> Fields:
@@ -108,6 +127,10 @@ def every_other(layers: int) -> tuple[bool, ...] | None:
     return over_layers(layers, lambda i: i % 2 == 0)
 
 
+def _three_of_four(layers: int) -> tuple[bool, ...] | None:
+    return over_layers(layers, lambda i: i % 4 != 3)
+
+
 def _five_of_six(layers: int) -> tuple[bool, ...] | None:
     return over_layers(layers, lambda i: i % 6 != 5)
 
@@ -118,15 +141,28 @@ def _gemma_scale(name: str, fields: Fields) -> float:
 
 
 def _gpt2(values: Values, fields: Fields) -> Fields:
-    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "norm_bias"), True)
     return {
         "norm": "layer",
-        "norm_eps": values.number("attention.layer_norm_epsilon", 1e-5),
         "rope": None,
         "learned_positions": fields["context"],
         "gated": False,
         "activation": "gelu_tanh",
-        **biases,
+        **BIASES,
+    }
+
+
+def _write_smollm3(config: DecoderConfig) -> Fields:
+    if config.window is not None or config.positioned != _three_of_four(config.layers):
+        raise ModelError("GGUF files of smollm3 know no window, and positions in all layers but every fourth.")
+    return {}
+
+
+def _write_granite(config: DecoderConfig) -> Fields:
+    return {
+        "embedding_scale": config.embedding_scale,
+        "residual_scale": config.residual_scale,
+        "attention.scale": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        "logit_scale": 1.0 / config.logit_scale,
     }
 
 
@@ -160,9 +196,12 @@ def _hold(config: DecoderConfig, name: str, pattern: tuple[bool, ...] | None) ->
 
 
 _READ = {
-    "qwen2": _qwen2, "qwen3": _qwen3, "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "gpt2": _gpt2,
+    "qwen2": _qwen2, "qwen3": _qwen3, "smollm3": _smollm3, "granite": _granite, "olmo2": _olmo2, "gemma": _gemma,
+    "gemma2": _gemma2, "gemma3": _gemma3, "gpt2": _gpt2,
 }  # fmt: skip
-_WRITE = {"gemma2": _write_gemma2, "gemma3": _write_gemma3}
+_WRITE = {
+    "smollm3": _write_smollm3, "granite": _write_granite, "gemma2": _write_gemma2, "gemma3": _write_gemma3,
+}  # fmt: skip
 
 
 def gguf(name: str, *, interleaved: bool = False, own: bool = True) -> Gguf:

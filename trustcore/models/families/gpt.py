@@ -14,6 +14,7 @@ from trustcore.models.families.described import activation, positions, scaling, 
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import ACTIVATIONS, rope_of
 from trustcore.models.families.gguf import gguf
+from trustcore.models.families.gguf_layer_norm import BLOOM, FALCON, GPT_NEOX
 from trustcore.models.families.llama import OUTPUT
 from trustcore.models.name_map import Rule, joined, kernel, linear, norm, plain
 from trustcore.models.names import Names, under
@@ -320,8 +321,8 @@ def _describe_falcon(config: DecoderConfig) -> dict[str, Any]:
 
 FAMILIES = (
     Family("gpt2", "GPT-2", "GPT2LMHeadModel", _read_gpt2, _describe_gpt2, _GPT2, gguf=gguf("gpt2")),
-    Family("gpt_neox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM", _read_neox, _describe_neox, _NEOX),
+    Family("gpt_neox", "GPT-NeoX, Pythia", "GPTNeoXForCausalLM", _read_neox, _describe_neox, _NEOX, gguf=GPT_NEOX),
     Family("opt", "OPT", "OPTForCausalLM", _read_opt, _describe_opt, _OPT),
-    Family("bloom", "BLOOM", "BloomForCausalLM", _read_bloom, _describe_bloom, _BLOOM),
-    Family("falcon", "Falcon", "FalconForCausalLM", _read_falcon, _describe_falcon, _falcon_names),
+    Family("bloom", "BLOOM", "BloomForCausalLM", _read_bloom, _describe_bloom, _BLOOM, gguf=BLOOM),
+    Family("falcon", "Falcon", "FalconForCausalLM", _read_falcon, _describe_falcon, _falcon_names, gguf=FALCON),
 )

@@ -14,6 +14,7 @@ from trustcore.models.families.described import described, window
 from trustcore.models.families.family import Family
 from trustcore.models.families.fields import SCALINGS, common, over_layers, window_of
 from trustcore.models.families.gguf import gguf
+from trustcore.models.families.gguf_layer_norm import COMMAND_R, STABLELM
 from trustcore.models.name_map import Rule, fused, kernel, linear, norm, plain, stacked
 from trustcore.models.names import Names, under
 from trustcore.models.values import Values
@@ -249,6 +250,7 @@ FAMILIES = (
         _read_smollm3,
         _describe_smollm3,
         LLAMA,
+        gguf=gguf("smollm3", interleaved=True),
     ),
     Family(
         "granite",
@@ -257,6 +259,7 @@ FAMILIES = (
         _read_granite,
         _describe_granite,
         LLAMA,
+        gguf=gguf("granite", interleaved=True),
     ),
     Family(
         "olmo2",
@@ -265,6 +268,7 @@ FAMILIES = (
         _read_olmo2,
         described,
         llama_names((*OLMO2, *QKV, *OUT, *MLP, *QK_NORM)),
+        gguf=gguf("olmo2"),
     ),
     Family(
         "phi3",
@@ -282,6 +286,7 @@ FAMILIES = (
         _read_stablelm,
         _describe_stablelm,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *STABLELM_NORMS)),
+        gguf=STABLELM,
     ),
     Family(
         "cohere",
@@ -291,5 +296,6 @@ FAMILIES = (
         _describe_cohere,
         llama_names((*NORMS, *QKV, *OUT, *MLP, *QK_NORM)),
         interleaved=True,
+        gguf=COMMAND_R,
     ),
 )
