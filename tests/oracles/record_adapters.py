@@ -14,6 +14,7 @@ encoder hidden states.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,17 @@ def record(data: Path, name: str) -> dict[str, Any]:
         model.save_pretrained(path / "adapter")
         tensors = load_file(path / "adapter" / "adapter_model.safetensors")
         found: dict[str, Any] = {f"{name}/weights/{key}": value for key, value in tensors.items()}
-        found[f"{name}/config"] = np.array((path / "adapter" / "adapter_config.json").read_text())
+        found[f"{name}/config"] = np.array(as_recorded((path / "adapter" / "adapter_config.json").read_text(), base))
         found[f"{name}/logits"] = logits.astype(np.float32)
         found[f"{name}/base"] = np.array(base)
         return found
+
+
+def as_recorded(config: str, base: str) -> str:
+    """The same configuration each time: sets in order, and no folder of this machine."""
+    entries = json.loads(config)
+    entries["base_model_name_or_path"] = base
+    return json.dumps({k: sorted(v) if k == "target_modules" else v for k, v in entries.items()}, indent=2)
 
 
 def main() -> None:
