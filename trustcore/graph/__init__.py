@@ -4,6 +4,8 @@ from trustcore.graph.layout import Product, View, product_of, through
 from trustcore.graph.modules import Traced, module_scopes, trace
 from trustcore.graph.observe import Probe, Tap, observe
 from trustcore.graph.program import Address, Node, Origin, Program, Scope, origins
+from trustcore.graph.rewriting import Rewriting, Rewritten, Rule, Static, rewrite
+from trustcore.graph.rewriting.optimize import kernel_rules, optimize
 from trustcore.graph.walk import aval, bind, bodies, called, inline, run
 
 __all__ = [
@@ -13,7 +15,11 @@ __all__ = [
     "Probe",
     "Product",
     "Program",
+    "Rewriting",
+    "Rewritten",
+    "Rule",
     "Scope",
+    "Static",
     "Tap",
     "Traced",
     "View",
@@ -22,10 +28,13 @@ __all__ = [
     "bodies",
     "called",
     "inline",
+    "kernel_rules",
     "module_scopes",
     "observe",
+    "optimize",
     "origins",
     "product_of",
+    "rewrite",
     "run",
     "through",
     "trace",

@@ -10,6 +10,8 @@ what is in it that nobody needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +52,7 @@ def _fold(graph: Graph, root: Value) -> Match | None:
     known = constant(root, FOLDED)
     if known is None or len(root.maker.outputs) > 1:
         return None
-    return Match([root], [], {root.maker}, lambda: jnp.asarray(known))
+    return Match([root], [], {root.maker}, lambda: jnp.asarray(known), certain=True)
 
 
 def _common(graph: Graph, root: Value) -> Match | None:
@@ -67,7 +69,7 @@ def _common(graph: Graph, root: Value) -> Match | None:
             and _parameters(other) == _parameters(maker)
         ):
             first = other.outputs[0]
-            return Match([root], [first], {maker}, lambda x: x, sample=None)
+            return Match([root], [first], {maker}, lambda x: x, certain=True)
     return None
 
 
@@ -104,7 +106,7 @@ def _widened(graph: Graph, root: Value) -> Match | None:
         return None
     base, middle = root.inputs[0].inputs[0], root.inputs[0]
     floats = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (base, middle))
-    if base.dtype != root.dtype or not floats or jnp.promote_types(base.dtype, middle.dtype) != middle.dtype:
+    if base.dtype != root.dtype or not floats or middle.dtype.itemsize <= base.dtype.itemsize:
         return None
     return _views(root, base, lambda x: x)
 
@@ -131,6 +133,10 @@ def _power_of_two(graph: Graph, root: Value) -> Match | None:
     return Match([root], [x], between([root], [x]), lambda x: x * jnp.asarray(reciprocal, x.dtype))
 
 
+def _positive(numbers: np.random.Generator, kinds: Sequence[Any]) -> list[Any]:
+    return [numbers.uniform(0.1, 4.0, kind.shape).astype(kind.dtype) for kind in kinds]
+
+
 _X = jax.ShapeDtypeStruct((8,), "float32")
 _BOOL = jax.ShapeDtypeStruct((8,), "bool")
 
@@ -143,7 +149,7 @@ EXACT: tuple[Finding, ...] = (
     Finder("reshape-of-reshape", _reshapes, exact=True, priority=8),
     Finder("widen-and-narrow", _widened, exact=True, priority=8),
     Finder("divide-by-power-of-two", _power_of_two, exact=True, priority=5),
-    Rule("double-negation", lambda x: -(-x), lambda x: x, (_X,), exact=True, priority=8),
+    Rule("double-negation", lambda x: jnp.negative(jnp.negative(x)), lambda x: x, (_X,), exact=True, priority=8),
     Rule("double-not", lambda x: ~(~x), lambda x: x, (_BOOL,), exact=True, priority=8),
     Rule("abs-of-negation", lambda x: jnp.abs(-x), jnp.abs, (_X,), exact=True, priority=8),
     Rule("relu-of-relu", lambda x: jnp.maximum(jnp.maximum(x, 0), 0), lambda x: jnp.maximum(x, 0), (_X,), exact=True),
@@ -175,7 +181,5 @@ APPROXIMATE: tuple[Finding, ...] = (
         lambda x, y, z: x * (y + z),
         (_X, _X, _X),
     ),
-    Rule("inverse-root", lambda x: 1.0 / jnp.sqrt(x), jax.lax.rsqrt, (_X,), sample=lambda key, kinds: [
-        jax.random.uniform(key, kinds[0].shape, jnp.float32, 0.1, 4.0).astype(kinds[0].dtype)
-    ]),
-)  # fmt: skip
+    Rule("inverse-root", lambda x: 1.0 / jnp.sqrt(x), jax.lax.rsqrt, (_X,), sample=_positive),
+)

@@ -6,8 +6,8 @@
     out = weights v                          weights in any dtype
 
 Heads of keys may be repeated (jnp.repeat), or queries grouped by them. A mask that depends on no input is looked at:
-one that is causal, or a band, becomes so; another one is handed on. What is not among these steps (dropout, weights that
-are used elsewhere) keeps the attention as it is, and the report says so.
+one that is causal, or a band, becomes so; another one is handed on. What is not among these steps (dropout, weights
+that are used elsewhere) keeps the attention as it is, and the report says so.
 
 Where a query sees no key, a softmax of -inf gives NaN and one of a large negative number the mean of all values; the
 kernel gives zeros. Proofs are made with masks that leave each query a key.
@@ -83,7 +83,10 @@ def _softmax(value: Value) -> tuple[Value, Value, int] | None:
     """For exp(s) / sum(exp(s)): that value, s, and the axis of the sum."""
     if value.name != "div":
         return None
-    above, below = skip(value.inputs[0]), _through(value.inputs[1], ("broadcast_in_dim", "reshape", "convert_element_type"))
+    above, below = (
+        skip(value.inputs[0]),
+        _through(value.inputs[1], ("broadcast_in_dim", "reshape", "convert_element_type")),
+    )
     if above.name != "exp" or below.name != "reduce_sum" or skip(below.inputs[0]) is not above:
         return None
     axes = tuple(below.maker.params["axes"])  # type: ignore[union-attr]
@@ -344,10 +347,9 @@ def _built(graph: Graph, root: Value, side: int, weights: Value, softmax_of: Val
     k = _Operand(scores.product.inputs[1 - q_side], k_names)
     v = _Operand(other, tuple(value_labels))
     q, k, v = (_peeled(each, head) for each in (q, k, v))
-    if groups or k.repeats != v.repeats or (k.repeats and head not in k.labels):
-        if k.repeats or v.repeats:
-            k = _Operand(scores.product.inputs[1 - q_side], k_names)
-            v = _Operand(other, tuple(value_labels))
+    if (groups and (k.repeats or v.repeats)) or k.repeats != v.repeats:
+        k = _Operand(scores.product.inputs[1 - q_side], k_names)
+        v = _Operand(other, tuple(value_labels))
     q = q if not q.repeats else _Operand(scores.product.inputs[q_side], q_names)
     q, k, v = _one_dtype(q, k, v)
 
@@ -383,9 +385,9 @@ def _one_dtype(*operands: _Operand) -> list[_Operand]:
     narrow = []
     for operand in operands:
         value = operand.value
-        if value.name == "convert_element_type" and jnp.issubdtype(value.inputs[0].dtype, jnp.floating):
-            if value.inputs[0].dtype.itemsize < value.dtype.itemsize:
-                value = skip(value.inputs[0])
+        source = value.inputs[0] if value.name == "convert_element_type" else value
+        if jnp.issubdtype(source.dtype, jnp.floating) and source.dtype.itemsize < value.dtype.itemsize:
+            value = skip(source)
         narrow.append(_Operand(value, operand.labels, operand.repeats))
     found = narrow if len({operand.value.dtype for operand in narrow}) == 1 else list(operands)
     kinds = {str(operand.value.dtype) for operand in found}
@@ -431,9 +433,7 @@ class _Layout:
         x = x.reshape([self.sizes[label] if label in moving else 1 for label in order])
         split = [len(self.outer), len(order) - 2]
         parts = [order[: split[0]], order[split[0] : split[1]]]
-        full = [
-            self.sizes[label] if any(other in moving for other in part) else 1 for part in parts for label in part
-        ]
+        full = [self.sizes[label] if any(other in moving for other in part) else 1 for part in parts for label in part]
         x = jnp.broadcast_to(x, (*full, *x.shape[-2:]))
         batch, heads = math.prod(full[: split[0]]), math.prod(full[split[0] :])
         span = self.sizes[self.span]
@@ -453,7 +453,7 @@ class _Layout:
 
 
 def _masked(scores: _Scores, layout: _Layout) -> tuple[dict[str, Any], list[tuple[Value, Any, bool]]]:
-    """Options of the kernel for constant masks; for each other mask and bias how its argument is made, and if inverted."""
+    """Options of the kernel for constant masks; for other masks and biases how they are made, and if inverted."""
     options: dict[str, Any] = {"causal": False}
     length, span = layout.sizes[layout.time], layout.sizes[layout.span]
     extra: list[tuple[Value, Any, bool]] = []
@@ -505,9 +505,9 @@ def _conjuncts(value: Value, labels: Labels, inverted: bool) -> list[tuple[Value
     if value.name in ("ne", "eq") and value.dtype == jnp.bool_ and not is_constant(value):
         number = uniform(value.inputs[1])
         inner = skip(value.inputs[0])
-        if number is not None and float(number) == 0 and inner.name == "convert_element_type":
-            if inner.inputs[0].dtype == jnp.bool_:
-                return _conjuncts(inner.inputs[0], labels, inverted != (value.name == "eq"))
+        was_bool = inner.name == "convert_element_type" and inner.inputs[0].dtype == jnp.bool_
+        if number is not None and float(number) == 0 and was_bool:
+            return _conjuncts(inner.inputs[0], labels, inverted != (value.name == "eq"))
     if value.name == ("or" if inverted else "and") and not is_constant(value):
         return [part for each in value.inputs for part in _conjuncts(each, labels, inverted)]
     if value.name == "broadcast_in_dim" and not is_constant(value):
@@ -567,14 +567,14 @@ def _flat(seen: np.ndarray, labels: Labels, layout: _Layout) -> np.ndarray | Non
 def _sampler(operands: list[Value], masks: dict[Value, bool]) -> Any:
     kinds = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in operands]
 
-    def sample(key: jax.Array) -> list[Any]:
+    def sample(numbers: np.random.Generator) -> list[Any]:
         """Random operands; masks that leave most keys to see, the first and the last always."""
-        found = random_operands(key, kinds)
+        found = random_operands(numbers, kinds)
         for i, value in enumerate(operands):
             if value in masks:
-                seen = jax.random.bernoulli(jax.random.fold_in(key, i), 0.7, value.shape)
-                ends = jnp.arange(value.shape[-1], dtype=jnp.int32) % max(value.shape[-1] - 1, 1) == 0
-                found[i] = (seen | jnp.broadcast_to(ends, seen.shape)) != masks[value]
+                seen = numbers.random(value.shape) < 0.7
+                seen[..., [0, -1]] = True
+                found[i] = seen != masks[value]
         return found
 
     return sample

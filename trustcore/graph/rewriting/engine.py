@@ -57,6 +57,7 @@ class Rewritten:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the function does, by the rewritten program."""
         program, leaves = self._program(args, kwargs)
         return jax.tree.unflatten(program.out_tree, program.run(*leaves))
 
@@ -208,7 +209,7 @@ class _Engine:
             return False
         replacement, reason = _traced(match)
         error = None
-        if not reason and self.prove:
+        if not reason and self.prove and not match.certain:
             try:
                 proof = prove(match, replacement, exact=rule.exact, budget=self.budget)
                 error, reason = proof.error, proof.reason
@@ -222,9 +223,7 @@ class _Engine:
         assert maker is not None
         place, frame = where(graph, maker)
         operands = tuple(value.aval.str_short() for value in match.operands)
-        self.report.applied.append(
-            Applied(rule.name, place, frame, operands, match.static, len(match.nodes), error)
-        )
+        self.report.applied.append(Applied(rule.name, place, frame, operands, match.static, len(match.nodes), error))
         for value, by in zip(match.outputs, graph.splice(replacement, match.operands, maker), strict=True):
             graph.replace(value, by)
         return True

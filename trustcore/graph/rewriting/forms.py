@@ -24,14 +24,20 @@ from trustcore.graph.walk import bind
 LIMIT = 1 << 26  # elements of a constant that are computed to be looked at
 COMMUTATIVE = frozenset({"add", "mul", "max", "min", "and", "or", "xor", "eq", "ne"})
 _SPREAD = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "rev", "slice"})
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {
-        "convert_element_type", "add", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "sqrt", "rsqrt", "square",
-        "integer_pow", "pow", "abs", "sign", "floor", "ceil", "and", "or", "not", "eq", "ne", "lt", "le", "gt", "ge",
-        "select_n", "tanh", "logistic", "stop_gradient", "exp2", "log1p", "expm1", "rem",
+        "convert_element_type", "add", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "sqrt", "rsqrt",
+        "square", "integer_pow", "pow", "abs", "sign", "floor", "ceil", "and", "or", "not", "eq", "ne", "lt", "le",
+        "gt", "ge", "select_n", "tanh", "logistic", "stop_gradient", "exp2", "log1p", "expm1", "rem",
     }
 )  # fmt: skip
-_UNIT = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims"})
+# Those that NumPy rounds as XLA does; compiling each for one number would take longer.
+_NUMPY = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "max": np.maximum,
+    "min": np.minimum, "sqrt": np.sqrt, "square": np.square, "abs": np.abs, "eq": np.equal, "ne": np.not_equal,
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "stop_gradient": np.asarray,
+}  # fmt: skip
+UNIT = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims"})
 # Parameters that say where and how exactly, not what.
 _IGNORED = frozenset(
     {"sharding", "out_sharding", "name", "accuracy", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "symbolic_zeros",
@@ -66,11 +72,21 @@ def _uniform(value: Value) -> np.ndarray | None:
         return None
     if value.name in _SPREAD:
         return uniform(value.inputs[0])
-    if value.name not in _ELEMENTWISE:
+    if value.name not in ELEMENTWISE:
         return None
     found = [uniform(each) for each in value.inputs]
     if not found or any(each is None for each in found):
         return None
+    if value.name == "convert_element_type":
+        return found[0].astype(value.dtype)
+    if value.name == "select_n":
+        return found[1 + int(found[0])]
+    if value.name == "div" and value.dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            return np.asarray(found[0] / found[1], value.dtype)
+    if value.name in _NUMPY:
+        with np.errstate(all="ignore"):
+            return np.asarray(_NUMPY[value.name](*found), value.dtype)
     with jax.ensure_compile_time_eval():
         return np.asarray(bind(value.maker.eqn, [jax.numpy.asarray(each) for each in found])[0])
 
@@ -97,7 +113,7 @@ def constant(value: Value, limit: int = LIMIT) -> np.ndarray | None:
         return None
     if "numbers" not in value.memo:
         with jax.ensure_compile_time_eval():
-            value.memo["numbers"] = np.asarray(evaluate([value], {})[0])
+            value.memo["numbers"] = np.asarray(jax.jit(lambda: evaluate([value], {})[0])())
     return value.memo["numbers"]
 
 
@@ -142,7 +158,7 @@ def _is(number: np.ndarray | None, wanted: float) -> bool:
 def unit_base(value: Value) -> Value:
     """Returns the value beneath reshapes that only add or drop axes of size one."""
     value = skip(value)
-    while value.name in _UNIT:
+    while value.name in UNIT:
         beneath = skip(value.inputs[0])
         if [n for n in value.shape if n != 1] != [n for n in beneath.shape if n != 1]:
             break
@@ -153,6 +169,29 @@ def unit_base(value: Value) -> Value:
                 break
         value = beneath
     return value
+
+
+def levels(value: Value, out: tuple[int, ...]) -> list[tuple[Value, tuple[int, ...]]]:
+    """Returns a value that is broadcast to a shape, and those beneath its broadcasts and reshapes, outermost first.
+
+    With each goes the axis of the shape at which each of its own axes that is larger than one ends.
+    """
+    value = skip(value)
+    axes = tuple(range(len(out) - len(value.shape), len(out)))
+    found = [(value, tuple(a for a, n in zip(axes, value.shape, strict=True) if n != 1))]
+    while value.name in UNIT:
+        beneath = skip(value.inputs[0])
+        if value.name == "broadcast_in_dim":
+            dims = value.maker.params["broadcast_dimensions"]  # type: ignore[union-attr]
+            axes = tuple(axes[d] for d in dims)
+        elif [n for n in value.shape if n != 1] == [n for n in beneath.shape if n != 1]:
+            kept = iter(a for a, n in zip(axes, value.shape, strict=True) if n != 1)
+            axes = tuple(next(kept) if n != 1 else -1 for n in beneath.shape)
+        else:
+            break
+        value = beneath
+        found.append((value, tuple(a for a, n in zip(axes, value.shape, strict=True) if n != 1)))
+    return found
 
 
 def form(value: Value) -> Form | None:
@@ -199,11 +238,17 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def same_value(a: Value, b: Value) -> bool:
-    """Returns whether two values are one, or equal numbers."""
+def same_value(a: Value, b: Value, depth: int = 8) -> bool:
+    """Returns whether two values are one, equal numbers, or computed alike in up to `depth` steps."""
     a, b = skip(a), skip(b)
     if a is b:
         return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
     left, right = uniform(a), uniform(b)
-    return left is not None and right is not None and a.shape == b.shape and bool(left == right)
-
+    if left is not None and right is not None:
+        return bool(left == right)
+    x, y = form(a), form(b)
+    if x is None or y is None or x.name != y.name or x.params != y.params or len(x.inputs) != len(y.inputs):
+        return False
+    return depth > 0 and all(same_value(p, q, depth - 1) for p, q in zip(x.inputs, y.inputs, strict=True))

@@ -2,8 +2,8 @@
 
 Those read each row once, forward and backward, and keep fewer arrays for the backward pass than autodiff of the plain
 form does. Patterns cover: the gain before or after the conversion back to a narrow dtype, `x / sqrt(v)` and
-`x * rsqrt(v)`, gains stored as their distance from one, variances by `jnp.var`, as a mean of squares of differences, and
-as a difference of means (Flax).
+`x * rsqrt(v)`, gains stored as their distance from one, variances by `jnp.var`, as a mean of squares of differences,
+and as a difference of means (Flax).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NARROW_GAIN = jax.ShapeDtypeStruct((8,), "bfloat16")
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -68,7 +68,9 @@ def _rms_patterns(shift: float) -> list[Callable[..., Any]]:
 
         def factor(x: Any, w: Any, eps: Any, axes: Any = axes) -> jax.Array:
             y = _wide(x)
-            return (y * (jax.lax.rsqrt(_mean(jnp.square(y)) + eps) * axes(gained(w.astype(y.dtype)), y))).astype(x.dtype)
+            return (y * (jax.lax.rsqrt(_mean(jnp.square(y)) + eps) * axes(gained(w.astype(y.dtype)), y))).astype(
+                x.dtype
+            )
 
         made += [factor] if axes is _like else []
     return made
@@ -181,20 +183,20 @@ NORMS: tuple[Finding, ...] = (
         priority=75,
     ),
     Rule(
-        "rms-norm",
-        _rms_patterns(0.0),
-        lambda x, w, eps: rms_norm(x, w, eps=eps),
-        (_ROWS, _GAIN, Static(1e-6)),
-        condition=_fits,
-        priority=70,
-    ),
-    Rule(
         "rms-norm-from-one",
         _rms_patterns(1.0),
         lambda x, w, eps: rms_norm(x, w, eps=eps, shift=1.0),
         (_ROWS, _GAIN, Static(1e-6)),
         condition=_fits,
         priority=72,
+    ),
+    Rule(
+        "rms-norm",
+        _rms_patterns(0.0),
+        lambda x, w, eps: rms_norm(x, w, eps=eps),
+        (_ROWS, _GAIN, Static(1e-6)),
+        condition=_fits,
+        priority=70,
     ),
 )
 ACTIVATIONS: tuple[Finding, ...] = (*(_glu_rule(name) for name in _ACTIVATIONS), *map(_bias_rule, _ACTIVATIONS))

@@ -1,9 +1,10 @@
 """Where a pattern stands in a program.
 
-First loosely: the pattern's graph at its example shapes, the program's at `root`, both without conversions of dtype and
-reshapes. That tells which value each operand would be. Then strictly: the pattern is traced anew at those values' shapes
-and dtypes, and every operation must agree, with its parameters, shapes and dtypes, up to the order of the operands of
-commutative operations and to what `forms` takes as one. Constants must be equal.
+First loosely: the pattern's graph at its example shapes, the program's at `root`, both without conversions of dtype
+and reshapes. That tells which value each operand would be. Then strictly: the pattern is traced anew at those values'
+shapes and dtypes, and every operation must agree, with its parameters, shapes and dtypes, up to the order of the
+operands of commutative operations, the way in which operands are broadcast to an element-wise operation, and what
+`forms` takes as one. Constants must be equal.
 
 What the pattern computes on the way must not be used by anything else; constants may.
 """
@@ -21,13 +22,15 @@ import numpy as np
 from trustcore.errors import ProgramError
 from trustcore.graph.rewriting.forms import (
     COMMUTATIVE,
+    ELEMENTWISE,
+    UNIT,
     constant,
     form,
     is_constant,
+    levels,
     same_value,
     skip,
     uniform,
-    unit_base,
 )
 from trustcore.graph.rewriting.rule import Match, NearMiss, Rule, aval_of, example_avals, traced
 from trustcore.graph.rewriting.terms import Graph, Node, Value
@@ -98,7 +101,9 @@ def _loose(
     left, right = form(inner), form(base)
     if left is None or right is None or left.name != right.name or len(left.inputs) != len(right.inputs):
         return
-    yield from _each(left.inputs, right.inputs, left.name in COMMUTATIVE, lambda p, t, b: _loose(p, t, places, b), bound)
+    yield from _each(
+        left.inputs, right.inputs, left.name in COMMUTATIVE, lambda p, t, b: _loose(p, t, places, b), bound
+    )
 
 
 def _each(lefts: Any, rights: Any, swap: bool, step: Any, bound: Any) -> Iterator[Any]:
@@ -143,8 +148,13 @@ class _State:
         self.places, self.statics = places, statics
 
 
-def _agree(pattern: Value, target: Value, state: _State, found: dict[Value, Value]) -> Iterator[dict[Value, Value]]:
-    """Yields what each value of a pattern is in the program, where `pattern` is `target`."""
+def _agree(
+    pattern: Value, target: Value, state: _State, found: dict[Value, Value], out: tuple[int, ...] | None = None
+) -> Iterator[dict[Value, Value]]:
+    """Yields what each value of a pattern is in the program, where `pattern` is `target`.
+
+    `out`: the shape of the element-wise operation that takes both; how they were brought to it is all one.
+    """
     beneath = _stripped(pattern)[0]
     if beneath in state.places and state.statics[state.places[beneath]]:
         number, known = uniform(target), found.get(beneath)
@@ -164,17 +174,19 @@ def _agree(pattern: Value, target: Value, state: _State, found: dict[Value, Valu
         if _equal_constants(inner, base):
             yield found
         return
+    if out is not None and (inner.name in UNIT or inner.shape != out):
+        lowest, axes = levels(inner, out)[-1]
+        for level, own in levels(base, out):
+            if own == axes:
+                yield from _agree(lowest, level, state, found)
+        return
     left, right = form(inner), form(base)
     if left is None or right is None or not _alike(inner, base):
         return
     if left.name != right.name or left.params != right.params or len(left.inputs) != len(right.inputs):
-        if left.name == "unit" or right.name == "unit":  # an operand may itself be such a reshape of another
-            lower = unit_base(inner)
-            if lower in state.places and lower.shape != inner.shape:
-                return
         return
-    swap = left.name in COMMUTATIVE
-    for more in _each(left.inputs, right.inputs, swap, lambda p, t, b: _agree(p, t, state, b), found):
+    swap, shape = left.name in COMMUTATIVE, inner.shape if left.name in ELEMENTWISE else None
+    for more in _each(left.inputs, right.inputs, swap, lambda p, t, b: _agree(p, t, state, b, shape), found):
         yield {**more, inner: base}
 
 
@@ -221,8 +233,8 @@ def _checked(
     if rule.sample is not None:
         chosen, kinds = rule.sample, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
 
-        def sample(key: jax.Array) -> list[Any]:
-            return chosen(key, kinds)
+        def sample(numbers: np.random.Generator) -> list[Any]:
+            return chosen(numbers, kinds)
 
     return Match(outputs, values, nodes, replacement, tuple(n for n in numbers if n is not None), sample)
 
@@ -249,7 +261,9 @@ def escaping(graph: Graph, outputs: list[Value], nodes: set[Node]) -> NearMiss |
             if value not in own and graph.used(value, nodes):
                 user = next((user for user in value.users if user not in nodes), None)
                 by = f"by {user.eqn.primitive.name}" if user is not None else "as a result"
-                return NearMiss(f"the {node.eqn.primitive.name} {value.aval.str_short()} within is used elsewhere, {by}")
+                return NearMiss(
+                    f"the {node.eqn.primitive.name} {value.aval.str_short()} within is used elsewhere, {by}"
+                )
     if len(outputs) > 1:
         inside = between(outputs, [])
         before = {node for node in inside if node not in nodes}

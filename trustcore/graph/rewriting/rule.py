@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from trustcore.errors import ProgramError
 from trustcore.graph.rewriting.terms import Graph, Node, Value
@@ -43,7 +44,8 @@ class Match:
         nodes: all that the replacement stands for; nothing else uses what they compute, but for the outputs.
         replacement: takes arrays for the operands, gives the outputs in turn; one or a tuple.
         static: the numbers that were bound, to be told.
-        sample: takes a random key, returns arrays for the operands; None: random ones of any kind.
+        sample: takes a NumPy generator, returns arrays for the operands; None: random ones of any kind.
+        certain: whether it needs no proof: the replacement is the same equation, or its own result.
     """
 
     outputs: list[Value]
@@ -51,7 +53,8 @@ class Match:
     nodes: set[Node]
     replacement: Callable[..., Any]
     static: tuple[float, ...] = ()
-    sample: Callable[[jax.Array], list[Any]] | None = None
+    sample: Callable[[np.random.Generator], list[Any]] | None = None
+    certain: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,8 @@ class Rule:
             not.
         exact: whether results are equal bit by bit; the proof then asks for that.
         priority: higher goes first in the strategy "prioritized".
-        sample: takes a random key and the operands' shapes and dtypes, returns the arrays that the rule is proven on;
-            None: normal floats, small integers.
+        sample: takes a NumPy generator and the operands' shapes and dtypes, returns the arrays that the rule is proven
+            on; None: normal floats, small integers.
 
     Where a pattern has several results, the first must be computed from all others.
 

@@ -96,6 +96,7 @@ class Node:
         calls: the opened calls around, outermost first.
         written: equations that give its name scopes, outermost first; the last also its line.
         bodies: graphs of the programs within it.
+        spliced: whether it came with a replacement.
         order: its place; nodes run in this order where their inputs allow.
     """
 
@@ -104,6 +105,7 @@ class Node:
         self.outputs = [Value(var.aval, self) for var in eqn.outvars]
         self.bodies: list[Graph] = []
         self.order: tuple[int, ...] = ()
+        self.spliced = False
 
     @property
     def params(self) -> dict[str, Any]:
@@ -168,9 +170,7 @@ class Graph:
             env.update(zip(eqn.outvars, node.outputs, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
 
-    def add(
-        self, eqn: JaxprEqn, inputs: list[Value], calls: tuple[Call, ...], written: tuple[JaxprEqn, ...]
-    ) -> Node:
+    def add(self, eqn: JaxprEqn, inputs: list[Value], calls: tuple[Call, ...], written: tuple[JaxprEqn, ...]) -> Node:
         """Adds a node."""
         node = Node(eqn, inputs, calls, written)
         self.nodes[node] = None
@@ -203,7 +203,7 @@ class Graph:
         for node in part.ordered():
             node.inputs = [swaps.get(value, value) for value in node.inputs]
             node.calls, node.written = like.calls, like.written
-            node.order = (*like.order, *node.order)
+            node.order, node.spliced = (*like.order, *node.order), True
             self.nodes[node] = None
             self.pinned += [node] if node.eqn.effects else []
         for value, operand in swaps.items():
@@ -319,6 +319,9 @@ class _Run:
             self.whole_call(whole, node)
             return
         values = [self.read(value) for value in node.inputs]
+        if node.spliced:  # it was traced without the axes along which operands differ from device to device
+            axes = frozenset().union(*map(_jax.varying, values))
+            values = [_jax.varying_like(value, axes) for value in values] if axes else values
         with _jax.written_like(node.written):
             found = run_node(node, values)
         self.env.update(zip(node.outputs, found, strict=True))
