@@ -142,7 +142,10 @@ def mean(x):
     return jnp.mean(x, axis=-1, keepdims=True)
 
 
-eps = 1e-5
+def variance(x):
+    return mean(x**2) - mean(x) ** 2
+
+
 LAYERS = {
     "rms-norm": [
         lambda x, w, b: x * jax.lax.rsqrt(mean(x * x) + 1e-6) * w[None, None],
@@ -153,7 +156,7 @@ LAYERS = {
     "layer-norm": [
         lambda x, w, b: (x - mean(x)) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5) * w[None, None] + b[None, None],
         lambda x, w, b: (x - mean(x)) * jax.lax.rsqrt(mean((x - mean(x)) ** 2) + 1e-5) * w[None, None] + b[None, None],
-        lambda x, w, b: b[None, None] + w[None, None] * ((x - mean(x)) * jax.lax.rsqrt(mean(x**2) - mean(x) ** 2 + eps)),
+        lambda x, w, b: b[None, None] + w[None, None] * ((x - mean(x)) * jax.lax.rsqrt(variance(x) + 1e-5)),
     ],
     "layer-norm-without-bias": [
         lambda x, w, b: (x - mean(x)) / jnp.sqrt(jnp.var(x, -1, keepdims=True) + 1e-5) * w[None, None]

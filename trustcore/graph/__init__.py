@@ -6,6 +6,7 @@ from trustcore.graph.observe import Probe, Tap, observe
 from trustcore.graph.program import Address, Node, Origin, Program, Scope, origins
 from trustcore.graph.rewriting import Rewriting, Rewritten, Rule, Static, rewrite
 from trustcore.graph.rewriting.optimize import kernel_rules, optimize
+from trustcore.graph.symbolic import Shapes, shapes
 from trustcore.graph.walk import aval, bind, bodies, called, inline, run
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Rewritten",
     "Rule",
     "Scope",
+    "Shapes",
     "Static",
     "Tap",
     "Traced",
@@ -36,6 +38,7 @@ __all__ = [
     "product_of",
     "rewrite",
     "run",
+    "shapes",
     "through",
     "trace",
 ]
