@@ -68,12 +68,12 @@ def test_pieces_are_the_modules_and_have_their_work() -> None:
 
 def test_pieces_of_a_gradient_of_a_model() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
-    model = random_model({"model_type": "llama", "num_hidden_layers": 2, **sizes})
+    model = random_model({"model_type": "llama", "num_hidden_layers": 1, **sizes})
     loss = lambda model, tokens: jnp.mean(model(tokens) ** 2)  # noqa: E731
     step = jax.grad(loss, allow_int=True)
     timed = pieces(step, model, jnp.zeros((2, 8), jnp.int32), limits=LIMITS, repeats=1)
     names = set(timed.by_module())
-    assert {"blocks/0", "blocks/1", "backward: blocks/0", "backward: blocks/1"} <= names, names
+    assert {"blocks/0", "backward: blocks/0"} <= names, names
 
 
 def test_the_critical_path() -> None:
@@ -93,5 +93,6 @@ def test_the_critical_path() -> None:
 
 def test_histograms() -> None:
     page = histogram([0, 1, 10, 100, 1000, 1000], bins=3, width=4)
-    assert [line.split()[-1] for line in page.splitlines()] == ["1", "##", "##", "####"] or "####" in page
+    assert [line.count("#") for line in page.splitlines()] == [0, 1, 1, 4]
+    assert page.splitlines()[0].split() == ["0", "B", "1"] and page.splitlines()[-1].split()[-2:] == ["3", "####"]
     assert histogram([]) == "" and len(histogram([5.0], bins=3).splitlines()) == 3

@@ -4,9 +4,9 @@
 
 A kernel is an instruction of the schedule that computes: a fusion, a library call (product, convolution, custom call),
 a sort, a copy. Its bytes are those of its operands and results: what a kernel slices it reads less of, so that they
-bound the traffic from above. A value that is written by one kernel and read by others costs its size once more for each
-of them; `apart` lists such values with the reason. What lies in a loop is counted once (`in_loop` says so): XLA's schedule does not tell
-how often it runs.
+bound the traffic from above. A value that is written by one kernel and read by others costs its size once more for
+each of them; `apart` lists such values with the reason. What lies in a loop is counted once (`in_loop` says so): XLA's
+schedule does not tell how often it runs.
 """
 
 from __future__ import annotations
