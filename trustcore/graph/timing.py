@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +39,7 @@ class Piece:
         flops: of them.
         nbytes: of operands and results.
         predicted: seconds that a roofline allows.
-        seconds: measured, the median.
+        seconds: measured, the least.
         start: when it would begin if pieces followed each other.
     """
 
@@ -65,7 +64,7 @@ class Timed:
 
     Attributes:
         pieces: in the order in which they run.
-        whole: seconds of the program as it is, the median.
+        whole: seconds of the program as it is, the least.
         limits: what the device reaches.
     """
 
@@ -130,8 +129,8 @@ class Timed:
                     f'fill="{color}"><title>{escape(told)}</title></rect>'
                 )
         for part in range(5):
-            x = left + (width - left - 16) * part / 4
-            out.append(f'<text x="{x:.0f}" y="14" text-anchor="middle">{1e3 * end * part / 4:.3g} ms</text>')
+            x, anchor = left + (width - left - 16) * part / 4, "end" if part == 4 else "middle"
+            out.append(f'<text x="{x:.0f}" y="14" text-anchor="{anchor}">{1e3 * end * part / 4:.3g} ms</text>')
         return "\n".join([*out, "</svg>"]) + "\n"
 
 
@@ -150,7 +149,7 @@ def pieces(
         args, kwargs: its arguments, arrays.
         depth: how many names of a module's path tell modules apart; None: all.
         limits: what the device reaches; None measures it.
-        repeats: runs of each piece; the median counts.
+        repeats: runs of each piece; the least counts, for others disturb a run and nothing speeds it up.
     """
     limits = limits or peaks()
     leaves, _, _ = split_arguments(args, kwargs)
@@ -266,7 +265,7 @@ def _timed(step: Callable[..., Any], given: Sequence[Any], repeats: int) -> tupl
         begin = time.perf_counter()
         jax.block_until_ready(step(*given))
         times.append(time.perf_counter() - begin)
-    return statistics.median(times), results
+    return min(times), results
 
 
 def _flops(node: Node) -> float:
