@@ -1,7 +1,7 @@
 """A transformer in plain jnp, as it is and as `trustcore.graph.optimize` makes it: time and memory.
 
     python benchmarks/optimize.py [--lengths 512 2048] [--seconds S] [--out FILE]
-    python benchmarks/optimize.py --table FILE        # a table of a result, into docs/benchmarks.md
+    python benchmarks/optimize.py --table FILE        # a table of a result, into docs/rewriting.md
 
 Two blocks (RMSNorm, causal softmax attention with scores in full, SwiGLU), float32, batch 1. Contenders run in turn in
 one process: the plain function, the one with attention rewritten alone, and the one with all rules of `optimize`.
@@ -96,9 +96,7 @@ def measure(args: argparse.Namespace) -> None:
         operands = (params, jax.random.normal(jax.random.key(1), (1, length, D)))
         for direction in ("forward", "gradient"):
             rewriting: dict[str, float] = {}
-            makers = {
-                name: functools.partial(compiled, name, direction, operands, rewriting) for name in CONTENDERS
-            }
+            makers = {name: functools.partial(compiled, name, direction, operands, rewriting) for name in CONTENDERS}
             what = {"length": length, "direction": direction, "rewriting": rewriting}
             rows.append(side_by_side(what, makers, operands, seconds=args.seconds, memory=3 * 10**9))
     write_result(result, args.out, "optimize")
@@ -127,13 +125,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each row, at least two rounds")
     parser.add_argument("--out")
-    parser.add_argument("--table", help="a result, to be written into docs/benchmarks.md")
+    parser.add_argument("--table", help="a result, to be written into docs/rewriting.md")
     args = parser.parse_args()
     if args.table:
         result = json.loads(Path(args.table).read_text())
         name = Path(args.table).resolve().relative_to(ROOT)
         note = f"{described(result)}\nData: [{name}](../{name}).\n"
-        fill("docs/benchmarks.md", "optimize", f"{table(result)}\n\n{note}")
+        fill("docs/rewriting.md", "optimize", f"{table(result)}\n\n{note}")
     else:
         measure(args)
 

@@ -190,7 +190,7 @@ def _module(compiled: Any) -> Message:
 
 
 def frame_lookup(compiled: Any) -> Callable[[int], tuple[str, int]]:
-    """Returns a function from the number of a stack frame, as XLA's messages have it, to file and line ("" and 0: none).
+    """Returns a function from the number of a stack frame, to file and line; "" and 0 where it has none.
 
     Raises:
         ProgramError: the backend does not hand out its program.

@@ -27,8 +27,8 @@ from trustcore.graph.hlo import frame_lookup
 from trustcore.graph.program import place
 
 _WARNING = re.compile(
-    r"Involuntary full rematerialization.*?from sharding (?P<source>\{.*?\}) to (?P<target>\{.*?\}) efficiently for HLO "
-    r"operation %(?P<name>\S+) = (?P<dtype>\w+)\[(?P<dims>[\d,]*)\].*?metadata=\{(?P<metadata>.*?)\}",
+    r"Involuntary full rematerialization.*?from sharding (?P<source>\{.*?\}) to (?P<target>\{.*?\}) efficiently "
+    r"for HLO operation %(?P<name>\S+) = (?P<dtype>\w+)\[(?P<dims>[\d,]*)\].*?metadata=\{(?P<metadata>.*?)\}",
 )
 _STREAM = threading.Lock()
 
@@ -53,8 +53,8 @@ class Rematerialization:
     def __str__(self) -> str:
         at = f" ({place(self.frame)})" if self.frame else ""
         return (
-            f"{self.operation.rpartition('/')[2]} of {self.shape} goes from {self.source} to {self.target} by making the "
-            f"tensor whole on every device{at}"
+            f"{self.operation.rpartition('/')[2]} of {self.shape} goes from {self.source} to {self.target} by making "
+            f"the tensor whole on every device{at}"
         )
 
 
