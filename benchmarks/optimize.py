@@ -107,8 +107,8 @@ def table(result: dict[str, Any]) -> str:
     import statistics
 
     lines = [
-        "| T | | plain, ms | attention, ms | all rules, ms | plain / attention | plain / all | plain, MB | attention, MB "
-        "| all rules, MB | rewriting, s |",
+        "| T | | plain, ms | attention, ms | all rules, ms | plain / attention | plain / all | plain, MB "
+        "| attention, MB | all rules, MB | rewriting, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

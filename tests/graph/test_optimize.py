@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from trustcore.graph import optimize
 
@@ -171,7 +172,7 @@ LAYERS = {
 
 @pytest.mark.parametrize(("rule", "fn"), [(rule, fn) for rule, ways in LAYERS.items() for fn in ways])
 def test_norms_and_activations(rule: str, fn) -> None:
-    fast = optimize(fn)
+    fast = optimize(fn, prove=fn is LAYERS[rule][0])
     np.testing.assert_allclose(fast(X, GAIN, SHIFT), fn(X, GAIN, SHIFT), atol=3e-5, rtol=3e-5)
     assert fast.report is not None and [each.rule for each in fast.report.applied] == [rule], str(fast.report)
 
@@ -191,6 +192,26 @@ def test_in_a_narrow_dtype_the_gain_may_stand_on_either_side() -> None:
         fast = optimize(fn)
         np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (fast(x, w), fn(x, w))), rtol=2e-2, atol=1e-3)
         assert fast.report is not None and fast.report.count("rms-norm") == 1, str(fast.report)
+
+
+def test_layers_of_flax() -> None:
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.norms = nnx.List([nnx.LayerNorm(32, rngs=rngs), nnx.RMSNorm(32, rngs=rngs)])
+            self.attention = nnx.MultiHeadAttention(num_heads=N, in_features=32, decode=False, rngs=rngs)
+            self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+
+        def __call__(self, x):
+            x = x + self.attention(self.norms[0](x), mask=nnx.make_causal_mask(x[..., 0]))
+            return x + self.down(jax.nn.gelu(self.up(self.norms[1](x))))
+
+    block = Block(nnx.Rngs(0))
+    fast = optimize(lambda block, x: block(x))
+    np.testing.assert_allclose(fast(block, X), block(X), atol=2e-5)
+    assert fast.report is not None
+    found = sorted(each.rule for each in fast.report.applied)
+    assert found == ["attention", "bias-gelu_tanh", "layer-norm", "rms-norm"], str(fast.report)
+    assert any("attention" in each.where for each in fast.report.applied)
 
 
 def transformer(params, x):

@@ -26,11 +26,12 @@ from trustcore._jax import Frame
 from trustcore.errors import ProgramError
 from trustcore.graph.modules import Traced, trace
 from trustcore.graph.program import Address, Node, is_library, place
+from trustcore.graph.walk import aval
 
 _SPEC = re.compile(r"^\s*(?:(?P<dtype>\w+)\s*\[(?P<inside>.*)\]|(?P<plain>[^\[\]]*))\s*$", re.DOTALL)
 _SHORT = {"f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16", "i32": "int32", "i64": "int64",
           "i8": "int8", "u8": "uint8", "u32": "uint32", "key": "uint32"}  # fmt: skip
-Dims = tuple[Any, ...]
+Dims = Any  # a tuple of sizes: numbers and formulas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +126,15 @@ def _split(text: str) -> list[str]:
 
 def _same_elements(node: Node) -> None:
     """Raises where a reshape changes how many elements there are: jax does not compare formulas."""
-    before, after = node.eqn.invars[0].aval.shape, node.eqn.outvars[0].aval.shape
+    before, after = aval(node.eqn.invars[0]).shape, aval(node.eqn.outvars[0]).shape
     have, want = math.prod(before), math.prod(after)
     if not _same(have, want):
         told = f"a value of {_dims(before)} is brought to {_dims(after)}: {have} elements to {want}"
         raise ProgramError(f"{node.address.place}: {told}; {_equal(have, want)}")
 
 
-def _told(aval: Any) -> str:
-    return f"{aval.dtype}{_dims(aval.shape)}"
+def _told(kind: Any) -> str:
+    return f"{kind.dtype}{_dims(kind.shape)}"
 
 
 def _dims(shape: Sequence[Any]) -> str:

@@ -23,7 +23,6 @@ from trustcore.graph.rewriting.rule import Finder, Finding, Match, Rule, Static
 from trustcore.graph.rewriting.terms import Graph, Value
 
 FOLDED = 4096  # elements up to which a constant is computed ahead; larger ones are cheaper made than kept
-_CHANGED_BY_ZERO = {"add": (0, 1), "sub": (1,)}
 
 
 def _identity(graph: Graph, root: Value) -> Match | None:
@@ -34,14 +33,14 @@ def _identity(graph: Graph, root: Value) -> Match | None:
 
 
 def _zero(graph: Graph, root: Value) -> Match | None:
-    """x + -0.0, x - 0.0, and in integers x + 0."""
-    for place in _CHANGED_BY_ZERO.get(root.name, ()):
+    """x + -0.0, and in integers x + 0."""
+    for place in (0, 1) if root.name == "add" else ():
         zero, other = root.inputs[place], root.inputs[1 - place]
         number = uniform(zero)
         if number is None or number != 0 or other.shape != root.shape or is_constant(other):
             continue
         negative = bool(np.signbit(number.astype(np.float64)))
-        if jnp.issubdtype(root.dtype, jnp.integer) or negative == (root.name == "add"):
+        if jnp.issubdtype(root.dtype, jnp.integer) or negative:
             return Match([root], [other], between([root], [other]), lambda x: x)
     return None
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from trustcore.errors import ProgramError
 from trustcore.graph.modules import split_arguments, trace
@@ -264,7 +265,7 @@ def _traced(match: Match) -> tuple[Any, str]:
     if any(getattr(a, "weak_type", False) != w for a, w in zip(closed.out_avals, weak, strict=True)):
         if any(weak):
             return None, "its result takes the dtype of what it meets (a weak type)"
-        strong = jax.extend.core.jaxpr_as_fun(closed)
+        strong = jaxpr_as_fun(closed)
         closed = jax.make_jaxpr(lambda *operands: [jnp.asarray(x, x.dtype) for x in strong(*operands)])(*kinds)
     return closed, ""
 

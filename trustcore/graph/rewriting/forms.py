@@ -2,7 +2,7 @@
 
     uniform(value)    the number that all elements of a value are, where no input has a say in it
     constant(value)   the array of a value that depends on no input
-    skip(value)       the value beneath operations that change nothing: x * 1, max(x, -inf), a chosen branch of where
+    skip(value)       the value beneath operations that change nothing: x * 1, x - 0, max(x, -inf), a known where
     form(value)       (operation, parameters, operands) such that equal forms compute the same
 
 A form takes a chain of reshapes that only add or drop axes of size one as one "unit" operation, x * x and x ** 2 as
@@ -74,8 +74,8 @@ def _uniform(value: Value) -> np.ndarray | None:
         return uniform(value.inputs[0])
     if value.name not in ELEMENTWISE:
         return None
-    found = [uniform(each) for each in value.inputs]
-    if not found or any(each is None for each in found):
+    found = [number for each in value.inputs if (number := uniform(each)) is not None]
+    if not found or len(found) < len(value.inputs):
         return None
     if value.name == "convert_element_type":
         return found[0].astype(value.dtype)
@@ -142,6 +142,9 @@ def _beneath(value: Value) -> Value | None:
     elif name in ("mul", "div"):
         pairs = ((inputs[1], inputs[0]), (inputs[0], inputs[1])) if name == "mul" else ((inputs[1], inputs[0]),)
         found = next((b for a, b in pairs if _is(uniform(a), 1)), None)
+    elif name == "sub":
+        zero = uniform(inputs[1])
+        found = inputs[0] if _is(zero, 0) and not np.signbit(np.asarray(zero, np.float64)) else None
     elif name == "select_n":
         which = uniform(inputs[0])
         found = None if which is None else inputs[1 + int(which)]

@@ -73,7 +73,14 @@ def _rms_patterns(shift: float) -> list[Callable[..., Any]]:
             )
 
         made += [factor] if axes is _like else []
-    return made
+    return [*made, _flax_rms] if not shift else made
+
+
+def _flax_rms(x: Any, w: Any, eps: Any) -> jax.Array:
+    """As `flax.nnx.RMSNorm` writes it, but for the mean of zero that it subtracts."""
+    y = _wide(x)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1)[..., None] + eps) * _like(w, y)
+    return (y * scale).astype(x.dtype)
 
 
 def _rms_plain(x: jax.Array, eps: Any) -> jax.Array:
@@ -125,11 +132,12 @@ def _layer_patterns(bias: bool) -> list[Callable[..., Any]]:
 
 
 def _flax_layer(x: Any, w: Any, b: Any, eps: Any) -> jax.Array:
-    """As `flax.nnx.LayerNorm` writes it: one factor of root and gain."""
+    """As `flax.nnx.LayerNorm` writes it: one factor of root and gain, means without their axis."""
     y = _wide(x)
-    mean = _mean(y)
-    variance = jnp.maximum(0.0, _mean(jnp.square(y)) - jnp.square(mean))
-    return ((y - mean) * (jax.lax.rsqrt(variance + eps) * _like(w, y)) + _like(b, y)).astype(x.dtype)
+    mean = jnp.mean(y, axis=-1)
+    variance = jnp.maximum(0.0, jnp.mean(jnp.square(y), axis=-1) - jnp.square(mean))
+    scale = jax.lax.rsqrt(variance[..., None] + eps) * _like(w, y)
+    return ((y - mean[..., None]) * scale + _like(b, y)).astype(x.dtype)
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------

@@ -231,10 +231,7 @@ def _checked(
 
     sample = None
     if rule.sample is not None:
-        chosen, kinds = rule.sample, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
-
-        def sample(numbers: np.random.Generator) -> list[Any]:
-            return chosen(numbers, kinds)
+        sample = functools.partial(rule.sample, kinds=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values])
 
     return Match(outputs, values, nodes, replacement, tuple(n for n in numbers if n is not None), sample)
 

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from trustcore import units
 from trustcore.graph.rewriting.rule import Match
@@ -71,7 +73,7 @@ def prove(match: Match, replacement: Any, *, exact: bool, budget: int = BUDGET) 
             return Proof(
                 0.0, f"{units.size(size)} of intermediate values are more than a proof may take (proof_budget=)"
             )
-        proof = _run(match, region, jax.extend.core.jaxpr_as_fun(replacement), kinds, exact)
+        proof = _run(match, region, jaxpr_as_fun(replacement), kinds, exact)
     with _LOCK:
         _KEPT[key] = proof
     return proof
@@ -173,7 +175,7 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _bytes(value: Any) -> Any:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return id(value)
     return hash(np.asarray(value).tobytes()) if getattr(value, "dtype", None) is not None else value
 

@@ -101,8 +101,8 @@ class Rule:
             not.
         exact: whether results are equal bit by bit; the proof then asks for that.
         priority: higher goes first in the strategy "prioritized".
-        sample: takes a NumPy generator and the operands' shapes and dtypes, returns the arrays that the rule is proven
-            on; None: normal floats, small integers.
+        sample: takes a NumPy generator and `kinds=`, the operands' shapes and dtypes, returns the arrays that the rule
+            is proven on; None: normal floats, small integers.
 
     Where a pattern has several results, the first must be computed from all others.
 
