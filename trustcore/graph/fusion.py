@@ -33,6 +33,9 @@ _LIBRARY = frozenset({"dot", "convolution", "custom-call", "sort", "fft", "chole
                       "rng-bit-generator", "outfeed", "infeed", "conditional"})  # fmt: skip
 
 
+_CONTROL = ("while", "conditional", "call")
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One kernel.
@@ -163,7 +166,7 @@ class _Reader:
     def computation(self, computation: Computation, *, in_loop: bool) -> None:
         own = [i for i in computation.instructions if i.opcode not in _FREE]
         for instruction in own:
-            if instruction.opcode in ("while", "conditional", "call") and not self._is_one(instruction):
+            if instruction.opcode in _CONTROL and not self._is_one(instruction):
                 inside = in_loop or instruction.opcode == "while"
                 for called in instruction.called:
                     self.computation(self.program.computations[called], in_loop=inside)
@@ -186,7 +189,8 @@ class _Reader:
         if instruction.opcode != "call":
             return False
         inner = self.program.computations[instruction.called[0]].instructions
-        return sum(i.opcode not in _FREE for i in inner) == 1
+        own = [i for i in inner if i.opcode not in _FREE]
+        return len(own) == 1 and (own[0].opcode not in _CONTROL or self._is_one(own[0]))
 
     def source(self, id: int) -> int:
         """The instruction that computes an operand, beneath bitcasts and parts of tuples."""

@@ -64,15 +64,15 @@ def prove(match: Match, replacement: Any, *, exact: bool, budget: int = BUDGET) 
     kinds = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in match.operands]
     with jax.ensure_compile_time_eval():
         closed = jax.make_jaxpr(region)(*kinds)
-        key = (str(closed), str(replacement), tuple(map(_bytes, (*closed.consts, *replacement.consts))), exact)
-        with _LOCK:
-            if key in _KEPT:
-                return _KEPT[key]
         size = sum(_nbytes(value) for node in match.nodes for value in node.outputs)
         if size > budget:
             return Proof(
                 0.0, f"{units.size(size)} of intermediate values are more than a proof may take (proof_budget=)"
             )
+        key = (str(closed), str(replacement), tuple(map(_bytes, (*closed.consts, *replacement.consts))), exact)
+        with _LOCK:
+            if key in _KEPT:
+                return _KEPT[key]
         proof = _run(match, region, jaxpr_as_fun(replacement), kinds, exact)
     with _LOCK:
         _KEPT[key] = proof
