@@ -103,7 +103,9 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: medians, ratios to the plain program, memory, seconds of rewriting."""
+    """The result as Markdown: medians, ratios to the plain program, memory, seconds of rewriting.
+
+    The latter of both contenders together: the second keeps the first one's proof of attention."""
     import statistics
 
     lines = [
@@ -116,7 +118,7 @@ def table(result: dict[str, Any]) -> str:
         cells = [str(row["length"]), row["direction"], *(f"{1e3 * seconds:.4g}" for seconds in median)]
         cells += [f"{median[0] / seconds:.2f}" for seconds in median[1:]]
         cells += [f"{row['bytes'][name] / 1e6:.4g}" for name in CONTENDERS]
-        lines.append(f"| {' | '.join([*cells, format(row['rewriting']['all rules'], '.1f')])} |")
+        lines.append(f"| {' | '.join([*cells, format(sum(row['rewriting'].values()), '.1f')])} |")
     return "\n".join(lines)
 
 
