@@ -197,3 +197,13 @@ def compiled_with_lines() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, before)
+
+
+def written_like(eqns: Sequence[Any]) -> Any:
+    """Returns a context in which equations get the name scopes of `eqns`, outermost first, and the line of the last."""
+    from jax._src import source_info_util
+
+    stack = source_info_util.current_name_stack()
+    for eqn in eqns:
+        stack = stack + eqn.source_info.name_stack
+    return source_info_util.user_context(eqns[-1].source_info.traceback, name_stack=stack)

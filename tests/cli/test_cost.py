@@ -28,6 +28,15 @@ def test_training_and_the_roofline(cli, small_model: Path) -> None:
     assert "both measured" in cli(*words[:-2], "--roofline").out
 
 
+def test_kernels_and_measured_modules(cli, small_model: Path) -> None:
+    words = ("cost", str(small_model), "--length", "16", "--fusions", "--measure")
+    page = cli(*words).out
+    assert "kept apart:" in page and "as one program" in page and "blocks/0" in page
+    told = json.loads(cli(*words, "--json").out)
+    assert told["kernels"] > 10 and told["kernel_bytes"] > told["avoidable_bytes"] and told["seconds"] > 0
+    assert any(name.startswith("blocks/0") for name in told["modules"])
+
+
 def test_refusals(cli, small_model: Path) -> None:
     done = cli("cost", str(small_model), "--length", "513")
     assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)

@@ -109,6 +109,29 @@ def test_replicated_arguments(fresh_python) -> None:
     fresh_python(code, devices=2)
 
 
+def test_tensors_that_are_made_whole_to_be_resharded(fresh_python) -> None:
+    code = """
+        import jax, jax.numpy as jnp
+        from trustcore.graph.lint import lint
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=auto)
+        on = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))
+
+        def bad(a):
+            b = jax.lax.with_sharding_constraint(a * 2, on(("x", "y"), None, None))
+            c = b.reshape(16, 4, 8, 16)
+            return jax.lax.with_sharding_constraint(c + 1, on(None, "y", None, "x"))
+
+        a = jax.ShapeDtypeStruct((16, 32, 16), "float32", sharding=on("y", None, "x"))
+        for _ in range(2):  # the second time from no cache
+            (found,) = lint(bad, a, compiled=True)
+            assert found.rule == "rematerialized" and "reshape of f32[2,4,8,16]" in found.message, found
+            assert "(<string>:10)" in found.message, found
+        assert lint(bad, a) == [] == lint(lambda a: a * 2, a, compiled=True)
+    """
+    fresh_python(code, devices=8)
+
+
 def test_the_costliest_comes_first() -> None:
     found = lint(lambda x, rate: jnp.sum(LARGE) * rate + x, X, 0.5)
     assert [f.rule for f in found] == ["captured-constant", "weak-type"]

@@ -282,7 +282,12 @@ def _dearest(branches: Sequence[Scope], times: int, rows: list[Row]) -> bool:
 
 
 def _leaf(node: Node, times: int) -> Row:
-    eqn = node.eqn
+    flops, nbytes, known = equation_cost(node.eqn)
+    return Row(node.address, times, times * flops, times * nbytes, known)
+
+
+def equation_cost(eqn: Any) -> tuple[float, float, bool]:
+    """Returns FLOPs and bytes of one equation without programs in it, and whether its cost is known."""
     name = eqn.primitive.name
     inputs, outputs = [atom.aval for atom in eqn.invars], [var.aval for var in eqn.outvars]
     nbytes = 0 if name in _CHEAP else _nbytes(inputs) + _nbytes(outputs)
@@ -292,7 +297,7 @@ def _leaf(node: Node, times: int) -> Row:
         nbytes = 3 * _nbytes(inputs[1:2] if name.startswith("dynamic") else inputs[2:3])
     rule = FOREIGN.get(str(eqn.params.get("target_name", "")) if name == "ffi_call" else name)
     flops = _flops(name, eqn, inputs, outputs) if rule is None else rule(inputs, outputs)
-    return Row(node.address, times, times * flops, times * nbytes, rule is not None or name not in _OPAQUE)
+    return flops, nbytes, rule is not None or name not in _OPAQUE
 
 
 def _flops(name: str, eqn: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 from trustcore._jax import Frame
@@ -162,12 +163,7 @@ def read_program(compiled: Any) -> Program:
     Raises:
         ProgramError: the backend does not hand out its program, or it cannot be read.
     """
-    try:
-        modules = compiled.runtime_executable().hlo_modules()
-        data = modules[0].as_serialized_hlo_module_proto()
-    except Exception as error:
-        raise ProgramError(f"this backend does not show its compiled program: {error}") from error
-    module = Message(data)
+    module = _module(compiled)
     origins = _origins(module.message(17))
     order = {entry.number(1): entry.message(2).numbers(1) for entry in module.message(7).messages(1)}
     computations = {}
@@ -182,6 +178,24 @@ def read_program(compiled: Any) -> Program:
     if entry not in computations:
         raise ProgramError("the compiled program has no first computation.")
     return Program(computations, entry)
+
+
+def _module(compiled: Any) -> Message:
+    try:
+        modules = compiled.runtime_executable().hlo_modules()
+        data = modules[0].as_serialized_hlo_module_proto()
+    except Exception as error:
+        raise ProgramError(f"this backend does not show its compiled program: {error}") from error
+    return Message(data)
+
+
+def frame_lookup(compiled: Any) -> Callable[[int], tuple[str, int]]:
+    """Returns a function from the number of a stack frame, to file and line; "" and 0 where it has none.
+
+    Raises:
+        ProgramError: the backend does not hand out its program.
+    """
+    return _origins(_module(compiled).message(17))
 
 
 def _unique(id: int, computation: int) -> int:

@@ -9,6 +9,7 @@ widened-product     a product of float32 copies of narrower numbers: the units f
 weak-type           an argument that is a Python number: another type of it compiles anew
 host-transfer       a callback into Python: the device waits for it
 padded-product      a product that fills a matrix unit badly: its smallest axis is far from a multiple of the unit's
+rematerialized      a tensor that XLA can only reshard by making it whole on every device (compiled=True alone)
 replicated          a large argument that lies whole on each of several devices, where others are split
 """
 
@@ -28,6 +29,7 @@ from trustcore import units
 from trustcore.graph.cost import cost_of
 from trustcore.graph.modules import Traced, trace
 from trustcore.graph.program import Address, Node, Program, place
+from trustcore.graph.resharding import rematerializations
 from trustcore.graph.walk import aval, called
 
 LARGE = 1 << 20  # bytes from which an array is worth a word
@@ -57,12 +59,15 @@ class Finding:
         return f"{self.rule}: {self.message}{at}"
 
 
-def lint(fn: Callable[..., Any], *args: Any, unit: tuple[int, int] = (8, 128), **kwargs: Any) -> list[Finding]:
+def lint(
+    fn: Callable[..., Any], *args: Any, unit: tuple[int, int] = (8, 128), compiled: bool = False, **kwargs: Any
+) -> list[Finding]:
     """Returns what is worth a second look in the program of `fn(*args, **kwargs)`; nothing is run.
 
     Args:
         fn: a function of arrays in pytrees.
         args, kwargs: its arguments, with their shardings.
+        compiled: whether to compile it, too, and look for what XLA's partitioner warns of.
         unit: rows and columns of the tiles that a matrix unit takes: (8, 128) of a TPU; (8, 8) for tensor cores.
     """
     traced = trace(fn, args, kwargs)
@@ -77,6 +82,7 @@ def lint(fn: Callable[..., Any], *args: Any, unit: tuple[int, int] = (8, 128), *
         *_callbacks(program),
         *_padded(traced, unit),
         *_replicated(leaves),
+        *(_rematerialized(fn, args, kwargs) if compiled else ()),
     ]
     return sorted(found, key=lambda finding: -finding.weight)
 
@@ -222,6 +228,13 @@ def _replicated(leaves: Sequence[jax.Array]) -> Iterator[Finding]:
                 None,
                 float(leaf.nbytes * (len(leaf.sharding.device_set) - 1)),
             )
+
+
+def _rematerialized(fn: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[Finding]:
+    for found in rematerializations(fn, *args, **kwargs):
+        dims = [int(n) for n in found.shape.partition("[")[2].rstrip("]").split(",") if n]
+        message = f"{found}; give what is before and after it shardings of which one follows from the other"
+        yield Finding("rematerialized", message, None, 4.0 * math.prod(dims) * jax.device_count())
 
 
 def _leaves(program: Program) -> Iterator[Node]:

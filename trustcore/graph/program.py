@@ -290,10 +290,10 @@ class Program:
                 self.differentiated = True
             if not is_transform and name.startswith(ANEW):
                 known = anew[name]
-                known = known[len(path) :] if list(known[: len(path)]) == path else known
-                path += known or (name.removeprefix(ANEW).partition(":")[0],)
+                within = list(known[: len(path)]) == path
+                path += (known[len(path) :] if within else known) if known else (name[1:].partition(":")[0],)
             elif not is_transform and name not in _MARKS:
-                path.append(name)
+                path += name.split("/")
         frames = [frame for frame in _jax.frames(eqn) if not _is_insight(frame.file)]
         own = next((frame for frame in frames if not is_library(frame.file)), None)
         inner = frames[0] if frames and frames[0] != own else None

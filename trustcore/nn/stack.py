@@ -15,6 +15,7 @@ that is traced, with the axis of its group. They are carried, so that they are u
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -130,10 +131,11 @@ def run_blocks(blocks: Any, call: Call, x: Any, states: Sequence[Any] | None = N
         x: what goes through.
         states: of each layer; with a stack also as it returns them. None: each block gets None.
 
+    In the program each block of a list has the name scope `blocks/3`, however many share one jitted function.
     States come back in the form in which they were given; from a stack that got None, in that of the stack.
     """
     if not isinstance(blocks, Stack):
-        return _in_turn(call, blocks, x, states)
+        return _in_turn(call, blocks, x, states, scope="blocks/")
     by_layer = states is not None and len(states) == len(blocks)
     x, after = blocks.run(call, x, blocks.states(states) if states is not None and by_layer else states)
     return x, blocks.layer_states(after) if by_layer else after
@@ -163,10 +165,14 @@ def groups_of(kinds: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     return best[0][2]
 
 
-def _in_turn(call: Call, blocks: Any, x: Any, states: Sequence[Any] | None) -> tuple[Any, tuple[Any, ...]]:
+def _in_turn(
+    call: Call, blocks: Any, x: Any, states: Sequence[Any] | None, scope: str = ""
+) -> tuple[Any, tuple[Any, ...]]:
     after = []
     for i, block in enumerate(blocks):
-        x, state = call(block, x, None if states is None else states[i])
+        # Blocks of one kind share a jitted function: the name of a block stands around the call, which keeps it shared.
+        with jax.named_scope(f"{scope}{i}") if scope else contextlib.nullcontext():
+            x, state = call(block, x, None if states is None else states[i])
         after.append(state)
     return x, tuple(after)
 
