@@ -82,6 +82,8 @@ FOREIGN: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "cross_entropy_backward": lambda inputs, outputs: 3 * _projection(inputs),
     "grouped_matmul_rows": lambda inputs, outputs: 2.0 * _size(inputs[0]) * outputs[0].shape[-1],
     "grouped_matmul_sums": lambda inputs, outputs: 2.0 * _size(inputs[0]) * outputs[0].shape[-1],
+    "selective_scan_forward": lambda inputs, outputs: 7.0 * _size(outputs[0]) * outputs[1].shape[-1],
+    "selective_scan_backward": lambda inputs, outputs: 25.0 * _size(outputs[0]) * outputs[2].shape[-1],
     "trustcore_packed_matmul": lambda inputs, outputs: 2.0 * inputs[0].shape[-1] * sum(map(_size, outputs)),
     "trustcore_cached_attention": lambda inputs, outputs: 4.0 * _size(inputs[0]) * inputs[4].shape[-1],
     "trustcore_statistics": lambda inputs, outputs: 12.0 * _size(inputs[0]),
