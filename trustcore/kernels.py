@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kernels_pallas import Explanation, attention, cross_entropy, glu, grouped_matmul, norm, selective_scan
+from kernels_pallas import Explanation, attention, cross_entropy, glu, grouped_matmul, norm, selective_scan, softmax
 from trustcore.errors import ImplementationError
 
 OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
@@ -26,6 +26,7 @@ OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
         "grouped_matmul": grouped_matmul.explain,
         "norm": norm.explain,
         "selective_scan": selective_scan.explain,
+        "softmax": softmax.explain,
     }
 )
 
