@@ -6,8 +6,9 @@ No mask is kept, and none is drawn: the hash (`attention/spec.py`, `kept`) is a 
 into whatever makes x and takes y. A kernel of its own would keep it from that, so there is none: the plain form runs
 everywhere.
 
-float32 [8, 128, 2048], 2 cores of an AMD EPYC (Zen 5), jax 0.10.2, lowest of nine calls in turn, a machine that was not
-quiet: 0.7 ms, a copy 0.5 ms; `jax.random.bernoulli` and a select 20 ms. With the gradient of a sum of sines 8.2 and 36 ms.
+float32 [8, 128, 2048], 2 cores of an AMD EPYC (Zen 5), jax 0.10.2, lowest of nine calls in turn, a machine that was
+not quiet: 0.7 ms, a copy 0.5 ms; `jax.random.bernoulli` and a select 20 ms. With the gradient of a sum of sines 8.2 and
+36 ms.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ Each is the other's gradient, so that derivatives of any order in reverse follow
 
     dx = rows(dy, w^T)      dw = sums(x, dy)      and of d:   dx = rows(y, d^T)      dy = rows(x, d)
 
-The primitives see segments, which `vmap` multiplies: segment s is of the rows `start[s] .. start[s] + size[s] - 1` and
-has the matrix `s mod E`. So a mapped axis becomes more rows and more segments, and nothing runs in turn. Segments lie in
-ascending order and do not overlap; rows of no segment give zeros.
+The primitives see segments, which `vmap` multiplies: segment s is of the rows `start[s] .. start[s] + size[s] - 1`
+and has the matrix `s mod E`. So a mapped axis becomes more rows and more segments, and nothing runs in turn. Segments
+lie in ascending order and do not overlap; rows of no segment give zeros.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 class Call(NamedTuple):
     """A call as implementations see it: arrays, or their types.
 
-    `second` is w `[E, K, N]` (`[E, N, K]` where `transposed`) for rows, y `[R, N]` for sums. Rows of no segment lie behind
-    the others in each of `parts` equal parts of the rows.
+    `second` is w `[E, K, N]` (`[E, N, K]` where `transposed`) for rows, y `[R, N]` for sums. Rows of no segment lie
+    behind the others in each of `parts` equal parts of the rows.
     """
 
     direction: str
@@ -85,9 +85,7 @@ def grouped_matmul(
     return _rows((False, implementation, interpret), x, w, (starts, sizes))
 
 
-def explain(
-    x: Any, w: Any, sizes: Any, *, platform: str | None = None, architecture: str | None = None
-) -> Explanation:
+def explain(x: Any, w: Any, sizes: Any, *, platform: str | None = None, architecture: str | None = None) -> Explanation:
     """Returns for each implementation whether a product of these operands (or their types) takes it, and why not."""
     platform = platform or _compat.default_platform()
     return GROUPED_MATMUL.explain(

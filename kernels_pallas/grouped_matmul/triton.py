@@ -1,12 +1,12 @@
 """Grouped products for NVIDIA and AMD GPUs by Pallas-Triton. Oracle: `oracle.py`.
 
-    rows   grid (pieces, column blocks): a piece is a block of rows of one segment, which begins where the segment or the
-           piece before it does, and goes through K in a loop
+    rows   grid (pieces, column blocks), through K in a loop: a piece is a block of rows of one segment, which begins
+           where the segment does or the piece before it ends
     sums   grid (segments, blocks of K, blocks of N), through the rows of the segment in a loop
 
 Operands are seen whole; what lies beyond a segment, K or N is masked where it is loaded and stored. Accumulation is
-float32; float32 operands are not rounded to TF32. Of R rows and S segments there are at most R / block + S pieces, those
-beyond the last do nothing: a row is multiplied once, and by no matrix but its own.
+float32; float32 operands are not rounded to TF32. Of R rows and S segments there are at most R / block + S pieces,
+those beyond the last do nothing: a row is multiplied once, and by no matrix but its own.
 
 Lowered for cuda and rocm; not measured on a GPU, and block sizes are not tuned.
 """

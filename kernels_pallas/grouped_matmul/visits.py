@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 class Visits(NamedTuple):
-    """Of pair v: `block[v]` and `segment[v]`; int32 `[V]`. `count` `[1]` of them are pairs, the others repeat the last."""
+    """Of pair v: `block[v]` and `segment[v]`, int32 `[V]`; `count[0]` of them are pairs, the others repeat the last."""
 
     block: jax.Array
     segment: jax.Array

@@ -10,4 +10,14 @@ from kernels_pallas.norm.front import NORM, explain, layer_norm, rms_norm
 from kernels_pallas.norm.oracle import layer_norm_oracle, rms_norm_oracle
 from kernels_pallas.norm.quantized import NORM_QUANTIZED, norm_quantized, norm_quantized_oracle
 
-__all__ = ["NORM", "NORM_QUANTIZED", "explain", "layer_norm", "layer_norm_oracle", "norm_quantized", "norm_quantized_oracle", "rms_norm", "rms_norm_oracle"]
+__all__ = [
+    "NORM",
+    "NORM_QUANTIZED",
+    "explain",
+    "layer_norm",
+    "layer_norm_oracle",
+    "norm_quantized",
+    "norm_quantized_oracle",
+    "rms_norm",
+    "rms_norm_oracle",
+]

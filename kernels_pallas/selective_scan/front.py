@@ -50,8 +50,8 @@ def selective_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns y and the state after the last token as `selective_scan_oracle` does.
 
-    Decays are only ever multiplied, so nothing can overflow, however long the row. O(T * I * S) time. Differentiable (in
-    reverse, once) in all arrays, of y and of the state.
+    Decays are only ever multiplied, so nothing can overflow, however long the row. O(T * I * S) time. Differentiable
+    (in reverse, once) in all arrays, of y and of the state.
 
     Args:
         x, dt, decay, b, c, state: see `selective_scan_oracle`.

@@ -2,14 +2,15 @@
 
 Two forms of one recurrence, `h[t] = keep[t] h[t - 1] + take[t]`:
 
-    cpu, others        token by token: what a token needs is computed on the spot, the state `[B, S, I]` stays in the cache
-                       and no array of all tokens and states is made
+    cpu, others        token by token: what a token needs is computed on the spot, the state `[B, S, I]` stays in the
+                       cache and no array of all tokens and states is made
     cuda, rocm, tpu    an associative scan within a chunk, for a loop over tokens would launch one kernel for each
 
 The backward pass goes from chunk to chunk, last first: the states of a chunk are computed again from the one before
-it, then g[t] = c[t] dy[t] + keep[t + 1] g[t + 1], the gradient of h[t], runs backward through it. With p = keep[t] h[t - 1]:
+it, then g[t] = c[t] dy[t] + keep[t + 1] g[t + 1], the gradient of h[t], runs backward through it. With p = keep[t]
+h[t - 1]:
 
-    d(dt) = sum_s g (A p + x b)      dA = sum_t g p dt      dx = sum_s g b dt      db = sum_i g dt x      dc = sum_i h dy
+    d(dt) = sum_s g (A p + x b)     dA = sum_t g p dt     dx = sum_s g b dt     db = sum_i g dt x     dc = sum_i h dy
 
 A state is laid out `[S, I]`, channels innermost: sums over S are then sums of vectors, not within one.
 

@@ -54,9 +54,7 @@ def softmax(
     return SOFTMAX(Spec(float(scale)), arrays, implementation, interpret)[0].reshape(shape)
 
 
-def explain(
-    x: Any, mask: Any = None, *, platform: str | None = None, architecture: str | None = None
-) -> Explanation:
+def explain(x: Any, mask: Any = None, *, platform: str | None = None, architecture: str | None = None) -> Explanation:
     """Returns for each implementation whether `softmax` of these operands (or their types) takes it, and why not."""
     if isinstance(mask, jax.ShapeDtypeStruct):
         mask = jnp.zeros((1,) * len(mask.shape), mask.dtype)

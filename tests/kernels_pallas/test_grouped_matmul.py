@@ -111,9 +111,7 @@ def test_any_shape(sizes: list[int], more: int, depth: int, width: int) -> None:
 VMAPS = [(axes, "xla") for axes in ((0, None, 0), (1, 1, None), (None, 0, 0), (0, None, None))]
 
 
-@pytest.mark.parametrize(
-    ("axes", "implementation"), [*VMAPS, ((0, None, 0), "triton"), ((1, 1, None), "mosaic_tpu")]
-)
+@pytest.mark.parametrize(("axes", "implementation"), [*VMAPS, ((0, None, 0), "triton"), ((1, 1, None), "mosaic_tpu")])
 def test_vmap(axes: tuple[int | None, ...], implementation: str) -> None:
     """The mapped axis is folded into rows and segments, in the gradient, too: no loop over it is traced."""
     x, w, sizes = operands("rows of no group")

@@ -62,7 +62,15 @@ CASES: dict[str, tuple[Any, Any, dict[str, str], dict[str, Any]]] = {
     "softmax": (softmax, softmax_oracle, {"x": "row"}, {"scale": 0.5}),
     "softmax, mask": (softmax, softmax_oracle, {"x": "row", "mask": "mask"}, {}),
 }  # fmt: skip
-QUICK = ("softmax, mask", "rms norm, residual, shift", "layer norm, residual", "glu silu", "glu gelu", "bias, gelu_tanh", "bias, relu")
+QUICK = (
+    "softmax, mask",
+    "rms norm, residual, shift",
+    "layer norm, residual",
+    "glu silu",
+    "glu gelu",
+    "bias, gelu_tanh",
+    "bias, relu",
+)
 CHIPS = [
     ("cuda", "NVIDIA H200", "gpu"),
     ("cuda", "NVIDIA A10", "gpu"),
@@ -311,7 +319,11 @@ def test_explain_and_refusals() -> None:
         (lambda x: layer_norm(x.astype(jnp.int32)), ValueError, r"x is int32\[2, 4\]; it must be floats"),
         (lambda x: glu(x, x.astype(jnp.bfloat16)), ValueError, "up is bfloat16.* and must be as x, float32"),
         (lambda x: softmax(x, x), ValueError, "mask is float32 and must be bool"),
-        (lambda x: softmax(x, x[:, :3] > 0), ValueError, r"mask has the shape \[2, 3\] and must broadcast to x, \[2, 4\]"),
+        (
+            lambda x: softmax(x, x[:, :3] > 0),
+            ValueError,
+            r"mask has the shape \[2, 3\] and must broadcast to x, \[2, 4\]",
+        ),
         (lambda x: glu(x, x, activation="mish"), ValueError, "activation 'mish' is not known; choose of relu, gelu"),
         (
             lambda x: bias_activation(x, jnp.ones((1, 4))),

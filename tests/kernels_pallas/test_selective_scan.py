@@ -36,9 +36,7 @@ def total(function: Any, arrays: Any) -> Any:
 
 
 def both(arrays: Any, function: Any, oracle: Any = selective_scan_oracle) -> Any:
-    return tuple(
-        jax.jit(jax.grad(functools.partial(total, f), has_aux=True))(arrays) for f in (function, oracle)
-    )
+    return tuple(jax.jit(jax.grad(functools.partial(total, f), has_aux=True))(arrays) for f in (function, oracle))
 
 
 def close(found: Any, expected: Any, atol: float) -> None:

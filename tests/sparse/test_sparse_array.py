@@ -76,7 +76,8 @@ def test_tiles_are_the_decoded_matrix(pattern, inputs, monkeypatch):
 
     assert "scan" in str(jax.make_jaxpr(linear)(x, weight))
     found, expected = (
-        jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)(weight.values, x, name) for name in ("tiles", "dot")
+        jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)(weight.values, x, name)
+        for name in ("tiles", "dot")
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

@@ -14,8 +14,8 @@ from kernels_pallas.dropout import dropout
 class Dropout(nnx.Dropout):
     """Drops numbers and lets the others grow, in training: `flax.nnx.Dropout` with other random bits.
 
-    A number's fate is a hash of the key and its place, computed again in the backward pass. `model.train()` turns it on,
-    `model.eval()` off; arguments are those of `flax.nnx.Dropout`. Srivastava et al., JMLR 15 (2014).
+    A number's fate is a hash of the key and its place, computed again in the backward pass. `model.train()` turns it
+    on, `model.eval()` off; arguments are those of `flax.nnx.Dropout`. Srivastava et al., JMLR 15 (2014).
     """
 
     def __call__(

@@ -6,17 +6,17 @@ values `[..., K / m, n, N]` and indices are array leaves; m is static. Indices t
 m - 1 needs, and lie side by side in bytes: 2:4 of float32 weights takes 16 + 1 of 32 bits a weight, of bfloat16 8 + 1
 of 16. Mishra et al., arXiv 2104.08378.
 
-Products go through the matrix by tiles of its inputs, each decoded while it lies in the cache: a whole decoded matrix is
-never in memory. XLA reaches no sparse units, so what is won is memory and not time. x of 1, 32 and 256 rows times
+Products go through the matrix by tiles of its inputs, each decoded while it lies in the cache: a whole decoded matrix
+is never in memory. XLA reaches no sparse units, so what is won is memory and not time. x of 1, 32 and 256 rows times
 [2048, 8192], float32, 2 cores of an AMD EPYC (Zen 5), jax 0.10.2, lowest of six calls in turn, a machine not quiet:
 
     decoded as a whole, 134 to 201 MB    250, 282, 341 ms
     by tiles, 8 to 13 MB                  14,  21,  71 ms
     a dense matrix                         3,  29, 100 ms
 
-Tiles of twice as many numbers took 17, 25 and 111 ms. Going through groups one by one and choosing the x of each index
-(no decoding) took 12 ms for one row and 38 for four, and depends on a loop whose speed differs between jax releases: not
-taken. Values are differentiable, so that a pruned model can be trained on; which weights count is fixed.
+Tiles of twice as many numbers took 17, 25 and 111 ms. Going through groups one by one and choosing the x of each
+index (no decoding) took 12 ms for one row and 38 for four, and depends on a loop whose speed differs between jax
+releases: not taken. Values are differentiable, so that a pruned model can be trained on; which weights count is fixed.
 """
 
 from __future__ import annotations
@@ -141,15 +141,16 @@ class SparseArray(Weight):
         Args:
             x: `[..., K]`.
             weights: matrices `[K, N]`.
-            implementation: "tiles"; "dot" decodes the whole matrix and multiplies as `linear` does by arrays; None takes
-                "tiles" where there are two.
+            implementation: "tiles"; "dot" decodes the whole matrix and multiplies as `linear` does by arrays; None is
+                "tiles". A matrix of a single tile is decoded as a whole.
 
         Raises:
             ImplementationError: there is no implementation of that name.
         """
         if implementation not in (None, "tiles", "dot"):
             raise ImplementationError(
-                f"linear: implementation {implementation!r} is not one of a sparse weight; choose tiles or dot, or None."
+                f"linear: implementation {implementation!r} is not one of a sparse weight; choose tiles or dot, or "
+                "pass None."
             )
         if implementation == "dot":
             return tuple(linear(x, weight.dequantize()) for weight in weights)
@@ -170,7 +171,7 @@ _TILE = 1 << 20
 
 
 def _by_tiles(x: jax.Array, w: SparseArray) -> jax.Array:
-    """x [..., K] @ w [K, N], accumulated in float32; what is decoded of a tile is decoded again in the backward pass."""
+    """x [..., K] @ w [K, N], accumulated in float32; tiles are decoded again in the backward pass."""
     groups, n, outputs = w.values.shape
     bits, wide = _bits(w.m), accumulation_dtype(x.dtype)
     whole = 8 // math.gcd(8, n * bits)  # groups whose indices fill up bytes
