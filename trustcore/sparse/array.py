@@ -170,7 +170,7 @@ class SparseArray(Weight):
 _TILE = 1 << 20
 
 
-def _by_tiles(x: jax.Array, w: SparseArray) -> jax.Array:
+def _by_tiles(x: jax.Array, w: Any) -> jax.Array:
     """x [..., K] @ w [K, N], accumulated in float32; tiles are decoded again in the backward pass."""
     groups, n, outputs = w.values.shape
     bits, wide = _bits(w.m), accumulation_dtype(x.dtype)
