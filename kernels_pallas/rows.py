@@ -52,10 +52,19 @@ class Tile(NamedTuple):
     inside: jax.Array | None = None
     erf: Callable[[jax.Array], jax.Array] = jax.lax.erf
 
+    def sum(self, x: jax.Array) -> jax.Array:
+        """Returns the sum of each row, `[r, 1]`."""
+        x = x if self.inside is None else jnp.where(self.inside, x, jnp.zeros((), x.dtype))
+        return jnp.sum(x, axis=1, keepdims=True)
+
     def mean(self, x: jax.Array) -> jax.Array:
         """Returns the mean of each row, `[r, 1]`."""
-        x = x if self.inside is None else jnp.where(self.inside, x, jnp.zeros((), x.dtype))
-        return jnp.sum(x, axis=1, keepdims=True) / self.size
+        return self.sum(x) / self.size
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """Returns the largest of each row, `[r, 1]`."""
+        x = x if self.inside is None else jnp.where(self.inside, x, jnp.asarray(-jnp.inf, x.dtype))
+        return jnp.max(x, axis=1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +95,9 @@ class Call(NamedTuple):
 
     @property
     def rows(self) -> Any:
-        """The first operand that is a matrix: of its shape, `[R, D]`, and dtype are the others."""
-        return next(self.arrays[n] for n, kind in self.program.inputs.items() if kind == "row")
+        """The first operand that is a matrix of floats: of its shape, `[R, D]`, and dtype are the others."""
+        rows = (self.arrays[n] for n, kind in self.program.inputs.items() if kind == "row")
+        return next(x for x in rows if jnp.issubdtype(x.dtype, jnp.floating))
 
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
@@ -96,7 +106,7 @@ class Call(NamedTuple):
         shapes = {"row": (rows, size), "number": (rows,), "sum": (size,)}
         wide = _wide(self.rows.dtype)
         return [
-            jax.ShapeDtypeStruct(shapes[kind], self.rows.dtype if kind == "row" else dtype or wide)
+            jax.ShapeDtypeStruct(shapes[kind], dtype or (self.rows.dtype if kind == "row" else wide))
             for kind, dtype in self.program.outputs.values()
         ]
 
@@ -226,7 +236,8 @@ def run_triton(target: Target, call: Call, interpret: bool, blocks: Blocks | Non
             tiles = {}
             for n in names:
                 ref, keep = parts[kinds[n]](given[n])
-                x = triton.load(ref, mask=keep, other=0.0).astype(jnp.float32)
+                zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
+                x = triton.load(ref, mask=keep, other=zero).astype(jnp.float32)
                 tiles[n] = {"row": x, "column": x[None, :] if x.ndim == 1 else x, "number": x[:, None]}[kinds[n]]
             found = program.body(tile, tiles)
             for n, kind in made.items():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kernels_pallas import Explanation, attention, cross_entropy, glu, norm
+from kernels_pallas import Explanation, attention, cross_entropy, glu, grouped_matmul, norm, selective_scan, softmax
 from trustcore.errors import ImplementationError
 
 OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
@@ -23,7 +23,10 @@ OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
         "attention": attention.explain,
         "cross_entropy": cross_entropy.explain,
         "glu": glu.explain,
+        "grouped_matmul": grouped_matmul.explain,
         "norm": norm.explain,
+        "selective_scan": selective_scan.explain,
+        "softmax": softmax.explain,
     }
 )
 
@@ -34,7 +37,7 @@ def explain(
     """Returns for each implementation of an op whether a call takes it, and why not; `str` of it is a table.
 
     Args:
-        op: "attention", "cross_entropy", "glu" or "norm".
+        op: a key of `OPS`.
         shapes: the op's operands, arrays or `jax.ShapeDtypeStruct`.
         platform: "cpu", "cuda", "rocm", "tpu" or another; None: where arrays are computed by default.
         architecture: of the chip: a compute capability ("9.0"), "gfx942", "TPU v5e"; None: that of the first device.

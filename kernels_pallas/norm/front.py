@@ -78,11 +78,12 @@ def explain(
     x: Any, weight: Any = None, residual: Any = None, *, platform: str | None = None, architecture: str | None = None
 ) -> Explanation:
     """Returns for each implementation whether a norm of these operands (or their types) takes it, and why not."""
-    _, arrays = _operands(x, weight, None, residual)
+    _, arrays = operands(x, weight, None, residual)
     return NORM.explain(Spec(False, 1e-6), arrays, platform, architecture)
 
 
-def _operands(x: Any, weight: Any, bias: Any, residual: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+def operands(x: Any, weight: Any, bias: Any, residual: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Returns the shape of x, and the operands that there are by name, x and residual as matrices of rows."""
     shape, (rows, more) = flattened("norm", x, residual=residual)
     arrays = {"x": rows, "residual": more, "weight": weight, "bias": bias}
     for name in ("weight", "bias"):
@@ -93,12 +94,14 @@ def _operands(x: Any, weight: Any, bias: Any, residual: Any) -> tuple[tuple[int,
 
 
 def _run(spec: Spec, x: Any, weight: Any, bias: Any, residual: Any, implementation: Any, interpret: bool) -> Any:
-    shape, arrays = _operands(x, weight, bias, residual)
+    shape, arrays = operands(x, weight, bias, residual)
     found = [y.reshape(shape) for y in NORM(spec, arrays, implementation, interpret)]
     return found[0] if residual is None else tuple(found)
 
 
-def _forward(spec: Spec, names: tuple[str, ...]) -> Program:
+def forward_program(spec: Spec, names: tuple[str, ...]) -> Program:
+    """Returns what becomes of a tile: y, the numbers of each row that are kept, and the sum with the residual."""
+
     def body(tile: Tile, x: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         total = x["x"]
         if "residual" in x:
@@ -157,4 +160,4 @@ def _keep(spec: Spec, arrays: dict[str, Any], found: dict[str, Any]) -> dict[str
     return {**kept, **({"weight": arrays["weight"]} if "weight" in arrays else {})}
 
 
-NORM = RowOp("norm", _forward, _backward, visible=("y", "total"), keep=_keep, alike={"residual": "x"})
+NORM = RowOp("norm", forward_program, _backward, visible=("y", "total"), keep=_keep, alike={"residual": "x"})

@@ -1,4 +1,4 @@
-"""The attention kernels, really compiled for TPUs that are not here: `make aot` brings libtpu and runs this."""
+"""The kernels, really compiled for TPUs that are not here: `make aot` brings libtpu and runs this."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PLACE = os.environ.get("TRUSTCORE_LIBTPU", "")
 CASES = 9
 
 
-def compiled(topology: str, *cases: str) -> list[dict]:
+def compiled(topology: str, *cases: str, script: Path = SCRIPT) -> list[dict]:
     paths = os.pathsep.join([str(ROOT), *([PLACE] if PLACE else [])])
-    command = [sys.executable, str(SCRIPT), topology, *cases]
+    command = [sys.executable, str(script), topology, *cases]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": paths}, check=False
     )
@@ -37,3 +37,13 @@ def test_attention_for_tpus(topology: str) -> None:
     assert [line for line in found if not line["ok"]] == []
     assert len(found) == 2 * CASES
     assert all(line["kernels"] == {"forward": 1, "backward": 3}[line["direction"]] for line in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.skipif(not PLACE and importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v6e:4x4"])
+def test_grouped_products_and_ops_over_rows_for_tpus(topology: str) -> None:
+    found = compiled(topology, script=SCRIPT.with_name("compile_rows_for_tpu.py"))
+    assert [line for line in found if not line["ok"]] == []
+    assert len(found) == 7

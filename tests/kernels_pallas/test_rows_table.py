@@ -29,7 +29,16 @@ from kernels_pallas.glu import (
     glu,
     glu_oracle,
 )
-from kernels_pallas.norm import NORM, layer_norm, layer_norm_oracle, rms_norm, rms_norm_oracle
+from kernels_pallas.norm import (
+    NORM,
+    layer_norm,
+    layer_norm_oracle,
+    norm_quantized,
+    norm_quantized_oracle,
+    rms_norm,
+    rms_norm_oracle,
+)
+from kernels_pallas.softmax import SOFTMAX, softmax, softmax_oracle
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_tpu")
 # Op, its oracle, operands ("row" [.., D], "column" [D]) and options.
@@ -50,8 +59,18 @@ CASES: dict[str, tuple[Any, Any, dict[str, str], dict[str, Any]]] = {
         for a in ACTIVATIONS
     },
     "silu": (bias_activation, bias_activation_oracle, {"x": "row"}, {"activation": "silu"}),
+    "softmax": (softmax, softmax_oracle, {"x": "row"}, {"scale": 0.5}),
+    "softmax, mask": (softmax, softmax_oracle, {"x": "row", "mask": "mask"}, {}),
 }  # fmt: skip
-QUICK = ("rms norm, residual, shift", "layer norm, residual", "glu silu", "glu gelu", "bias, gelu_tanh", "bias, relu")
+QUICK = (
+    "softmax, mask",
+    "rms norm, residual, shift",
+    "layer norm, residual",
+    "glu silu",
+    "glu gelu",
+    "bias, gelu_tanh",
+    "bias, relu",
+)
 CHIPS = [
     ("cuda", "NVIDIA H200", "gpu"),
     ("cuda", "NVIDIA A10", "gpu"),
@@ -76,8 +95,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def operands(
     kinds: dict[str, str], shape: tuple[int, ...], dtype: str = "float32", seed: int = 0
 ) -> dict[str, jax.Array]:
+    """Of a mask, the first row is hidden as a whole."""
     rng = np.random.default_rng(seed)
-    return {n: jnp.asarray(rng.standard_normal(shape if k == "row" else shape[-1:]), dtype) for n, k in kinds.items()}
+    sizes = {"row": shape, "mask": shape, "column": shape[-1:]}
+    drawn = {n: jnp.asarray(rng.standard_normal(sizes[k]), dtype) for n, k in kinds.items()}
+    return {n: (x > 0).at[(0,) * (x.ndim - 1)].set(False) if kinds[n] == "mask" else x for n, x in drawn.items()}
 
 
 def total(function: Any, arrays: dict[str, Any], **options: Any) -> Any:
@@ -91,7 +113,7 @@ def both(name: str, arrays: dict[str, Any], **named: Any) -> tuple[Any, Any]:
     """Gradients of all operands and results: ours and the oracle's."""
     op, oracle, _, options = CASES[name]
     return tuple(
-        jax.jit(jax.grad(functools.partial(total, f, **options, **o), has_aux=True))(arrays)
+        jax.jit(jax.value_and_grad(functools.partial(total, f, **options, **o), has_aux=True, allow_int=True))(arrays)
         for f, o in ((op, named), (oracle, {}))
     )
 
@@ -103,6 +125,8 @@ def named(implementation: str) -> dict[str, Any]:
 def close(found: Any, expected: Any, atol: float) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
+        if a.dtype == jax.dtypes.float0:  # of a mask
+            continue
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=0, atol=atol * max(1.0, float(np.max(np.abs(b), initial=0))))
 
@@ -194,9 +218,10 @@ def test_lowers_for_chips_that_are_not_here(platform: str, kind: str, family: st
     with kernels_pallas.abstract_device(kind, family):
         for name, (op, _, kinds, options) in CASES.items():
             shapes = {
-                n: jax.ShapeDtypeStruct((3000, 1000) if k == "row" else (1000,), "bfloat16") for n, k in kinds.items()
+                n: jax.ShapeDtypeStruct((1000,) if k == "column" else (3000, 1000), bool if k == "mask" else "bfloat16")
+                for n, k in kinds.items()
             }
-            gradient = jax.jit(jax.grad(lambda a, op=op, options=options: total(op, a, **options)[0]))
+            gradient = jax.jit(jax.grad(lambda a, op=op, options=options: total(op, a, **options)[0], allow_int=True))
             text = gradient.trace(shapes).lower(lowering_platforms=(platform,)).as_text()
             assert text.count(MARKS[implementation]) == 2, name
 
@@ -224,9 +249,48 @@ def test_the_backward_pass_keeps_less_than_plain_autodiff() -> None:
     assert kept(glu_oracle) > 4 * operand
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_norms_with_codes_for_output(dtype: str, implementation: str, small_tiles: None) -> None:
+    """A row of zeros has codes of zero. A number at half a step may be rounded either way."""
+    kinds = {"x": "row", "weight": "column", "bias": "column", "residual": "row"}
+    arrays = operands(kinds, (2, 9, 40), "bfloat16")
+    for centre in (False, True):
+        given = {n: x for n, x in arrays.items() if centre or n not in ("bias",)}
+        given |= {n: given[n].at[1, 3].set(0) for n in ("x", "residual")}
+        expected = norm_quantized_oracle(**given, centre=centre, dtype=dtype)
+        found = norm_quantized(**given, centre=centre, dtype=dtype, **named(implementation))
+        assert [x.dtype for x in found] == [x.dtype for x in expected]
+        np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+        codes, truth = (np.asarray(x[0], np.float32) for x in (found, expected))
+        step = 1.0 if dtype == "int8" else np.maximum(np.abs(truth) / 8, 2.0**-9)
+        assert np.all(np.abs(codes - truth) <= step) and np.mean(codes != truth) < 0.01
+        assert centre or not codes[1, 3].any()
+        np.testing.assert_array_equal(found[2].astype(np.float32), expected[2].astype(np.float32))
+
+
+def test_norms_with_codes_lower_and_refuse_gradients() -> None:
+    x, w = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((3000, 1000), (1000,)))
+    for platform, kind, family in (CHIPS[0], CHIPS[3]):
+        with kernels_pallas.abstract_device(kind, family):
+            traced = jax.jit(lambda x, w: norm_quantized(x, w, residual=x)).trace(x, w)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert MARKS["mosaic_tpu" if platform == "tpu" else "triton"] in text
+    with pytest.raises(NotImplementedError, match="norm_quantized has no derivative: rounding has none"):
+        jax.grad(lambda x: jnp.sum(norm_quantized(x)[1]))(jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="codes of int4 are not known; choose of int8, float8_e4m3fn"):
+        norm_quantized(jnp.ones((2, 4)), dtype="int4")
+
+
+def test_the_softmax_keeps_its_output_alone() -> None:
+    x, mask = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((64, 256), bool)
+    pulled = jax.eval_shape(lambda x, m: jax.vjp(lambda x: softmax(x, m), x)[1], x, mask)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pulled)) <= 64 * 256 * 2 + 16
+
+
 def test_explain_and_refusals() -> None:
     x, wide = jax.ShapeDtypeStruct((8, 64), "bfloat16"), jax.ShapeDtypeStruct((8, 20000), "bfloat16")
-    for op, args in (("norm", (x,)), ("glu", (x, x))):
+    for op, args in (("norm", (x,)), ("glu", (x, x)), ("softmax", (x, jax.ShapeDtypeStruct((8, 64), bool)))):
         for platform, chip, taken in (
             ("cuda", "9.0", "triton"),
             ("cuda", "7.5", "xla"),
@@ -239,7 +303,8 @@ def test_explain_and_refusals() -> None:
     half = jax.ShapeDtypeStruct((8, 64), "float16")
     assert "it takes float32 and bfloat16, not float16" in str(trustcore.kernels.explain("norm", half, platform="tpu"))
     assert trustcore.kernels.explain("glu", wide, wide, platform="cuda", architecture="9.0").taken == "triton"
-    assert {op.op.name for op in (NORM, GLU, BIAS_ACTIVATION)} == {"norm", "glu", "bias_activation"}
+    names = {op.op.name for op in (NORM, GLU, BIAS_ACTIVATION, SOFTMAX)}
+    assert names == {"norm", "glu", "bias_activation", "softmax"}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +318,12 @@ def test_explain_and_refusals() -> None:
         ),
         (lambda x: layer_norm(x.astype(jnp.int32)), ValueError, r"x is int32\[2, 4\]; it must be floats"),
         (lambda x: glu(x, x.astype(jnp.bfloat16)), ValueError, "up is bfloat16.* and must be as x, float32"),
+        (lambda x: softmax(x, x), ValueError, "mask is float32 and must be bool"),
+        (
+            lambda x: softmax(x, x[:, :3] > 0),
+            ValueError,
+            r"mask has the shape \[2, 3\] and must broadcast to x, \[2, 4\]",
+        ),
         (lambda x: glu(x, x, activation="mish"), ValueError, "activation 'mish' is not known; choose of relu, gelu"),
         (
             lambda x: bias_activation(x, jnp.ones((1, 4))),

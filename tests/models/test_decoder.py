@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels_pallas.attention import attention_oracle
 from tests.models.small import CONFIG, arrays, random_decoder, some_tokens
-from trustcore.models import Decoder
+from trustcore.errors import ModelError
+from trustcore.models import Decoder, scan_layers
+from trustcore.nn.attention import Attention
+from trustcore.ops.attention import LayerCache
 from trustcore.ops.rope import RopeConfig
 
 
@@ -131,3 +135,45 @@ def test_repr_is_one_line():
     assert model.parameters == sum(a.size for a in arrays(model).values())
     assert model.nbytes == 4 * model.parameters
     assert nnx.state(model, nnx.Param)
+
+
+def test_packed_texts_are_those_texts_alone():
+    """Two texts behind each other in a row: logits and gradients of each are those of it by itself."""
+    model, tokens = random_decoder(), jnp.asarray(np.random.default_rng(0).integers(0, 60, (1, 11)))
+    segments = jnp.asarray([[3] * 4 + [1] * 7])
+
+    def packed(model):
+        return model(tokens, segments=segments)[0]
+
+    def alone(model):
+        return jnp.concatenate([model(tokens[:, :4])[0], model(tokens[:, 4:])[0]])
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda m, f=f: (jnp.sum(jnp.sin(f(m))), f(m)), has_aux=True))(model)
+        for f in (packed, alone)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    np.testing.assert_allclose(scan_layers(model)(tokens, segments=segments)[0], expected[0][1], atol=1e-4)
+    with pytest.raises(ModelError, match="segments are of whole rows; they come without a cache, lengths and mask"):
+        model(tokens, segments=segments, lengths=jnp.asarray([11]))
+
+
+def test_weights_of_a_layer_are_dropped_with_a_key():
+    layer = Attention(16, 4, 2, 4, rope=None, dropout=0.4, rngs=nnx.Rngs(0))
+    x, positions, key = (
+        jax.random.normal(jax.random.key(1), (2, 9, 16)),
+        jnp.arange(9)[None].repeat(2, 0),
+        jax.random.key(2),
+    )
+
+    def heads(y):
+        return y.reshape(2, 9, -1, 4)
+
+    query, keys, value = (heads(product(x)) for product in (layer.query, layer.key, layer.value))
+    expected = attention_oracle(query, keys, value, dropout=0.4, dropout_key=key)
+    found = layer(x, None, positions, dropout_key=key)[0]
+    np.testing.assert_allclose(found, layer.out(expected.reshape(2, 9, 16)), atol=1e-5)
+    assert jnp.max(jnp.abs(found - layer(x, None, positions)[0])) > 1e-2
+    with pytest.raises(ModelError, match="a cache takes neither"):
+        layer(x, None, positions, LayerCache.zeros(2, 2, 16, 4, jnp.float32), dropout_key=key)

@@ -21,6 +21,7 @@ from trustcore.nn import (
     Conv1d,
     Conv2d,
     DepthwiseConv,
+    Dropout,
     Embedding,
     EncoderAttention,
     Experts,
@@ -142,6 +143,7 @@ CASES = {
     "convolution of images": Case(lambda made: Conv2d(D, 6, (3, 2), **made), shape=IMAGES),
     "causal depthwise convolution": Case(lambda made: DepthwiseConv(D, (3,), multiplier=2, padding="CAUSAL", **made)),
     "separable convolution": Case(lambda made: SeparableConv(D, 5, (3, 3), **made), shape=IMAGES),
+    "dropout": Case(lambda made: Dropout(0.5, rngs=made.get("rngs") or nnx.Rngs(0))),
     "dropout of channels": Case(lambda made: SpatialDropout(0.5, places=1, rngs=made.get("rngs") or nnx.Rngs(0))),
     "stack": Case(
         lambda made: Stack([LayerNorm(D, **made) for _ in range(3)], remat=True),
@@ -223,7 +225,7 @@ def test_layers_are_functions_that_jax_transforms(name: str) -> None:
     np.testing.assert_allclose(plain, again, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "dropout of channels"])  # which has no parameters
+@pytest.mark.parametrize("name", [name for name in CASES if "dropout" not in name])  # they have no parameters
 def test_layers_without_keys_are_abstract(name: str) -> None:
     real, abstract = jax.eval_shape(lambda: CASES[name].make({"rngs": nnx.Rngs(0)})), CASES[name].make({})
     leaves = jax.tree.leaves(abstract)

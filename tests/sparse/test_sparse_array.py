@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from tests.models.small import random_decoder, some_tokens
-from trustcore.errors import ModelError
+from trustcore.errors import ImplementationError, ModelError
 from trustcore.models import scan_layers
 from trustcore.ops.experts import grouped_linear
 from trustcore.ops.linear import linear, linear_many
@@ -63,6 +63,36 @@ def test_products(dtype):
         np.testing.assert_allclose(
             found.astype(jnp.float32), x.astype(jnp.float32) @ weight.dequantize().astype(jnp.float32), atol=0.05
         )
+
+
+@pytest.mark.parametrize(("pattern", "inputs"), [("2:4", 64), ("1:4", 72), ("3:8", 56), ("1:2", 54), ("5:32", 96)])
+def test_tiles_are_the_decoded_matrix(pattern, inputs, monkeypatch):
+    """Tiles of whole bytes of indices, and a rest; values, gradients, vmap."""
+    monkeypatch.setattr("trustcore.sparse.array._TILE", 16 * 6)
+    x, weight = draw(2, 3, inputs), SparseArray.prune(draw(inputs, 6), pattern)
+
+    def total(values, x, implementation):
+        return jnp.sum(jnp.sin(linear(x, SparseArray(values, weight.indices, weight.m), implementation=implementation)))
+
+    assert "scan" in str(jax.make_jaxpr(linear)(x, weight))
+    found, expected = (
+        jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)(weight.values, x, name)
+        for name in ("tiles", "dot")
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(jax.vmap(linear, (0, None))(x, weight), linear(x, weight), atol=1e-5)
+
+
+def test_the_whole_matrix_is_never_decoded():
+    x, weight = draw(2, 1024), SparseArray.prune(draw(1024, 2048), "2:4")
+    tiles, dot = (
+        jax.jit(linear, static_argnames="implementation").lower(x, weight, implementation=name).compile()
+        for name in (None, "dot")
+    )
+    assert tiles.memory_analysis().temp_size_in_bytes * 1.3 < dot.memory_analysis().temp_size_in_bytes
+    with pytest.raises(ImplementationError, match="'stream' is not one of a sparse weight; choose tiles or dot"):
+        linear(x, weight, implementation="stream")
 
 
 def test_gradients_reach_the_values_that_count():

@@ -52,11 +52,17 @@ class Block(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Any, positions: Int[Array, "B T"], cache: LayerCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        turn: Any,
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the stream after this layer and, when a cache is given, the extended cache."""
         normed = _through(self.attention_norm, x)
-        y, cache = self.attention(normed, turn, positions, cache)
+        more = {} if segments is None else {"segments": segments}
+        y, cache = self.attention(normed, turn, positions, cache, **more)
         y = self._scaled(_through(self.attention_post_norm, y))
         if self.parallel:
             z = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
@@ -148,6 +154,7 @@ class Decoder(Model):
         cache: KVCache | None = None,
         lengths: Int[Array, " B"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> Any:
         """Returns logits `[B, T, V]`, float32; with a cache, `(logits, extended cache)`.
 
@@ -158,13 +165,16 @@ class Decoder(Model):
             mask: in place of `lengths`, which tokens count, wherever the padding lies: on the left, say. Those that do
                 follow each other at positions 0, 1, ... (or behind what the cache holds) and see one another alone;
                 logits of the others mean nothing.
+            segments: which text each token is of, where a row holds several behind each other (packed sequences):
+                tokens see those of their own text alone, at positions that begin anew with each.
 
         Raises:
-            ModelError: both `lengths` and `mask` are given.
+            ModelError: more than one of `lengths`, `mask` and `segments` is given, or segments with a cache or latent
+                attention.
 
         Differentiable in the float weights. Accumulates in float32.
         """
-        hidden, extended = self.hidden_states(tokens, cache=cache, lengths=lengths, mask=mask)
+        hidden, extended = self.hidden_states(tokens, cache=cache, lengths=lengths, mask=mask, segments=segments)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, extended)
 
@@ -175,8 +185,13 @@ class Decoder(Model):
         cache: KVCache | None = None,
         lengths: Int[Array, " B"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns the stream after the last norm, and the extended cache; arguments as in a call."""
+        if segments is not None and (cache is not None or lengths is not None or mask is not None):
+            raise ModelError("decoder: segments are of whole rows; they come without a cache, lengths and mask.")
+        if segments is not None and self.config.latent is not None:
+            raise ModelError("decoder: latent attention takes no segments; pass one text a row.")
         if mask is not None:
             if lengths is not None:
                 raise ModelError("decoder: lengths and mask both say which tokens count; pass one of them.")
@@ -189,12 +204,15 @@ class Decoder(Model):
         batch, length = tokens.shape
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
+        if segments is not None:
+            begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+            positions = positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
         context = length if cache is None else cache.slots
         turns = {rope: angles(positions, rope, context=context) for rope in self.config.ropes}
 
         def call(block: Any, x: jax.Array, layer: LayerCache | None) -> Any:
             turn = None if block.attention.rope is None else turns[block.attention.rope]
-            return _run_block(block, x, turn, positions, layer)
+            return _run_block(block, x, turn, positions, layer, segments)
 
         x = self._embed(tokens, positions)
         x, layers = run_blocks(self.blocks, call, x, None if cache is None else cache.layers)
@@ -269,8 +287,10 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, *, dtype: Any = j
 
 
 @jax.jit
-def _run_block(block: Block, x: jax.Array, turn: Any, positions: jax.Array, cache: LayerCache | None) -> Any:
-    return block(x, turn, positions, cache)
+def _run_block(
+    block: Block, x: jax.Array, turn: Any, positions: jax.Array, cache: LayerCache | None, segments: jax.Array | None
+) -> Any:
+    return block(x, turn, positions, cache, segments)
 
 
 def _count(n: int) -> str:

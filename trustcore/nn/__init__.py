@@ -19,7 +19,7 @@ from trustcore.nn.attention import Attention
 from trustcore.nn.batch_norm import BatchNorm, GroupNorm, SyncBatchNorm
 from trustcore.nn.cache import KVCache
 from trustcore.nn.conv import Conv1d, Conv2d, DepthwiseConv
-from trustcore.nn.dropout import SpatialDropout
+from trustcore.nn.dropout import Dropout, SpatialDropout
 from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.expert_parallel import expert_parallel
@@ -45,6 +45,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "DepthwiseConv",
+    "Dropout",
     "Embedding",
     "EncoderAttention",
     "Experts",

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from trustcore.errors import ModelError
 from trustcore.nn.linear import Linear, project
 from trustcore.nn.norm import LayerNorm, RMSNorm
 from trustcore.nn.parameter import parameter
@@ -41,6 +42,7 @@ class Attention(nnx.Module):
             2108.12409).
         sinks: whether each head has a score that takes part in the softmax and has no value (Xiao et al., arXiv
             2309.17453).
+        dropout: share of the attention weights that a call with a `dropout_key` drops; a call without drops none.
         dtype: of the parameters.
         rngs: None leaves them abstract.
     """
@@ -62,6 +64,7 @@ class Attention(nnx.Module):
         norm_eps: float = 1e-6,
         alibi: float | None = None,
         sinks: bool = False,
+        dropout: float = 0.0,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):
@@ -81,6 +84,7 @@ class Attention(nnx.Module):
         self.soft_cap = soft_cap
         self.norm_all_heads = qk_norm == "whole"
         self.alibi = alibi
+        self.dropout = dropout
 
     def __call__(
         self,
@@ -88,6 +92,9 @@ class Attention(nnx.Module):
         turn: Turn | None,
         positions: Int[Array, "B T"],
         cache: LayerCache | None = None,
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the layer's output and, when a cache is given, the cache with these tokens in it.
 
@@ -96,7 +103,15 @@ class Attention(nnx.Module):
             turn: `trustcore.ops.rope.angles(positions, rope)`, shared by all layers of that rope.
             positions: of the tokens; with a cache they follow each other from `positions[b, 0]` on.
             cache: of this layer.
+            segments: of the tokens, for rows of several texts: tokens see those of their own segment alone. Positions
+                may begin anew with each.
+            dropout_key: of `jax.random`; None drops nothing.
+
+        Raises:
+            ModelError: a cache is given, which has no segments and no dropout.
         """
+        if cache is not None and (segments is not None or dropout_key is not None):
+            raise ModelError("attention: segments and dropout_key are of whole texts; a cache takes neither.")
         query, key, value = project(x, self.query, self.key, self.value)
         if self.norm_all_heads:
             query, key = self._normed(query, key)
@@ -110,6 +125,10 @@ class Attention(nnx.Module):
         options["slopes"] = None if self.alibi is None else jnp.asarray(alibi_slopes(self.heads) * self.alibi)
         options["sinks"] = None if self.sinks is None else self.sinks.get_value()
         if cache is None:
+            if dropout_key is not None and self.dropout:
+                options |= {"dropout": self.dropout, "dropout_key": dropout_key}
+            if segments is not None:
+                options |= {"query_segments": segments, "key_segments": segments}
             y = attention(query, key, value, query_positions=positions, key_positions=positions, **options)
         else:
             y, cache = cached_attention(query, key, value, cache, positions[:, 0], **options)

@@ -44,7 +44,7 @@ class Mamba(nnx.Module):
         bias: whether the outer products have one.
         conv_bias: whether the convolution has one.
         activation: behind the convolution.
-        chunk: tokens of one associative scan.
+        chunk: tokens between the states that the backward pass keeps.
         dtype: of the parameters.
         rngs: None leaves them abstract.
     """
@@ -60,7 +60,7 @@ class Mamba(nnx.Module):
         bias: bool = False,
         conv_bias: bool = True,
         activation: str = "silu",
-        chunk: int = 64,
+        chunk: int = 32,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ):

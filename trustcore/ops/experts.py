@@ -8,12 +8,13 @@ No expert has a capacity: every token reaches the k experts that its router chos
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.grouped_matmul import grouped_matmul
 from trustcore.dtypes import accumulation_dtype
 from trustcore.ops.linear import linear
 from trustcore.ops.weight import Weight
@@ -80,11 +81,12 @@ def grouped_linear(
 ) -> Float[Array, "R N"]:
     """Returns `x[r] @ w[e]`, where the first `sizes[0]` rows are of expert 0, the next of expert 1, and so on.
 
-    Accumulates in float32; the result has the dtype of x. Differentiable in x and float leaves of w, in reverse mode.
-    Under vmap it is a loop. A packed stack stays packed: rows go through `linear` a few at a time, each time with the
-    codes of their one expert, so that experts without rows are not read, and a product of one row decodes nothing.
+    Accumulates in float32; the result has the dtype of x. Differentiable in x and float leaves of w, in reverse mode. A
+    float stack goes to `kernels_pallas.grouped_matmul`, whose time does not depend on E, under vmap as well. A packed
+    stack stays packed: rows go through `linear` a few at a time, each time with the codes of their one expert, so that
+    experts without rows are not read, and a product of one row decodes nothing; under vmap this is a loop.
     """
-    return _by_pieces(x, w, sizes) if isinstance(w, Weight) else _product(x, w.astype(x.dtype), sizes)
+    return _by_pieces(x, w, sizes) if isinstance(w, Weight) else grouped_matmul(x, w.astype(x.dtype), sizes)
 
 
 # Rows of one product. Fewer, and codes are read and decoded more often; more, and rows of other experts are multiplied
@@ -124,46 +126,3 @@ def _by_pieces(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
     most = (rows + min(count, rows) * (piece - 1)) // piece
     y = jnp.zeros((rows + piece - 1, n), x.dtype)
     return jax.lax.scan(step, y, jnp.arange(most, dtype=jnp.int32))[0][:rows]
-
-
-# XLA's ragged product has no batching rule of its own for weights that are not batched. With one, it needs a gradient
-# by hand; the two products are each other's gradients, so that higher orders follow.
-
-
-@jax.custom_vjp
-def _product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[R, K], [E, K, N] -> [R, N]."""
-    return _ragged_rows(x, w, sizes)
-
-
-@jax.custom_vjp
-def _outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[R, K], [R, N] -> [E, K, N], the sum over each expert's rows of x[r] y[r]^T."""
-    return _ragged_sum(x, y, sizes)
-
-
-@jax.custom_batching.sequential_vmap
-def _ragged_rows(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    wide = accumulation_dtype(x.dtype)
-    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=wide).astype(x.dtype)
-
-
-@jax.custom_batching.sequential_vmap
-def _ragged_sum(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
-    dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    wide = accumulation_dtype(x.dtype)
-    return jax.lax.ragged_dot_general(x, y, sizes, dims, preferred_element_type=wide).astype(x.dtype)
-
-
-def _product_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, w, sizes = saved
-    return _product(dy, jnp.swapaxes(w, 1, 2), sizes), _outer(x, dy, sizes), None
-
-
-def _outer_backward(saved: Any, dw: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, y, sizes = saved
-    return _product(y, jnp.swapaxes(dw, 1, 2), sizes), _product(x, dw, sizes), None
-
-
-_product.defvjp(lambda *args: (_product(*args), args), _product_backward)
-_outer.defvjp(lambda *args: (_outer(*args), args), _outer_backward)

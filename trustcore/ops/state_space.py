@@ -3,9 +3,9 @@
     h[t] = exp(dt[t] A) h[t - 1] + dt[t] x[t] b[t];   y[t] = c[t] . h[t]
 
 `selective_scan` has a decay for each channel and number of the state (Mamba), `ssd` one for each head (Mamba-2), which
-lets matrix products do the work. Both go chunk by chunk and carry the state along, so memory does not grow with the
-square of the length; decays are at most one (A < 0 < dt), and only ever multiplied or, as logarithms, added: nothing
-can overflow, however long the row. States and sums are float32, float64 for float64.
+lets matrix products do the work. Memory does not grow with the square of the length; decays are at most one (A < 0 <
+dt), and only ever multiplied or, as logarithms, added: nothing can overflow, however long the row. States and sums are
+float32, float64 for float64.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+import kernels_pallas.selective_scan as kernels
 from trustcore.dtypes import accumulation_dtype
 
 
@@ -27,7 +28,7 @@ def selective_scan(
     c: Float[Array, "B T S"],
     state: Float[Array, "B I S"] | None = None,
     *,
-    chunk: int = 64,
+    chunk: int = 32,
 ) -> tuple[Float[Array, "B T I"], Float[Array, "B I S"]]:
     """Returns y and the state after the last token.
 
@@ -37,27 +38,12 @@ def selective_scan(
         decay: A, negative.
         b, c: how the S numbers of a channel's state take in and give out.
         state: before the first token; None: zeros.
-        chunk: tokens of one associative scan.
+        chunk: tokens between the states that the backward pass keeps.
 
-    O(T * I * S) time, O(chunk * I * S) memory beyond the operands, backward O(T * I * S). Differentiable in all arrays.
-    Gu and Dao, arXiv 2312.00752, eq. 2 and section 3.3.2.
+    O(T * I * S) time; `kernels_pallas.selective_scan` computes it, and within a chunk of the backward pass the states
+    again. Differentiable in all arrays, in reverse and once. Gu and Dao, arXiv 2312.00752, eq. 2 and section 3.3.2.
     """
-    wide = accumulation_dtype(x.dtype)
-    operands = [part.astype(wide) for part in (x, dt, b, c)]
-    decay = decay.astype(wide)
-    if state is None:
-        state = jnp.zeros((x.shape[0], *decay.shape), wide)
-
-    def one(h: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-        x, dt, b, c = part  # [B, t, ...]
-        keep = jnp.exp(dt[..., None] * decay[None, None])  # [B, t, I, S]
-        take = (dt * x)[..., None] * b[:, :, None]
-        kept, taken = jax.lax.associative_scan(_join, (keep, take), axis=1)
-        h = kept * h[:, None] + taken
-        return h[:, -1], jnp.einsum("btis,bts->bti", h, c)
-
-    state, y = _by_chunks(one, state.astype(wide), operands, chunk)
-    return y.astype(x.dtype), state
+    return kernels.selective_scan(x, dt, decay, b, c, state, chunk=chunk)
 
 
 def ssd(
@@ -136,11 +122,6 @@ def causal_conv(
     assert isinstance(y, jax.Array)
     y = y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
     return y, whole[:, length:]
-
-
-def _join(left: Any, right: Any) -> Any:
-    """One step after another: first decay and take in as `left`, then as `right`."""
-    return left[0] * right[0], left[1] * right[0] + right[1]
 
 
 def _by_chunks(one: Any, state: jax.Array, operands: list[jax.Array], chunk: int) -> tuple[jax.Array, jax.Array]:
