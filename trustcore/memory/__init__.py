@@ -9,16 +9,24 @@ from trustcore.memory.account import Account, account, account_compiled
 from trustcore.memory.buffers import Buffer
 from trustcore.memory.fit import Fit, Plan, fit, remat_blocks
 from trustcore.memory.guard import explained
+from trustcore.memory.limits import Fixed, HitRate, Predictive, Pressure
 from trustcore.memory.live import Census, Growth, Held, census, leaks
+from trustcore.memory.pool import Pool, PoolStats
 
 __all__ = [
     "Account",
     "Buffer",
     "Census",
     "Fit",
+    "Fixed",
     "Growth",
     "Held",
+    "HitRate",
     "Plan",
+    "Pool",
+    "PoolStats",
+    "Predictive",
+    "Pressure",
     "account",
     "account_compiled",
     "census",
