@@ -12,6 +12,7 @@ from trustcore.memory.guard import explained
 from trustcore.memory.limits import Fixed, HitRate, Predictive, Pressure
 from trustcore.memory.live import Census, Growth, Held, census, leaks
 from trustcore.memory.pool import Pool, PoolStats
+from trustcore.memory.shelf import Shelf
 
 __all__ = [
     "Account",
@@ -27,6 +28,7 @@ __all__ = [
     "PoolStats",
     "Predictive",
     "Pressure",
+    "Shelf",
     "account",
     "account_compiled",
     "census",
