@@ -95,7 +95,9 @@ def test_accounts_are_compared_by_owner() -> None:
     sizes = sum(change.nbytes for change in found.changes)
     assert sizes == half.peak - plain.peak  # everything that is live at the peaks is told
     assert abs(found.changes[0].nbytes) == max(abs(change.nbytes) for change in found.changes)
-    assert "float32[1024,256]" in str(found) and "->" in str(found) and json.loads(json.dumps(found.as_json()))["changes"]
+    assert (
+        "float32[1024,256]" in str(found) and "->" in str(found) and json.loads(json.dumps(found.as_json()))["changes"]
+    )
 
 
 def test_donation_is_audited() -> None:

@@ -19,7 +19,7 @@ from trustcore.graph.program import is_library
 from trustcore.memory.live import Census
 
 WIDTH, ROW, TOP = 1200, 18, 26
-CHARACTER = 6.2  # pixels of a letter at this size
+CHARACTER = 6.8  # pixels of a letter at this size
 LEAST = 0.5  # pixels of a box that is drawn
 
 
