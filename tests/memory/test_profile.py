@@ -110,7 +110,7 @@ def test_donation_is_audited() -> None:
     found = donations(step, *args, donate_argnums=(0, 1, 2, 3))
     by_name = {d.name: d for d in found.found}
     assert {by_name["args[0]['w']"].result, by_name["args[1]['m']"].result} == {"result[0]['w']", "result[1]['m']"}
-    assert found.saved == 2 * w.nbytes and [d.name for d in found.wasted][0] == "args[3]"
+    assert found.saved == 2 * w.nbytes and found.wasted[0].name == "args[3]"
     assert "does not use it" in by_name["args[3]"].why
     assert "the result of that shape is float32" in by_name["args[0]['half']"].why
     assert "no result is float32[3]" in by_name["args[2]"].why

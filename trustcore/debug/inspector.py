@@ -44,8 +44,9 @@ def inspect(
         print(step.report)
 
     Args:
-        fn: a function of pytrees, pure but for what it changes of nnx variables among its arguments, under any of JAX's transformations or none. Leaves that are arrays or floats are
-            its inputs; a call with another int, string or None is traced anew.
+        fn: a function of pytrees, pure but for what it changes of nnx variables among its arguments; under any of JAX's
+            transformations or none. Leaves that are arrays or floats are its inputs; a call with another int, string or
+            None is traced anew.
         watch: what is measured: globs over addresses (see `trustcore.graph.Address.matches`) or `Watch`es. None or
             empty, and no `trace`: `fn` itself comes back.
         trace: whether the report lists the operations that ran; "times": with the seconds each took, for which the

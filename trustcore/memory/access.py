@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 MOST_CONTEXTS = 1024
 
+K = TypeVar("K", bound=Hashable)
 
-class Pattern:
+
+class Pattern(Generic[K]):
     """The order of requests so far."""
 
     def __init__(self) -> None:
-        self._after: OrderedDict[tuple[Hashable, ...], Counter[Hashable]] = OrderedDict()
-        self._last: tuple[Hashable, ...] = ()
+        self._after: OrderedDict[tuple[K, ...], Counter[K]] = OrderedDict()
+        self._last: tuple[K, ...] = ()
 
-    def requested(self, kind: Hashable) -> None:
+    def requested(self, kind: K) -> None:
         """Notes a request."""
         for context in (self._last, self._last[1:]):
             if context:
@@ -31,9 +34,9 @@ class Pattern:
             self._after.popitem(last=False)
         self._last = (*self._last, kind)[-2:]
 
-    def predicted(self, count: int) -> list[Hashable]:
+    def predicted(self, count: int) -> list[K]:
         """Returns the next `count` kinds that are expected, fewer where nothing is known of what follows."""
-        last, found = self._last, []
+        last, found = self._last, list[K]()
         while len(found) < count:
             followers = self._after.get(last) or self._after.get(last[1:])
             if not followers:

@@ -128,7 +128,7 @@ class Pool:
         self._policy = policy_named(policy)
         self._limit: Limit = Fixed(limit) if isinstance(limit, int) else limit
         self._ahead = prefetch
-        self._pattern = Pattern()
+        self._pattern: Pattern[Kind] = Pattern()
         self._lock = threading.RLock()
         self._free: dict[Kind, deque[tuple[jax.Array, bool]]] = {}  # and whether it was made ahead
         self._lent: Counter[Kind] = Counter()
@@ -248,7 +248,7 @@ class Pool:
     def predicted(self, count: int = 1) -> list[Kind]:
         """Returns the kinds that the next requests are expected to ask for."""
         with self._lock:
-            return [kind for kind in self._pattern.predicted(count) if isinstance(kind, Kind)]
+            return self._pattern.predicted(count)
 
     @property
     def stats(self) -> PoolStats:
@@ -331,7 +331,7 @@ class Pool:
         return limit.nbytes if isinstance(limit, Fixed) else limit(self._usage())
 
     def _usage(self) -> Usage:
-        predicted = sum(kind.nbytes for kind in self._pattern.predicted(AHEAD) if isinstance(kind, Kind))
+        predicted = sum(kind.nbytes for kind in self._pattern.predicted(AHEAD))
         return Usage(
             self._hits, self._misses, sum(self._evictions.values()), self._free_bytes, self._lent_bytes, predicted
         )
@@ -381,7 +381,7 @@ def _written(array: jax.Array, host: np.ndarray) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.number) and array.nbytes == host.nbytes and host.dtype.itemsize > 1:
         array.block_until_ready()
         memory = (ctypes.c_byte * array.nbytes).from_address(array.unsafe_buffer_pointer())
-        np.copyto(np.frombuffer(memory, host.dtype).reshape(host.shape), host)
+        np.copyto(np.frombuffer(memoryview(memory), host.dtype).reshape(host.shape), host)
         return array
     return _fill(array, host)  # of bits and bytes, which a device may hold packed
 

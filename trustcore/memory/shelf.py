@@ -142,7 +142,7 @@ class Shelf:
         stored = _Stored(array.shape, array.dtype, offset)
         try:
             self._file.seek(offset)
-            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             self._file.flush()
         except (OSError, ValueError) as error:
             raise ProgramError(f"Shelf: {array.nbytes} bytes cannot be written: {error}") from error
