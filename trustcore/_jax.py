@@ -130,6 +130,13 @@ def varying_like(value: Any, axes: frozenset) -> Any:
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
+def used_inputs(jaxpr: Any) -> list[bool]:
+    """Returns for each input of a program whether its results depend on it; jax drops the others when it compiles."""
+    from jax.interpreters import partial_eval
+
+    return list(partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[1])
+
+
 def replace_bodies(eqn: Any, jaxprs: Sequence[Any]) -> dict[str, Any]:
     """Returns the parameters of a `cond` or checkpoint equation with other programs in it."""
     params = dict(eqn.params)

@@ -78,3 +78,7 @@ class BackendError(TrustcoreError, RuntimeError):
 
 class DebugError(TrustcoreError, ValueError):
     """A function cannot be inspected as asked: a pattern that fits nothing, arguments that are gone, a broken file."""
+
+
+class PoolError(TrustcoreError, RuntimeError):
+    """A pool of buffers cannot do what was asked: a buffer that is gone, no such policy, a limit out of range."""

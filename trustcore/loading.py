@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from trustcore.heap import trim_heap
+from trustcore.memory import Shelf
 from trustcore.models import model_from_checkpoint
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: Any = None, progress: Callable[[int, int], None] | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+    spill: bool | str | os.PathLike[str] = False,
 ) -> Any:
     """Returns the model that `source` names, with its tokenizer: a `Decoder`, or a `trustcore.models.Model`.
 
@@ -22,11 +27,15 @@ def load(
         dtype: None keeps matrices as they are stored (packed, or 16-bit) and computes in float32 on CPUs, bfloat16
             elsewhere. A dtype decodes all of them and computes in it.
         progress: called with (bytes done, bytes in all) while weights are read.
+        spill: leaves the weights of layers on disk, as they are computed with (packed, or in `dtype`), and reads each
+            layer when its turn comes: for models larger than memory. A folder for the file; True: where temporary
+            files go. See `trustcore.models.spill_layers`.
 
     Raises:
         CatalogueError: the name is unknown or could not be brought here.
         CheckpointError: the file is broken.
-        ModelError: its architecture is not supported, or its tensors do not fit.
+        ModelError: its architecture is not supported, its tensors do not fit, or it does not run layers one by one.
+        ProgramError: what is spilled cannot be written.
         TokenizerError: its tokenizer cannot be built.
 
     Example:
@@ -37,8 +46,9 @@ def load(
     from trustcore.weights import open_checkpoint
 
     checkpoint = open_checkpoint(resolve(source))
+    shelf = None if spill is False else Shelf(None if spill is True else spill)
     with checkpoint:
-        model = model_from_checkpoint(checkpoint, dtype=dtype, progress=progress)
+        model = model_from_checkpoint(checkpoint, dtype=dtype, progress=progress, shelf=shelf)
         if checkpoint.format != "gguf":
             model.tokenizer = _tokenizer_beside(checkpoint.path.parent)
         elif checkpoint.metadata.get("tokenizer.ggml.model") != "none":  # of weights alone: takes and gives token ids

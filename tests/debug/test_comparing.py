@@ -69,6 +69,24 @@ def test_recorded_activations_are_matched_by_module():
         tc.debug.compare_recorded(model, {"head": np.ones(3)})(X)
 
 
+def test_recorded_activations_are_read_from_a_file(tmp_path):
+    model, path = Model(), tmp_path / "run.npz"
+    np.savez(path, **{"layers.0": np.asarray(model.layers[0](X))})
+    assert tc.debug.compare_recorded(model, path)(X).first is None
+    np.savez_compressed(path, **{"layers.0": np.asarray(model.layers[0](X)) + 1})
+    assert tc.debug.compare_recorded(model, str(path))(X).first.name.startswith("layers.0 = ")
+    broken = {"no file": None, "no zip": b"PK\x03\x04 and no more", "empty": b"", "pickled": b"\x80\x04N."}
+    for name, data in broken.items():
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(DebugError, match=r"cannot be read as \.npz"):
+            tc.debug.compare_recorded(model, tmp_path / "none.npz" if data is None else path)
+        assert name
+    np.save(tmp_path / "one.npy", np.ones(3))
+    with pytest.raises(DebugError, match="one array without a name"):
+        tc.debug.compare_recorded(model, tmp_path / "one.npy")
+
+
 def test_values_can_be_recorded():
     found = tc.debug.record(lambda x: jnp.sin(x) + 1.0, "sin")(X)
     (name,) = found

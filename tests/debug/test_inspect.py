@@ -1,6 +1,7 @@
 """`inspect`: the same outputs, statistics of every value, watches, reports in every form, and refusals."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 
 import trustcore as tc
 from trustcore.debug import Breakpoint, Severity, Watch
+from trustcore.debug.interactive import _Scope
+from trustcore.debug.show import fragment
 from trustcore.errors import DebugError
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
@@ -172,7 +175,7 @@ def test_reports_in_every_form(tmp_path):
     page = report.to_html(tmp_path / "report.html")
     assert page.count("<svg") == len(report.statistics) and "src=" not in page and "href=" not in page
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
-    assert report._repr_html_() in page and "mul" in "".join(report.tree())
+    assert fragment(report) in page and "mul" in "".join(report.tree())
 
 
 def test_the_hunt_prints_one_sentence(capsys):
@@ -203,3 +206,45 @@ def test_statistics_of_a_program_on_several_devices(fresh_python):
         print("fine")
     """
     assert fresh_python(source, devices=4).strip() == "fine"
+
+
+def test_what_a_function_changes_of_its_modules_is_kept():
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.norm = nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, momentum=0.5, rngs=rngs)
+            self.dropout, self.calls = nnx.Dropout(0.5, rngs=rngs), nnx.Variable(jnp.zeros((), jnp.int32))
+
+        def __call__(self, x):
+            self.calls.set_value(self.calls.get_value() + 1)
+            return self.dropout(self.norm(self.linear(x)))
+
+    plain, seen, stepped = (Model(nnx.Rngs(0)) for _ in range(3))
+    call = lambda model, x: model(x)  # noqa: E731
+    inspected = tc.debug.inspect(nnx.jit(call))
+    for i in range(3):
+        x = X + i
+        expected = nnx.jit(call)(plain, x)
+        np.testing.assert_allclose(inspected(seen, x), expected, atol=1e-5)
+        np.testing.assert_allclose(tc.debug.Session(call, stepped, x, commands=["c"]).run(), expected, atol=1e-5)
+    for model in (seen, stepped):
+        state = nnx.state(model, (nnx.Param, nnx.BatchStat)), nnx.state(plain, (nnx.Param, nnx.BatchStat))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *state)
+    assert seen.calls.get_value() == 3 and not np.allclose(seen.norm.mean.get_value(), 0)
+    assert "args[0].norm.mean afterwards" in inspected.report.results
+    assert len(inspected._prepared) == 1  # and still one program
+
+
+def test_in_a_notebook_the_report_is_a_tree(ran, monkeypatch):
+    treescope = pytest.importorskip("treescope")
+    _, report = ran
+    page = report._repr_html_()
+    assert "treescope" in page and 'role="img"' not in page
+    text = treescope.render_to_text(_Scope("values", report.tree(), top=True))
+    assert "scan[0]/ (" in text
+    for reading in report.statistics:
+        assert reading.statistics.short in text and reading.statistics.sparkline.strip() in text
+    monkeypatch.setitem(sys.modules, "treescope", None)
+    plain = report._repr_html_()
+    assert "treescope" not in plain and plain.count("<svg") == len(report.statistics)

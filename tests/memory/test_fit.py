@@ -119,3 +119,44 @@ def test_a_process_under_the_budget_runs_the_fitted_step_alone() -> None:
     assert fitted.returncode == 0, fitted.stderr
     assert float(fitted.stdout) > 0
     assert plain.returncode != 0 and "RESOURCE_EXHAUSTED" in plain.stderr
+
+
+REAL = """
+import resource, sys
+import jax, jax.numpy as jnp
+import trustcore as tc
+from trustcore.cli.step import next_token_gradient, next_token_loss
+from trustcore.memory import account_compiled, fit
+from trustcore.models import scan_layers
+
+def data():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
+
+model = scan_layers(tc.load(sys.argv[1], dtype="float32"))
+tokens = (jnp.arange(8 * 257, dtype=jnp.int32) * 7919 % 49152).reshape(8, 257)
+compiled = jax.jit(next_token_gradient).lower(model, tokens).compile()
+plain = account_compiled(compiled)
+budget = plain.arguments + (plain.peak - plain.arguments) // 2
+if sys.argv[2] == "fit":
+    found = fit(next_token_loss, budget, model, tokens, batch=(1,))
+    print(found.plan, file=sys.stderr)
+    compiled = found.step.lower(model, tokens).compile()
+limit = data() + budget - plain.arguments  # the arguments are there already
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+loss, gradient = jax.block_until_ready(compiled(model, tokens))
+print(float(loss), float(jnp.linalg.norm(gradient.norm.weight.get_value())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="sizes are read from /proc")
+def test_the_real_model_trains_within_half_of_what_its_step_takes(smollm2_path: Path) -> None:
+    def child(which: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", REAL, str(smollm2_path), which]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
+
+    fitted, plain = child("fit"), child("plain")
+    assert fitted.returncode == 0, fitted.stderr
+    loss, norm = (float(word) for word in fitted.stdout.split())
+    assert 5 < loss < 20 and 0 < norm < 100  # of tokens at random
+    assert plain.returncode != 0 and "RESOURCE_EXHAUSTED" in plain.stderr

@@ -15,6 +15,7 @@ from trustcore.cli import (
     embed,
     generate,
     info,
+    inspect_step,
     interrupts,
     memory,
     perplexity,
@@ -41,6 +42,7 @@ app.command("perplexity")(perplexity.perplexity)
 app.command("compare")(perplexity.compare)
 app.command("cost")(cost.cost)
 app.command("memory")(memory.memory)
+app.command("inspect-step")(inspect_step.inspect_step)
 app.command("doctor")(doctor.doctor)
 
 

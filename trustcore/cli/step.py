@@ -1,4 +1,4 @@
-"""The program that `memory` and `cost` tell of: a language model's forward pass, or a gradient of its loss."""
+"""The program that `memory`, `cost` and `inspect-step` tell of: a language model's forward pass, or a gradient."""
 
 from __future__ import annotations
 
@@ -41,3 +41,23 @@ def next_token_gradient(model: Any, tokens: Any) -> Any:
     import jax
 
     return jax.value_and_grad(next_token_loss, allow_int=True)(model, tokens)
+
+
+def step_tokens(name: str, model: Any, text: str | None, batch: int, length: int, seed: int) -> Any:
+    """Returns int32 `[B, T]` tokens for a step: those of a text, as one row of at most `length`; or random ones.
+
+    Raises:
+        ModelError: the model has no tokenizer, or the text has fewer than two tokens.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    if text is None:
+        drawn = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, length))
+        return jnp.asarray(drawn.astype(np.int32))
+    if model.tokenizer is None:
+        raise ModelError(f"{name}: it has no tokenizer; leave --text out for tokens drawn at random.")
+    ids = model.tokenizer.encode(text)[:length]
+    if len(ids) < 2:
+        raise ModelError(f"--text has {len(ids)} tokens; a loss of next tokens needs two at least.")
+    return jnp.asarray([ids], jnp.int32)

@@ -16,7 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -187,7 +191,7 @@ def compare(
 
 
 def compare_recorded(
-    fn: Callable[..., Any], recorded: Mapping[str, Any], *, tolerance: float | None = None
+    fn: Callable[..., Any], recorded: Mapping[str, Any] | str | os.PathLike[str], *, tolerance: float | None = None
 ) -> Callable[..., Comparison]:
     """Returns a function that runs `fn` and compares its values with recorded arrays.
 
@@ -196,16 +200,19 @@ def compare_recorded(
     Args:
         fn: the function in question.
         recorded: arrays by module path, dots or slashes: each is compared with the last value of that path (or one
-            below it) that has its shape. A glob or an address (`*/softmax/div`) is understood, too.
+            below it) that has its shape. A glob or an address (`*/softmax/div`) is understood, too. Or the path of an
+            `.npz` file that holds them, as `numpy.savez("run.npz", **activations)` writes it in the other framework.
         tolerance: as in `compare`.
 
-    When called, DebugError is raised if nothing fits a name.
+    Raises:
+        DebugError: the file cannot be read. When called: nothing fits a name.
     """
+    arrays = recorded if isinstance(recorded, Mapping) else _read_arrays(Path(recorded))
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
         values, program = _run(fn, ["*"], args, kwargs)
         pairs, missing = [], []
-        for name, array in recorded.items():
+        for name, array in arrays.items():
             array = jnp.asarray(array)
             found = [v for v in values if _belongs(v.address, name) and v.array.shape == array.shape]
             if not found:
@@ -223,6 +230,17 @@ def compare_recorded(
         return _compared(program, pairs, missing, tolerance)
 
     return compared
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name; write it with numpy.savez")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DebugError(f"compare_recorded: {path} cannot be read as .npz: {error}") from error
 
 
 def _belongs(address: Address, name: str) -> bool:

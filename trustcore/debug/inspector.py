@@ -44,8 +44,9 @@ def inspect(
         print(step.report)
 
     Args:
-        fn: a pure function of pytrees, under any of JAX's transformations or none. Leaves that are arrays or floats are
-            its inputs; a call with another int, string or None is traced anew.
+        fn: a function of pytrees, pure but for what it changes of nnx variables among its arguments; under any of JAX's
+            transformations or none. Leaves that are arrays or floats are its inputs; a call with another int, string or
+            None is traced anew.
         watch: what is measured: globs over addresses (see `trustcore.graph.Address.matches`) or `Watch`es. None or
             empty, and no `trace`: `fn` itself comes back.
         trace: whether the report lists the operations that ran; "times": with the seconds each took, for which the
@@ -122,7 +123,7 @@ class Inspected:
             watch, place = hit
             snapshot = snapshot_at(ready.traced.program, leaves, place.node, place.turns, place.shard)
             raise Breakpoint(str(watch), snapshot, report)
-        return jax.tree.unflatten(ready.traced.out_tree, outputs), report
+        return ready.traced.finish(outputs, args, kwargs), report
 
     def prepare(self, leaves: list[Any], args: tuple, kwargs: dict[str, Any], fixed: Any) -> _Prepared:
         """Returns the program for arguments of this kind, traced once."""

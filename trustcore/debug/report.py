@@ -1,8 +1,7 @@
 """What was seen in one call: issues, statistics, hits of watches, the operations that ran.
 
 Nothing is fetched from the device before it is asked for. `print(report)` and rich show tables, `to_json` plain data,
-`to_html` one page that needs nothing else; notebooks show that page. `tree()` is what treescope and
-other viewers of nested data take.
+`to_html` one page that needs nothing else. Notebooks show that page, its tree drawn by treescope where that is there.
 """
 
 from __future__ import annotations
@@ -274,9 +273,10 @@ class Report:
         return f"<Report: {len(self.issues)} issues, {len(self.statistics)} values>"
 
     def _repr_html_(self) -> str:
+        from trustcore.debug.interactive import has_treescope, tree_html
         from trustcore.debug.show import fragment
 
-        return fragment(self)
+        return fragment(self, tree_html(self) if has_treescope() else None)
 
 
 def operation(node: Any, index: tuple[int, ...], seconds: float | None = None) -> Operation:

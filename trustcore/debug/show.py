@@ -133,8 +133,8 @@ def tree(report: Report) -> dict[str, Any]:
     return root
 
 
-def fragment(report: Report) -> str:
-    """Returns the body of the page."""
+def fragment(report: Report, values: str | None = None) -> str:
+    """Returns the body of the page; `values` is the HTML of the tree of values, None: drawn here."""
     parts = [f"<style>{_STYLE}</style>", f"<p><b>{html.escape(headline(report))}</b></p>"]
     if report.all_issues:
         rows = [
@@ -149,7 +149,7 @@ def fragment(report: Report) -> str:
         parts.append(
             _table(["watch", "hits", "first"], [("", [str(h.watch), str(h.count), h.first]) for h in report.hits])
         )
-    parts.append(_branch(tree(report)))
+    parts.append(_branch(tree(report)) if values is None else values)
     if report.history:
         lines = "".join(f"<div>{html.escape(str(op))}</div>" for op in report.history)
         parts.append(f"<details><summary>{len(report.history)} operations</summary>{lines}</details>")

@@ -131,7 +131,7 @@ class Session:
         q, quit            end; `Quit` is raised
 
     Args:
-        fn: a pure function.
+        fn: a function, pure but for what it changes of nnx variables among its arguments.
         *args: its arguments.
         commands: lines to take instead of asking; it runs on when they end.
         write: where lines go.
@@ -146,6 +146,7 @@ class Session:
         write: Callable[[str], Any] = print,
         **kwargs: Any,
     ):
+        self.given = args, kwargs
         self.leaves, _, _ = split_arguments(args, kwargs)
         self.traced = trace(fn, args, kwargs)
         self.commands = None if commands is None else iter(commands)
@@ -162,7 +163,7 @@ class Session:
             Quit: on the command `quit`.
         """
         outputs = evaluate(self.traced.program, self.leaves, self.before, self.after)
-        return jax.tree.unflatten(self.traced.out_tree, outputs)
+        return self.traced.finish(outputs, *self.given)
 
     def before(self, node: Node, inputs: list[Any], turns: tuple[int, ...]) -> None:
         """Stops before an equation if that is asked for."""

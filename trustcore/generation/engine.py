@@ -26,6 +26,7 @@ from trustcore.errors import GenerationError
 from trustcore.generation.programs import keep_programs
 from trustcore.generation.sampling import History, Plan, Sampling, Values, sample
 from trustcore.heap import trim_heap
+from trustcore.memory import Pool
 from trustcore.models.writing import Writer
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # prompt tokens a program takes; longer prompts go in several
@@ -97,6 +98,7 @@ def generate_tokens(
     cache_dtype: Any = None,
     first: Sequence[Any] | None = None,
     only: Sequence[int] | None = None,
+    pool: Pool | None = None,
 ) -> Generator[Step, np.ndarray | None, None]:
     """Yields the tokens that follow the prompts, a few at a time, the first one as soon as it is there.
 
@@ -115,6 +117,8 @@ def generate_tokens(
         first: tokens that an encoder-decoder's decoder begins with, the same for all rows, or a list for each; None:
             what the checkpoint says. They are not yielded.
         only: tokens of which each that is made is one; None: all.
+        pool: where the cache's buffers come from, and where they go when the generator ends or is closed; None: they
+            are allocated and freed. A pool may serve several requests, in threads as well.
 
     Tokens that the checkpoint forbids (`model.writing`) are not made.
 
@@ -144,33 +148,42 @@ def generate_tokens(
     programs = _programs()
     weights, form = Form.of(model)
     shape = {"form": form, "batch": len(prompts), "slots": slots, "plan": plan, "dtype": dtype}
-    state = _start(weights, source, mask, jnp.uint32(seed & 0xFFFFFFFF), **shape)
-    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
-    logits, state = _read_prompts(weights, form, state, logits, prompts)
-    state = _first(state, logits, values, stops, at_first, plan=plan)
-    programs = _after_compiling(programs)
-
-    done = yield Step(np.asarray(state.token)[:, None], prefill=True)
-    made, wanted = 1, 1
-    while made < max_tokens:
-        if done is not None:
-            state = state._replace(done=state.done | jnp.asarray(done))
-        count = min(wanted, max_tokens - made)
-        began = time.perf_counter()
-        tokens, state = _decode(weights, state, values, stops, always, jnp.int32(count), form=form, plan=plan)
-        new = np.asarray(tokens)[:, :count]
+    seed_ = jnp.uint32(seed & 0xFFFFFFFF)
+    if pool is None:
+        state = _start(weights, source, mask, seed_, None, **shape)
+    else:
+        kept = _start.eval_shape(weights, source, mask, seed_, None, **shape).kept
+        state = _start_in(weights, source, mask, seed_, pool.take(kept, clear=False), **shape)
+    try:
+        logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+        logits, state = _read_prompts(weights, form, state, logits, prompts)
+        state = _first(state, logits, values, stops, at_first, plan=plan)
         programs = _after_compiling(programs)
-        if (new < 0).all():
-            return
-        # Aim at dispatches of PAUSE seconds, growing by doubling: the first of all may have compiled the program.
-        each = (time.perf_counter() - began) / count
-        wanted = max(1, min(2 * wanted, DISPATCH, int(PAUSE / each) if each > 0 else DISPATCH))
-        made += count
-        done = yield Step(new)
+
+        done = yield Step(np.asarray(state.token)[:, None], prefill=True)
+        made, wanted = 1, 1
+        while made < max_tokens:
+            if done is not None:
+                state = state._replace(done=state.done | jnp.asarray(done))
+            count = min(wanted, max_tokens - made)
+            began = time.perf_counter()
+            tokens, state = _decode(weights, state, values, stops, always, jnp.int32(count), form=form, plan=plan)
+            new = np.asarray(tokens)[:, :count]
+            programs = _after_compiling(programs)
+            if (new < 0).all():
+                return
+            # Aim at dispatches of PAUSE seconds, growing by doubling: the first of all may have compiled the program.
+            each = (time.perf_counter() - began) / count
+            wanted = max(1, min(2 * wanted, DISPATCH, int(PAUSE / each) if each > 0 else DISPATCH))
+            made += count
+            done = yield Step(new)
+    finally:
+        if pool is not None and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.kept)):
+            pool.give_back(state.kept)
 
 
 def _programs() -> int:
-    return sum(program_count(program) for program in (_start, _prefill, _first, _decode))
+    return sum(program_count(program) for program in (_start, _start_in, _prefill, _first, _decode))
 
 
 def _after_compiling(before: int) -> int:
@@ -273,12 +286,12 @@ def _chunks(length: int) -> list[int]:
     return [CHUNKS[-1]] * whole + ([next(c for c in CHUNKS if c >= rest)] if rest else [])
 
 
-@functools.partial(jax.jit, static_argnames=("form", "batch", "slots", "plan", "dtype"))
-def _start(
+def _begin(
     weights: list[Any],
     source: Any,
     mask: Any,
     seed: jax.Array,
+    old: Any,
     *,
     form: Form,
     batch: int,
@@ -286,6 +299,8 @@ def _start(
     plan: Plan,
     dtype: Any,
 ) -> State:
+    """Returns the state before the first prompt; `old` is what an earlier request kept, to be overwritten."""
+    del old
     model = form.fill(weights)
     return State(
         kept=model.begin(source, mask, batch=batch, slots=slots, dtype=dtype),
@@ -295,6 +310,11 @@ def _start(
         key=jax.random.key(seed),
         history=History.start(plan, batch, model.config.vocab_size),
     )
+
+
+_STATIC = ("form", "batch", "slots", "plan", "dtype")
+_start = jax.jit(_begin, static_argnames=_STATIC)
+_start_in = jax.jit(_begin, static_argnames=_STATIC, donate_argnames="old", keep_unused=True)
 
 
 def _read_prompts(

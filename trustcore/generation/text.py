@@ -17,6 +17,7 @@ from trustcore.generation.engine import generate_tokens
 from trustcore.generation.sampling import Sampling
 from trustcore.generation.sound import heard, pieces_of
 from trustcore.generation.stream import Answer, Stream, run_batch
+from trustcore.memory import Pool
 from trustcore.models.writing import Writer
 
 Prompt = str | Sequence[int]
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     parse_special: bool
     first: Sequence[Any] | None
+    pool: Pool | None
 
 
 @overload
@@ -70,6 +72,7 @@ def generate(
     ignore_eos: bool = False,
     parse_special: bool = False,
     first: Sequence[Any] | None = None,
+    pool: Pool | None = None,
 ) -> Any:
     """Returns the text that follows the prompt; of an encoder-decoder, what it writes about it.
 
@@ -90,6 +93,7 @@ def generate(
             user typed must not speak with the voice of the system.
         first: tokens that an encoder-decoder's decoder begins with, such as a language's; None: what the checkpoint
             says, and for Whisper the language that it hears.
+        pool: where the cache's buffers come from and go (`trustcore.memory.Pool`), so that many answers share them.
 
     Returns:
         A string, a list of strings for several prompts, or a `Stream`.
@@ -133,6 +137,7 @@ def generate(
         context=context,
         cache_dtype=cache_dtype,
         first=first,
+        pool=pool,
     )
     answers = [Answer(tokenizer, stops, stop_ids, continuation=reads == "prompt") for _ in ids]
     if stream:

@@ -5,6 +5,9 @@ that is being called (`layers/3/attention`), or `~Block:7` where a transformatio
 of the one around (see `trustcore.graph.program`). Nothing is left behind: outside, modules are as they were. Functions
 under jit that were traced before are traced again, for the names are part of their programs.
 
+What a function changes of nnx modules among its arguments in place (statistics of norms, counters of random keys) are
+further results of its program, which `Traced.finish` puts into the caller's modules.
+
 Leaves of the arguments that are arrays or floats are inputs of the program; all others (ints, strings, None) are fixed
 in it.
 """
@@ -15,7 +18,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +36,29 @@ class Traced(NamedTuple):
     Attributes:
         program: its equations.
         out_tree: the structure of its results.
-        out_names: a name for each leaf of the results.
+        out_names: a name for each leaf of the results, and for each value that the function changes in place.
+        changed: which leaves of (args, kwargs) those are.
     """
 
     program: Program
     out_tree: Any
     out_names: tuple[str, ...]
+    changed: tuple[int, ...] = ()
+
+    def finish(self, outputs: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Returns the function's result of the program's outputs; changes the modules as the function does."""
+        count = self.out_tree.num_leaves
+        if self.changed:
+            leaves, tree = jax.tree.flatten((args, kwargs))
+            for i, value in zip(self.changed, outputs[count:], strict=True):
+                leaves[i] = value
+            after = jax.tree.leaves(jax.tree.unflatten(tree, leaves), is_leaf=_is_variable)
+            for mine, found in zip(jax.tree.leaves((args, kwargs), is_leaf=_is_variable), after, strict=True):
+                if _is_variable(mine) and any(
+                    a is not b for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(found), strict=True)
+                ):
+                    mine.set_value(found.get_value())
+        return jax.tree.unflatten(self.out_tree, outputs[:count])
 
 
 def split_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], list[str], tuple[Any, Any]]:
@@ -72,20 +92,51 @@ def argument_name(path: tuple[Any, ...]) -> str:
 def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any] | None = None) -> Traced:
     """Returns the program of `fn(*args, **kwargs)`, with the paths of nnx modules in its addresses."""
     leaves, names, (tree, fixed) = split_arguments(args, kwargs or {})
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path((args, kwargs or {}))[0]]
     out_names: list[str] = []
     out_tree: list[Any] = []
+    changed: list[int] = []
 
     def flat(*values: Any) -> list[Any]:
         moving = iter(values)
         args, kwargs = jax.tree.unflatten(tree, [next(moving) if leaf is _MOVING else leaf for leaf in fixed])
+        before = jax.tree.leaves((args, kwargs))
         found, structure = jax.tree_util.tree_flatten_with_path(fn(*args, **kwargs))
+        after = _changes(before, tree, args, kwargs)
         out_tree[:] = [structure]
+        changed[:] = list(after)
         out_names[:] = ["result" + jax.tree_util.keystr(path) for path, _ in found]
-        return [leaf for _, leaf in found]
+        out_names.extend(f"{argument_name(paths[i])} afterwards" for i in after)
+        return [*(leaf for _, leaf in found), *after.values()]
 
     with module_scopes():
         jaxpr = jax.make_jaxpr(flat)(*leaves)
-    return Traced(Program(jaxpr, names), out_tree[0], tuple(out_names))
+    return Traced(Program(jaxpr, names), out_tree[0], tuple(out_names), tuple(changed))
+
+
+def _changes(before: list[Any], tree: Any, args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
+    """The leaves within nnx variables that are not what they were, by their numbers; none where variables came or went.
+
+    Other containers are copies here, as they are under jit: what is done to them stays within the function.
+    """
+    nodes = jax.tree.leaves((args, kwargs), is_leaf=_is_variable)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    if structure != tree:
+        return {}
+    kept = [_is_variable(node) for node in nodes for _ in jax.tree.leaves(node)]
+    return {
+        i: new
+        for i, (old, new, variable) in enumerate(zip(before, leaves, kept, strict=True))
+        if variable and new is not old and is_input(new)
+    }
+
+
+def _is_variable(node: Any) -> bool:
+    if "flax.nnx" not in sys.modules:
+        return False
+    from flax import nnx
+
+    return isinstance(node, nnx.Variable)
 
 
 @contextlib.contextmanager

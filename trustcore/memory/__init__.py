@@ -1,29 +1,65 @@
 """Memory: how much a function takes before it runs, what takes it, and how to make it take less.
 
-`account` tells the peak and its owners from XLA's own plan; `fit` finds the cheapest gradient within a budget;
-`explained` puts the account into the error of a function that ran out of memory. `census` and `leaks` tell what lies in
-memory now, by the line that made it.
+Before it runs: `account` tells the peak and its owners from XLA's own plan, `difference` compares two, `donations` says
+which donated arguments are reused; `fit` finds the cheapest gradient within a budget; `explained` puts the account into
+the error of a function that ran out of memory. While it runs: `census`, `leaks` and `StepPeaks` tell what lies there;
+`Pool`, `offload` and `Shelf` keep arrays for their next use, on the device, the host or a disk. `flame_graph` and
+`trace_events` draw.
 """
 
 from trustcore.memory.account import Account, account, account_compiled
 from trustcore.memory.buffers import Buffer
+from trustcore.memory.difference import Change, Difference, difference
+from trustcore.memory.donation import Donation, Donations, donations
 from trustcore.memory.fit import Fit, Plan, fit, remat_blocks
+from trustcore.memory.flame import flame_graph
 from trustcore.memory.guard import explained
+from trustcore.memory.limits import Fixed, HitRate, Predictive, Pressure
 from trustcore.memory.live import Census, Growth, Held, census, leaks
+from trustcore.memory.offload import activation_policy, has_host_memory, memory_kinds, offload, offloaded, onload
+from trustcore.memory.pool import Pool, PoolStats
+from trustcore.memory.shelf import Shelf
+from trustcore.memory.steps import Fragmentation, StepPeak, StepPeaks, fragmentation
+from trustcore.memory.timeline import trace_events
 
 __all__ = [
     "Account",
     "Buffer",
     "Census",
+    "Change",
+    "Difference",
+    "Donation",
+    "Donations",
     "Fit",
+    "Fixed",
+    "Fragmentation",
     "Growth",
     "Held",
+    "HitRate",
     "Plan",
+    "Pool",
+    "PoolStats",
+    "Predictive",
+    "Pressure",
+    "Shelf",
+    "StepPeak",
+    "StepPeaks",
     "account",
     "account_compiled",
+    "activation_policy",
     "census",
+    "difference",
+    "donations",
     "explained",
     "fit",
+    "flame_graph",
+    "fragmentation",
+    "has_host_memory",
     "leaks",
+    "memory_kinds",
+    "offload",
+    "offloaded",
+    "onload",
     "remat_blocks",
+    "trace_events",
 ]

@@ -33,6 +33,7 @@ class Account:
         arguments, results: of the program; a result that takes the place of a donated argument counts as argument.
         temporaries: the arena that XLA reserves for all else.
         allocated: what is reserved in all; the peak, and what lies unused between buffers.
+        host: what the program takes of the host's memory beside it: arguments, results and activations that lie there.
         estimate: the peak that the jaxpr alone lets expect, with nothing fused.
         curve: int64, live bytes at each step of the schedule.
         steps: origin of each step.
@@ -44,6 +45,7 @@ class Account:
     results: int
     temporaries: int
     allocated: int
+    host: int
     estimate: int
     curve: np.ndarray
     steps: tuple[Origin, ...]
@@ -86,7 +88,8 @@ class Account:
         parts = f"{units.size(self.arguments)} arguments, {units.size(self.results)} results"
         lines = [
             f"peak {units.size(self.peak)} ({parts}), {units.size(self.allocated)} reserved, "
-            f"{units.size(self.estimate)} by the jaxpr alone",
+            f"{units.size(self.estimate)} by the jaxpr alone"
+            + (f"; {units.size(self.host)} of the host's memory" if self.host else ""),
             f"at step {self.peak_step + 1} of {len(self.steps)}: {self.steps[self.peak_step]}",
             sparkline(self.curve),
         ]
@@ -147,11 +150,31 @@ def account_compiled(compiled: Any, *, estimate: int = 0) -> Account:
         results=held["result"],
         temporaries=analysis.temp_size_in_bytes,
         allocated=allocated,
+        host=host_bytes(analysis),
         estimate=estimate,
         curve=curve,
         steps=tuple(steps),
         buffers=tuple(buffers),
     )
+
+
+def host_bytes(analysis: Any) -> int:
+    """Returns the bytes that a program takes of the host's memory, of what `compiled.memory_analysis()` gives."""
+    kinds = ("argument", "output", "temp")
+    return sum(getattr(analysis, f"host_{kind}_size_in_bytes", 0) for kind in kinds) - getattr(
+        analysis, "host_alias_size_in_bytes", 0
+    )
+
+
+def peak_of(compiled: Any) -> int:
+    """Returns the peak that `account` tells; where the backend tells no buffers, that of the sizes it does tell."""
+    analysis = compiled.memory_analysis()
+    if getattr(analysis, "serialized_buffer_assignment_proto", b""):
+        return account_compiled(compiled).peak
+    if analysis is None:
+        raise ProgramError("this backend does not tell what its programs take of its memory.")
+    whole = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    return whole - analysis.alias_size_in_bytes
 
 
 def sparkline(curve: np.ndarray, width: int = 72) -> str:

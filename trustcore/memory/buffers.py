@@ -17,6 +17,7 @@ from trustcore.graph.hlo import Computation, Index, Instruction, Origin, Program
 from trustcore.graph.wire import Message
 
 Kind = Literal["argument", "result", "constant", "temporary"]
+HOST = 5  # XLA's number for the host's memory
 Values = dict[Index, frozenset[int]]  # the logical buffers that may stand at each place of an instruction's result
 
 
@@ -110,7 +111,7 @@ def _read(assignment: bytes) -> tuple[dict[int, _Logical], list[_Allocation]]:
         logical[m.number(1)] = _Logical(m.number(1), m.number(2), at.number(4), tuple(at.numbers(3)))
     allocations = []
     for m in message.messages(3):
-        if m.number(3):  # of one thread, on its stack
+        if m.number(3) or m.number(8) == HOST:  # of one thread, on its stack; or no memory of the device
             continue
         kind: Kind = "temporary"
         if m.number(5):

@@ -3,7 +3,8 @@
 What can be given up for memory, in the order of what it costs:
 
     microbatches    rows of the batch one group after the other, gradients added: no further FLOPs, smaller products
-    remat           what a block computed is computed again in the backward pass: all of it, or all but its products
+    remat           what a block computed is computed again in the backward pass: all but its products, or all of it
+    offload         its products go to the host's memory meanwhile, where the device has another one
 
 Blocks are what the function calls more than once (`jax.jit` within it) or scans over. Nothing in the function changes:
 its jaxpr is run with `jax.checkpoint` around those calls. Chen et al., arXiv 1604.06174.
@@ -25,9 +26,10 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from trustcore import _jax, units
 from trustcore.errors import ProgramError
 from trustcore.graph.walk import bind, called, run
-from trustcore.memory.account import account_compiled
+from trustcore.memory.account import host_bytes, peak_of
+from trustcore.memory.offload import activation_policy, has_host_memory
 
-REMAT = ("none", "products saved", "nothing saved")
+REMAT = ("none", "products saved", "products offloaded", "nothing saved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +41,19 @@ class Plan:
         microbatches: into how many groups of rows the batch is split.
         peak: bytes, arguments and gradients included; as `account` tells it.
         flops: of a step, as XLA counts them; 0 where it does not.
+        host: bytes of the host's memory.
     """
 
     remat: str
     microbatches: int
     peak: int
     flops: float
+    host: int = 0
 
     def __str__(self) -> str:
+        host = f" and {units.size(self.host)} of the host's" if self.host else ""
         rows = f"{self.microbatches} microbatches" if self.microbatches > 1 else "the whole batch"
-        return f"{rows}, remat: {self.remat}: {units.size(self.peak)}, {units.count(self.flops)}FLOP"
+        return f"{rows}, remat: {self.remat}: {units.size(self.peak)}{host}, {units.count(self.flops)}FLOP"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,7 @@ def fit(
     batch: Sequence[int] = (),
     argnums: int = 0,
     donate: bool = False,
+    offload: bool | None = None,
 ) -> Fit:
     """Returns the gradient of `fn` within `budget` bytes, at the least cost in FLOPs that was found.
 
@@ -89,6 +95,8 @@ def fit(
         batch: numbers of the arguments whose arrays have the batch as their first axis; none: it is not split.
         argnums: of the argument with respect to which to differentiate.
         donate: whether that argument's memory may be taken for the gradient.
+        offload: whether activations may go to the host's memory; None: where the device has one beside its own. On
+            CPUs both are one, and nothing is saved by it.
 
     Raises:
         ProgramError: no plan fits; the message tells the smallest.
@@ -107,12 +115,16 @@ def fit(
             compiled = jitted.lower(*args).compile()
             cost = compiled.cost_analysis() or {}
             flops = float(cost.get("flops", 0.0)) * split  # XLA counts the body of a loop once
-            found = Plan(remat, split, account_compiled(compiled).peak, max(flops, 0.0))
+            host = host_bytes(compiled.memory_analysis())
+            found = Plan(remat, split, peak_of(compiled), max(flops, 0.0), host)
             tried[remat, split] = found, jitted
         return tried[remat, split][0]
 
     plain = plan("none", 1)
+    offload = has_host_memory(_device_of(args)) if offload is None else offload
     for remat in REMAT:
+        if remat == "products offloaded" and not offload:
+            continue
         whole = plan(remat, 1).peak <= budget
         if not whole and plan(remat, splits[-1]).peak > budget:
             continue
@@ -197,9 +209,12 @@ def _splits(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
 
 
 def _step(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...], argnums: int) -> Callable[..., Any]:
+    policies = {
+        "products saved": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "products offloaded": activation_policy(),
+    }
     if remat != "none":
-        saved = remat == "products saved"
-        fn = remat_blocks(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if saved else None)
+        fn = remat_blocks(fn, policy=policies.get(remat))
     gradient = jax.value_and_grad(fn, argnums, allow_int=True)
     if split == 1:
         return gradient
@@ -220,6 +235,15 @@ def _step(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...]
         return jax.tree.map(lambda s, t: _float0(s.shape) if _no_gradient(s) else t, shapes, total)
 
     return accumulated
+
+
+def _device_of(args: Any) -> Any:
+    """The device of the first argument that lies on one, or is to lie there."""
+    for leaf in jax.tree.leaves(args):
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None:
+            return next(iter(sharding.device_set))
+    return None
 
 
 def _no_gradient(x: Any) -> bool:

@@ -8,7 +8,7 @@ from trustcore.models.links import decoder_links, decoder_stream, untie
 from trustcore.models.model import Model, TextEncoder
 from trustcore.models.peft import load_adapters, save_adapters
 from trustcore.models.random import random_model
-from trustcore.models.scan import scan_layers, unscan_layers
+from trustcore.models.scan import scan_layers, spill_layers, unscan_layers
 from trustcore.models.sentence_vectors import embed
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "random_model",
     "save_adapters",
     "scan_layers",
+    "spill_layers",
     "unscan_layers",
     "untie",
 ]

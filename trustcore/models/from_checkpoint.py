@@ -19,6 +19,7 @@ import numpy as np
 
 from trustcore.dtypes import compute_dtype
 from trustcore.errors import ModelError
+from trustcore.memory import Shelf
 from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.models.families import gguf_of
@@ -27,6 +28,7 @@ from trustcore.models.model import Model, TextEncoder, parameters_of
 from trustcore.models.name_map import Rule
 from trustcore.models.names import Names, described_by
 from trustcore.models.registry import family_of
+from trustcore.models.scan import put_on_shelf
 from trustcore.models.schemes import Packed, Scheme, scheme_of
 from trustcore.models.schemes.float8 import input_scale
 from trustcore.models.schemes.own import Own
@@ -43,7 +45,9 @@ Progress = Callable[[int, int], None]
 _FLOAT16 = ("f16", "bf16")
 
 
-def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Model:
+def model_from_checkpoint(
+    checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None, shelf: Shelf | None = None
+) -> Model:
     """Returns the model whose configuration and weights the checkpoint holds, of any family.
 
     Args:
@@ -51,6 +55,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
         dtype: None keeps matrices as they are stored (packed, or 16-bit) and computes in float32 on CPUs, bfloat16
             elsewhere. A dtype decodes all of them into arrays of that dtype and computes in it.
         progress: called with (bytes done, bytes in all) after each tensor.
+        shelf: where the weights of layers go, tensor by tensor, in place of memory; see `spill_layers`.
 
     Matrices that GPTQ, AWQ, bitsandbytes, compressed-tensors or FP8 tools packed stay as they are; `config.json` says
     which of them it was.
@@ -69,15 +74,23 @@ def model_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress
     found = Matching(names, config, shapes, checkpoint, scheme=scheme)
 
     total, done = sum(match.nbytes for match in found.matches), 0
-    # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side.
+    shelved: dict[str, int] = {}
+    # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side; onto a shelf one by one.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        loaded = pool.map(lambda match: _values(match, dtype is not None, compute), found.matches)
+        each = pool.map if shelf is None else map
+        loaded = each(lambda match: _values(match, dtype is not None, compute), found.matches)
         for match, values in zip(found.matches, loaded, strict=True):
             for path, value in zip(match.rule.paths, values, strict=True):
+                if shelf is not None and path.startswith("blocks."):
+                    shelved[path] = shelf.put(value)
+                    value = shelf.shapes(shelved[path])
                 parameters[path].set_value(value)
+            del values
             done += match.nbytes
             if progress is not None:
                 progress(done, total)
+    if shelf is not None:
+        put_on_shelf(model, shelf, shelved)
     packed = ((m.rule.paths[0], m.sources[0]) for m in found.matches if len(m.rule.paths) == len(m.sources) == 1)
     scales = ((path, input_scale(tensor)) for path, tensor in packed if isinstance(tensor, Packed))
     model.input_scales = tuple((path, scale) for path, scale in scales if scale is not None)

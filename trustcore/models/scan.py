@@ -11,13 +11,18 @@ stack then: `quantize` packs matrices, and leaves stacks of them alone.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from trustcore.errors import ModelError
+from trustcore.memory import Shelf
 from trustcore.models.decoder import Decoder
+from trustcore.models.model import parameters_of
+from trustcore.nn.shelved import ShelvedStack
 from trustcore.nn.stack import Remat, Stack
 
 M = TypeVar("M", bound=nnx.Module)
@@ -57,6 +62,42 @@ def unscan_layers(model: M) -> M:
         ModelError: the model does not run its blocks one after the other.
     """
     return _with_blocks(model, "unscan_layers", lambda blocks: nnx.List(list(blocks)))
+
+
+def spill_layers(model: M, folder: str | os.PathLike[str] | None = None) -> M:
+    """Returns the model with the weights of its layers on disk, each read when its turn comes, the next one ahead.
+
+    Args:
+        model: as for `scan_layers`.
+        folder: where the file is made, which has no name and vanishes with the model; None: where temporary files go.
+
+    Raises:
+        ModelError: the model does not run its blocks one after the other.
+        ProgramError: the file cannot be written.
+
+    The model computes the same. A pass over all layers reads the whole file, from the disk or from the system's cache
+    of it: a token costs that much, a batch or a prompt no more. Derivatives take the layers' weights for constants.
+    `trustcore.load(spill=True)` makes such a model of one that never was in memory.
+    """
+    shelf = Shelf(folder)
+    return _with_blocks(model, "spill_layers", lambda blocks: ShelvedStack(shelf, [shelf.put(b) for b in blocks]))
+
+
+def put_on_shelf(model: Any, shelf: Shelf, shelved: Mapping[str, int]) -> None:
+    """Has a model whose layers are shapes take their weights from a shelf, where each parameter lies under a number.
+
+    Raises:
+        ModelError: the model does not run its blocks one after the other.
+    """
+
+    def made(blocks: Any) -> ShelvedStack:
+        numbers = []
+        for i, block in enumerate(blocks):
+            own = [shelved[f"blocks.{i}.{path}"] for path in parameters_of(block)]
+            numbers.append(shelf.join(jax.tree.structure(block), own))
+        return ShelvedStack(shelf, numbers)
+
+    model.blocks = _with_blocks(model, "spill", made).blocks
 
 
 def _with_blocks(model: Any, caller: str, make: Any) -> Any:

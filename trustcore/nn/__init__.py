@@ -34,6 +34,7 @@ from trustcore.nn.positions import RelativeBias
 from trustcore.nn.recurrent import Recurrent
 from trustcore.nn.row_gradients import RowGradients, row_value_and_grad, update_rows
 from trustcore.nn.separable import SeparableConv
+from trustcore.nn.shelved import ShelvedStack
 from trustcore.nn.stack import Stack, run_blocks
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "RelativeBias",
     "RowGradients",
     "SeparableConv",
+    "ShelvedStack",
     "SpatialDropout",
     "Stack",
     "SyncBatchNorm",
