@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
-from kernels_pallas.attention import tpu, triton, xla
+from kernels_pallas.attention import mosaic_gpu, tpu, triton, xla
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
 from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
@@ -288,7 +288,15 @@ _TRITON = Implementation(
     "triton", triton.refusal, {"forward": triton.forward, "backward": triton.backward}, home="cuda"
 )
 _MOSAIC_TPU = Implementation("mosaic_tpu", tpu.refusal, {"forward": tpu.forward, "backward": tpu.backward}, home="tpu")
-ATTENTION = Op("attention", (_TRITON, _MOSAIC_TPU, _XLA))
+_MOSAIC_GPU = Implementation(
+    "mosaic_gpu",
+    mosaic_gpu.refusal,
+    {"forward": mosaic_gpu.forward, "backward": mosaic_gpu.backward},
+    home="cuda",
+    interpreter=False,  # Mosaic-GPU's keeps a state, which custom gradients do not take; the tests call it themselves
+    reserve=mosaic_gpu.reserve,
+)
+ATTENTION = Op("attention", (_MOSAIC_GPU, _TRITON, _MOSAIC_TPU, _XLA))
 _forward = primitive(ATTENTION, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(ATTENTION, "backward", _call, _backward_shapes, _folded)
 
