@@ -223,9 +223,7 @@ class _Made:
             grid_names=("head", "batch", "tile"),
             num_threads=WORKERS + 1,
             thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
+            compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )(*inputs.values())
 
