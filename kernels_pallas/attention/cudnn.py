@@ -1,8 +1,8 @@
 """Attention by cuDNN, as jax offers it: taken only where it is asked for by name. Oracle: `oracle.py`.
 
 jax asks cuDNN for its version while it lowers, so a host without an NVIDIA GPU cannot lower this; its refusal says so.
-The backward pass runs cuDNN's forward pass again, for jax keeps what cuDNN wants of it to itself; the log-sum-exp has no
-gradient. Not yet run: `benchmarks/gpu.py` checks it against the oracle where there is a GPU.
+The backward pass runs cuDNN's forward pass again, for jax keeps what cuDNN wants of it to itself; the log-sum-exp has
+no gradient. Not yet run: `benchmarks/gpu.py` checks it against the oracle where there is a GPU.
 """
 
 from __future__ import annotations

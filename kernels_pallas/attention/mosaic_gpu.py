@@ -9,9 +9,10 @@ until they were read. Two compute, each 64 rows of the tile, by wgmma with float
 pass they take turns: while one computes exponentials, the other's products keep the tensor cores busy (Shah et al.,
 arXiv 2407.08608, section 3.1). Exponentials are powers of two.
 
-Nothing is padded in memory but log-sum-exp and delta: TMA fills what lies beyond T and S with zeros and drops what is
-written there. Keys beyond S are hidden; blocks that no row of a tile sees are skipped; blocks that all rows see whole
-take a loop without masks. The longest tiles of a causal mask start first.
+TMA fills what lies beyond T and S with zeros and drops what is written there, so operands are padded in memory only to
+whole rows of 8 tokens, which its tiles want, and log-sum-exp and delta to whole blocks. Keys beyond S are hidden;
+blocks that no row of a tile sees are skipped; blocks that all rows see whole take a loop without masks. The longest
+tiles of a causal mask start first.
 
 Masks: causal and windows, of positions that count up. Operands bfloat16 or float16. The blocks of `blocks_of` compile
 for sm_90a without spilling (`make aot`); nothing here has been run on a GPU.
@@ -106,7 +107,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
     made = _Made(call, blocks or blocks_of(call, "forward"), interpret)
     ops = call.ops
     shapes = [
-        jax.ShapeDtypeStruct((*ops.query.shape[:3], made.value_size), ops.query.dtype),
+        jax.ShapeDtypeStruct((made.batch, _eights(made.length), made.heads, made.value_size), ops.query.dtype),
         jax.ShapeDtypeStruct((made.batch, made.heads, made.rows), jnp.float32),
     ]
     scratch = {
@@ -117,10 +118,10 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
         "turns": made.barriers(1, arrivals=WORKERS),
         **made.ring(key=made.size, value=made.value_size),
     }
-    inputs = {"query": ops.query, "key": ops.key, "value": ops.value}
+    inputs = {n: _whole(getattr(ops, n)) for n in ("query", "key", "value")}
     inputs |= {} if ops.sinks is None else {"sinks": ops.sinks.astype(jnp.float32)}
     out, lse = made.run(_forward_kernel, "attention_forward", inputs, shapes, scratch, made.heads, made.rows)
-    return [out, lse[:, :, : made.length]]
+    return [out[:, : made.length], lse[:, :, : made.length]]
 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
@@ -133,7 +134,8 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
             "lse": padded(lse, 2, made.queries, constant_values=NO_KEY),
             "delta": padded(call.delta, 2, made.queries),
         }
-        return {"query": ops.query, "key": ops.key, "value": ops.value, "cotangent": call.cotangent, **rows}
+        arrays = {"query": ops.query, "key": ops.key, "value": ops.value, "cotangent": call.cotangent}
+        return {**{name: _whole(x) for name, x in arrays.items()}, **rows}
 
     made = _Made(call, blocks or blocks_of(call, "dq"), interpret)
     scratch = {
@@ -144,7 +146,7 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
         "ready": made.barriers(WORKERS, arrivals=4),
         **made.ring(key=made.size, value=made.value_size),
     }
-    shapes = [jax.ShapeDtypeStruct(ops.query.shape, ops.query.dtype)]
+    shapes = [_like(ops.query)]
     (dq,) = made.run(_dq_kernel, "attention_dq", inputs(made), shapes, scratch, made.heads, made.rows)
 
     made = _Made(call, blocks or blocks_of(call, "dkv"), interpret, of_queries=False)
@@ -154,9 +156,22 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
         "ready": made.barriers(WORKERS, arrivals=2),
         **made.ring(query=made.size, cotangent=made.value_size, lse=0, delta=0),
     }
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (ops.key, ops.value)]
+    shapes = [_like(ops.key), _like(ops.value)]
     dk, dv = made.run(_dkv_kernel, "attention_dkv", inputs(made), shapes, scratch, made.kv_heads, made.span)
-    return [dq, dk, dv]
+    return [dq[:, : made.length], dk[:, : made.span], dv[:, : made.span]]
+
+
+def _eights(length: int) -> int:
+    return pl.cdiv(length, 8) * 8
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """`[B, T, N, H]` with T filled up to a multiple of 8."""
+    return padded(x, 1, _eights(x.shape[1]))
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.shape[0], _eights(x.shape[1]), *x.shape[2:]), x.dtype)
 
 
 class _Made:

@@ -78,14 +78,14 @@ def refusal(target: Target, call: Any) -> str:
     return ""
 
 
-# (queries, keys) of a tile by direction, bytes of an operand's number and filled-up head size, eight warps each: the
-# largest of those tried that spill nowhere and fit a block's shared memory, assembled for A100, A10, H100 and B200.
-# Chips that are not ROOMY take the second pair.
+# (queries, keys) of a tile by direction, bytes of an operand's number and filled-up head size, for eight warps: the
+# largest of those tried that do not spill (float32: up to 128 bytes) and fit a block's shared memory, as assembled for
+# A100, A10, H100 and B200. Chips that are not ROOMY take the second pair.
 _TILES = {
     ("forward", 2): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
     ("forward", 4): {32: ((64, 64), (64, 64)), 128: ((64, 32), (64, 32)), 256: ((32, 32), (16, 32))},
-    ("backward", 2): {128: ((64, 64), (64, 64)), 256: ((64, 64), (32, 32))},
-    ("backward", 4): {32: ((32, 64), (32, 64)), 128: ((32, 32), (32, 32)), 256: ((16, 16), (16, 16))},
+    ("backward", 2): {64: ((64, 32), (64, 32)), 128: ((64, 64), (64, 64)), 256: ((64, 64), (32, 32))},
+    ("backward", 4): {128: ((32, 32), (32, 32)), 256: ((16, 16), (16, 16))},
 }
 ROOMY = (8.0, 8.7, 9.0, 10.0, 10.3)  # compute capabilities with 163 KB and more of shared memory for a block
 
