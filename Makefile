@@ -3,7 +3,7 @@
 #
 #   make demo                      answers a question with a real model
 #   make test                      all tests but the slow ones   (TESTS="tests/quant tests/cli" takes a part)
-#   make aot                       compiles the TPU kernels for chips that are not here (downloads libtpu, 200 MB)
+#   make aot                       compiles the kernels for TPUs and GPUs that are not here (downloads 1 GB of compilers)
 #   make lint                      ruff and pyright
 #   make oracles                   what other programs say, again, beside what is recorded of them (tests/oracles)
 #   make demo PYTHON=python3.12    any of them with another interpreter (3.11 or newer)
@@ -37,9 +37,17 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "serial and not slow" $(TESTS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not serial" $(TESTS)
 
-# libtpu lies in a folder of its own: where jax finds it, it looks for a TPU.
-aot: $(VENV)/.installed-test $(VENV)/.libtpu
-	TRUSTCORE_LIBTPU=$(abspath $(VENV)/libtpu) $(BIN)/python -m pytest -m aot tests/kernels_pallas
+# libtpu and CUDA's compiler lie in folders of their own: where jax finds them, it looks for a TPU or GPU.
+aot: $(VENV)/.installed-test $(VENV)/.libtpu $(VENV)/.cuda
+	TRUSTCORE_LIBTPU=$(abspath $(VENV)/libtpu) TRUSTCORE_CUDA=$(abspath $(VENV)/cuda) \
+		$(BIN)/python -m pytest -m aot tests/kernels_pallas
+
+$(VENV)/.cuda: $(VENV)/.installed-test
+	@echo "Installing CUDA's compiler into $(VENV)/cuda"
+	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/cuda \
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc nvidia-nvvm
+	@touch $@
 
 $(VENV)/.libtpu: $(VENV)/.installed-test
 	@echo "Installing libtpu into $(VENV)/libtpu"

@@ -31,6 +31,48 @@ def triton() -> Any:
     return module
 
 
+def mosaic_gpu() -> Any:
+    """Returns the module of Pallas-Mosaic-GPU, which wants absl on jax 0.10."""
+    from jax.experimental.pallas import mosaic_gpu as module
+
+    return module
+
+
+def transposed(ref: Any) -> Any:
+    """Returns a matrix in shared memory as its transpose, for Mosaic-GPU's products."""
+    return ref.transpose((1, 0)) if JAX_VERSION >= (0, 11) else mosaic_gpu().transpose_ref(ref, (1, 0))
+
+
+def load_numbers(ref: Any, layout: Any) -> jax.Array:
+    """Returns what a buffer of shared memory holds, in registers of that layout of Mosaic-GPU."""
+    load = mosaic_gpu().load
+    return load(ref, layout=layout) if JAX_VERSION >= (0, 11) else load(ref, (), layout=layout)
+
+
+def cudnn_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    left: int | None,
+    return_residual: bool = False,
+) -> Any:
+    """Returns cuDNN's attention, with its log-sum-exp in float32: `jax.nn.dot_product_attention` rounds that one."""
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    return dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        mask_type=MaskType.CAUSAL if causal else MaskType.NO_MASK,
+        sliding_window_length=None if left is None else left + 1,
+        return_residual=return_residual,
+    )
+
+
 # Pallas-Triton asks which chip it compiles for from this release on.
 TRITON_NEEDS_A_CHIP: bool = JAX_VERSION >= (0, 11)
 

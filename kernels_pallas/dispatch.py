@@ -91,13 +91,17 @@ class Implementation:
         name: by which it is asked for.
         refusal: of a target and a call, "" or why it cannot compute the call there.
         directions: what it computes ("forward", "backward"), each a function of target and call.
-        home: the platform it is made for, which an interpreter stands in for; None: it has no interpreter.
+        home: the platform it is made for; None: any.
+        interpreter: whether one stands in for its home.
+        reserve: of a target and a call, why it is taken only where it is asked for by name; "" where it need not be.
     """
 
     name: str
     refusal: Callable[[Target, Any], str]
     directions: Mapping[str, Callable[..., Any]]
     home: str | None = None
+    interpreter: bool = True
+    reserve: Callable[[Target, Any], str] = lambda target, call: ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +131,11 @@ class Op:
         Raises:
             ImplementationError: it has none, or none is named.
         """
-        home = self.named(name).home if name is not None else None
-        if home is None:
-            able = ", ".join(i.name for i in self.implementations if i.home)
+        chosen = self.named(name) if name is not None else None
+        if chosen is None or chosen.home is None or not chosen.interpreter:
+            able = ", ".join(i.name for i in self.implementations if i.home and i.interpreter)
             raise ImplementationError(f"{self.name}: interpret=True needs one of {able}, and {name!r} was given.")
-        return Target(home, ANY_CHIP)
+        return Target(chosen.home, ANY_CHIP)
 
     def choose(self, target: Target, call: Any, name: str | None = None) -> Implementation:
         """Returns the implementation of that name, or for None the first that can compute the call.
@@ -140,7 +144,8 @@ class Op:
             ImplementationError: the named one cannot; the message says why.
         """
         if name is None:
-            return next(i for i in self.implementations if not i.refusal(target, call))
+            able = (i for i in self.implementations if not i.refusal(target, call))
+            return next(i for i in able if not i.reserve(target, call))
         implementation = self.named(name)
         reason = implementation.refusal(target, call)
         if reason:
@@ -152,6 +157,8 @@ class Op:
         verdicts: list[Verdict] = []
         for implementation in self.implementations:
             reason = implementation.refusal(target, call)
+            if not reason and (reserve := implementation.reserve(target, call)):
+                reason = f"able; {reserve}"
             first = next((v.implementation for v in verdicts if v.taken), None)
             taken = not reason and first is None
             verdicts.append(Verdict(implementation.name, taken, reason or ("" if taken else f"able; {first} is first")))

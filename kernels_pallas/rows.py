@@ -169,7 +169,7 @@ def triton_blocks(call: Call) -> Blocks:
     rows, size = call.rows.shape
     columns = _power(size) if call.program.whole else min(_power(size), 1024)
     block = min(_power(rows), max(1, 4096 // columns))
-    warps = min(16, max(4, block * columns // 512))
+    warps = min(32, max(4, block * columns // 512))
     sums = any(kind == "sum" for kind, _ in call.program.outputs.values())
     turns = pl.cdiv(pl.cdiv(rows, block), PROGRAMS) if sums else 1
     return Blocks(block, columns, turns, warps)

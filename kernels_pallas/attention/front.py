@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
-from kernels_pallas.attention import tpu, triton, xla
+from kernels_pallas.attention import cudnn, mosaic_gpu, tpu, triton, xla
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
-from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, ImplementationError, Op, Target, primitive
 
 _BY_BATCH = ("query", "key", "value", "query_positions", "key_positions", "query_segments", "key_segments")
 _ROWS = ("lse", "delta", "cotangent")
@@ -288,7 +288,23 @@ _TRITON = Implementation(
     "triton", triton.refusal, {"forward": triton.forward, "backward": triton.backward}, home="cuda"
 )
 _MOSAIC_TPU = Implementation("mosaic_tpu", tpu.refusal, {"forward": tpu.forward, "backward": tpu.backward}, home="tpu")
-ATTENTION = Op("attention", (_TRITON, _MOSAIC_TPU, _XLA))
+_MOSAIC_GPU = Implementation(
+    "mosaic_gpu",
+    mosaic_gpu.refusal,
+    {"forward": mosaic_gpu.forward, "backward": mosaic_gpu.backward},
+    home="cuda",
+    interpreter=False,  # Mosaic-GPU's keeps a state, which custom gradients do not take; the tests call it themselves
+    reserve=mosaic_gpu.reserve,
+)
+_CUDNN = Implementation(
+    "cudnn",
+    cudnn.refusal,
+    {"forward": cudnn.forward, "backward": cudnn.backward},
+    home="cuda",
+    interpreter=False,
+    reserve=cudnn.reserve,
+)
+ATTENTION = Op("attention", (_MOSAIC_GPU, _TRITON, _MOSAIC_TPU, _CUDNN, _XLA))
 _forward = primitive(ATTENTION, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(ATTENTION, "backward", _call, _backward_shapes, _folded)
 
@@ -319,6 +335,8 @@ def _attend_forward(static: Any, smooth: Any, fixed: Any) -> Any:
 def _attend_backward(static: Any, kept: Any, cotangents: Any) -> Any:
     smooth, fixed, out, lse, wanted = kept
     of_out, of_lse = cotangents
+    if static[1] == "cudnn" and not isinstance(of_lse, SymbolicZero):
+        raise ImplementationError("attention: 'cudnn' has no gradient of the log-sum-exp; leave out return_lse.")
     wide = lse.dtype
     if isinstance(of_out, SymbolicZero):
         of_out = jnp.zeros_like(out)

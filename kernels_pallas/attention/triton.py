@@ -10,7 +10,7 @@ float32; products take the operands' dtype (float32 ones are not rounded to TF32
 all tiles and is written for every head and batch before it is summed: O(T * S) memory.
 
 Pallas-Triton is deprecated from jax 0.11 on: everything of it that this file uses comes from `_compat.triton()`.
-Not yet measured on a GPU; block sizes are those that are usual for these shapes (Dao, arXiv 2307.08691).
+Not yet measured on a GPU; block sizes are chosen so that nothing spills (`make aot`).
 """
 
 from __future__ import annotations
@@ -78,18 +78,26 @@ def refusal(target: Target, call: Any) -> str:
     return ""
 
 
-def blocks_of(call: Any, direction: str) -> Blocks:
-    """Returns the block sizes for a call."""
+# (queries, keys) of a tile by direction, bytes of an operand's number and filled-up head size, for eight warps: the
+# largest of those tried that do not spill (float32: up to 128 bytes) and fit a block's shared memory, as assembled for
+# A100, A10, H100 and B200. Chips that are not ROOMY take the second pair.
+_TILES = {
+    ("forward", 2): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
+    ("forward", 4): {32: ((64, 64), (64, 64)), 128: ((64, 32), (64, 32)), 256: ((32, 32), (16, 32))},
+    ("backward", 2): {64: ((64, 32), (64, 32)), 128: ((64, 64), (64, 64)), 256: ((64, 64), (32, 32))},
+    ("backward", 4): {128: ((32, 32), (32, 32)), 256: ((16, 16), (16, 16))},
+}
+ROOMY = (8.0, 8.7, 9.0, 10.0, 10.3)  # compute capabilities with 163 KB and more of shared memory for a block
+
+
+def blocks_of(call: Any, direction: str, target: Target) -> Blocks:
+    """Returns the block sizes for a call on a chip; one that is not known counts as a small one."""
     size = max(_power(call.ops.query.shape[3]), _power(call.ops.value.shape[3]))
-    wide = call.ops.query.dtype.itemsize // 2
-    if direction == "forward":
-        queries, keys = (128, 64) if size * wide <= 128 else (64, 32)
-        warps = 4 if size <= 64 else 8
-    else:
-        queries, keys = (64, 64) if size * wide <= 64 else (32, 32)
-        warps = 4
+    pairs = _TILES[direction, call.ops.query.dtype.itemsize]
+    queries, keys = next(pair for widest, pair in pairs.items() if size <= widest)[target.capability not in ROOMY]
     length, span = call.ops.query.shape[1], call.ops.key.shape[1]
-    return Blocks(min(queries, _power(length)), min(keys, _power(span)), warps)
+    queries, keys = min(queries, _power(length)), min(keys, _power(span))
+    return Blocks(queries, keys, 8 if queries * keys > 512 else 4)
 
 
 def _power(n: int) -> int:
@@ -99,7 +107,7 @@ def _power(n: int) -> int:
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or blocks_of(call, "forward")
+    blocks = blocks or blocks_of(call, "forward", target)
     batch, length, heads, _ = call.ops.query.shape
     operands = _Operands(call, blocks)
     operands.add_all(("query", "key", "value"))
@@ -114,7 +122,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
-    blocks = blocks or blocks_of(call, "backward")
+    blocks = blocks or blocks_of(call, "backward", target)
     ops = call.ops
     batch, length, heads, _ = ops.query.shape
     span = ops.key.shape[1]

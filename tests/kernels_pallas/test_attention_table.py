@@ -49,7 +49,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla, "ONE_TILE", 0)
     monkeypatch.setattr(xla, "FEWEST_QUERIES", 16)
     monkeypatch.setitem(xla.BLOCK, "cpu", (16, 32))
-    monkeypatch.setattr(triton, "blocks_of", lambda call, direction: triton.Blocks(16, 32))
+    monkeypatch.setattr(triton, "blocks_of", lambda *_: triton.Blocks(16, 32))
     monkeypatch.setattr(
         tpu,
         "blocks_of",

@@ -1,4 +1,4 @@
-"""The kernels, really compiled for TPUs that are not here: `make aot` brings libtpu and runs this."""
+"""The kernels, really compiled for TPUs and GPUs that are not here: `make aot` brings the compilers and runs this."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("compile_for_tpu.py")
 PLACE = os.environ.get("TRUSTCORE_LIBTPU", "")
+CUDA = os.environ.get("TRUSTCORE_CUDA", "")
 CASES = 9
+SPILLS = {"bfloat16": 0, "float32": 128}  # bytes; float32's products are not what these kernels are for
 
 
-def compiled(topology: str, *cases: str, script: Path = SCRIPT) -> list[dict]:
-    paths = os.pathsep.join([str(ROOT), *([PLACE] if PLACE else [])])
-    command = [sys.executable, str(script), topology, *cases]
+def compiled(script: str, place: str, chip: str, *cases: str) -> list[dict]:
+    paths = os.pathsep.join([str(ROOT), *([place] if place else [])])
+    command = [sys.executable, str(Path(__file__).with_name(f"compile_{script}.py")), chip, *cases]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": paths}, check=False
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "PYTHONPATH": paths}, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -33,7 +34,7 @@ def compiled(topology: str, *cases: str, script: Path = SCRIPT) -> list[dict]:
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:4x4x4", "v6e:4x4"])
 def test_attention_for_tpus(topology: str) -> None:
     """Every case, forward and with its gradient, fits the chip and calls the kernels; a memory overflow fails."""
-    found = compiled(topology)
+    found = compiled("for_tpu", PLACE, topology)
     assert [line for line in found if not line["ok"]] == []
     assert len(found) == 2 * CASES
     assert all(line["kernels"] == {"forward": 1, "backward": 3}[line["direction"]] for line in found), found
@@ -44,6 +45,26 @@ def test_attention_for_tpus(topology: str) -> None:
 @pytest.mark.skipif(not PLACE and importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v6e:4x4"])
 def test_grouped_products_and_ops_over_rows_for_tpus(topology: str) -> None:
-    found = compiled(topology, script=SCRIPT.with_name("compile_rows_for_tpu.py"))
+    found = compiled("rows_for_tpu", PLACE, topology)
     assert [line for line in found if not line["ok"]] == []
     assert len(found) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.skipif(not CUDA and importlib.util.find_spec("nvidia") is None, reason="needs CUDA's compiler: make aot")
+@pytest.mark.parametrize("chip", ["A100", "A10", "H100", "B200"])
+def test_kernels_for_gpus(chip: str) -> None:
+    """Every kernel is assembled and fits; one that spills registers to memory fails."""
+    found = compiled("for_gpu", CUDA, chip)
+    assert [line for line in found if not line["ok"]] == []
+    assert len(found) > 50 and all(line["kernels"] for line in found)
+    spilled = {
+        (line["case"], kernel["kernel"]): kernel["spilled"]
+        for line in found
+        for kernel in line["kernels"]
+        if kernel["spilled"] > SPILLS[line["case"].split()[1]]
+    }
+    assert spilled == {}
+    if folder := os.environ.get("TRUSTCORE_AOT_OUT"):
+        Path(folder, f"{chip}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))

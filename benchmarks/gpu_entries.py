@@ -1,0 +1,189 @@
+"""What `gpu.py` measures: one table of entries. A further kernel is a further entry.
+
+An entry has contenders, each a function of the same operands; the operands at a size that fills a chip; the work that a
+perfect program could not avoid, in FLOPs or bytes; and a small case with its oracle, which a contender must pass first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import attention, attention_oracle
+from kernels_pallas.cross_entropy import cross_entropy, cross_entropy_oracle
+from kernels_pallas.glu import bias_activation, bias_activation_oracle, glu, glu_oracle
+from kernels_pallas.norm import layer_norm, layer_norm_oracle, rms_norm, rms_norm_oracle
+
+BFLOAT16 = jnp.bfloat16
+
+
+class Missing(RuntimeError):
+    """A contender cannot be had here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of the benchmark.
+
+    Attributes:
+        name: of the entry.
+        unit: "flops" or "bytes", of `work`.
+        work: of one call.
+        contenders: by name; a function may raise `Missing`.
+        operands: of a key, at full size.
+        small: operands of the check.
+        oracle: of the same operands as float32.
+        tolerance: the largest norm of the error over the norm of the truth.
+        backward: the gradients of `smooth` are timed, from what the forward pass keeps.
+        smooth: positions of the operands that have gradients.
+        torch: of the operands as tensors: a function for each peer there; None has none.
+    """
+
+    name: str
+    unit: str
+    work: float
+    contenders: dict[str, Callable[..., Any]]
+    operands: Callable[[jax.Array], tuple[Any, ...]]
+    small: Callable[[jax.Array], tuple[Any, ...]]
+    oracle: Callable[..., Any]
+    tolerance: float = 1e-2
+    backward: bool = False
+    smooth: tuple[int, ...] = (0, 1, 2)
+    torch: dict[str, Any] | None = None
+
+
+def entries(*, dry: bool = False) -> Iterator[Entry]:
+    """Yields every entry, the most wanted first; `dry` with tiny shapes."""
+    first, *others = _SHAPES if not dry else [(64, 64, True, 2, None)]
+    yield from _attention(first, dry)
+    yield from _rows(dry)
+    yield from _cross_entropy(dry)
+    for shape in others:
+        yield from _attention(shape, dry)
+
+
+def normal(*shapes: tuple[int, ...], dtype: Any = BFLOAT16) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    """Returns a function of a key that makes arrays of those shapes."""
+
+    def make(key: jax.Array) -> tuple[jax.Array, ...]:
+        keys = jax.random.split(key, len(shapes))
+        return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+    return make
+
+
+# Head size, length, causal, query heads for each key head, window
+_SHAPES = [
+    (128, 16384, True, 1, None),
+    (128, 16384, False, 1, None),
+    (64, 16384, True, 1, None),
+    (128, 4096, True, 1, None),
+    (128, 16384, True, 4, None),
+    (256, 8192, True, 1, None),
+    (64, 16384, True, 1, 1024),
+]
+
+
+def _attention(shape: tuple[int, int, bool, int, int | None], dry: bool) -> Iterator[Entry]:
+    size, length, causal, group, window = shape
+    heads, batch = (2, 1) if dry else (2048 // size, max(1, 16384 // length))
+    full = (batch, length, heads, size), *((batch, length, heads // group, size),) * 2
+    small = (2, 300, 4, size), *((2, 300, 4 // group, size),) * 2
+    pairs = length * length * (0.5 if causal else 1.0)
+    pairs = pairs if window is None else window * (length - window / 2)
+    notes = (
+        [", causal"] * causal + [f", {group} in a group"] * (group > 1) + [f", window {window}"] * (window is not None)
+    )
+    what = "x".join(map(str, full[0])) + "".join(notes)
+    options = {"causal": causal, "window": window}
+    contenders = {n: functools.partial(attention, **options, implementation=n) for n in ("mosaic_gpu", "triton", "xla")}
+    contenders["cudnn"] = functools.partial(_jax_nn, **options, implementation="cudnn")
+    contenders["trustcore cudnn"] = functools.partial(attention, **options, implementation="cudnn")
+    if length <= 4096:
+        contenders["jax.nn xla"] = functools.partial(_jax_nn, **options, implementation="xla")
+    peers: dict[str, Any] = {}
+    if window is None:
+        contenders["tokamax"] = functools.partial(_tokamax, causal=causal)
+        kinds = {"torch flash": "FLASH_ATTENTION", "torch cudnn": "CUDNN_ATTENTION"}
+        peers = {n: functools.partial(_torch_sdpa, kind, causal) for n, kind in kinds.items()}
+    for backward in (False, True):
+        yield Entry(
+            f"attention {'backward' if backward else 'forward'} {what}", "flops",
+            4.0 * batch * heads * size * pairs * (2.5 if backward else 1.0), contenders, normal(*full), normal(*small),
+            functools.partial(attention_oracle, **options), backward=backward, torch=peers,
+        )  # fmt: skip
+
+
+def _jax_nn(query: Any, key: Any, value: Any, *, causal: bool, window: int | None, implementation: str) -> Any:
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise Missing("cuDNN needs an NVIDIA GPU")
+    sides = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=causal, local_window_size=sides, implementation=implementation
+    )
+
+
+def _tokamax(query: Any, key: Any, value: Any, *, causal: bool) -> Any:
+    try:
+        import tokamax  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise Missing(f"tokamax is not installed: {error}") from error
+    return tokamax.dot_product_attention(query, key, value, is_causal=causal)
+
+
+def _torch_sdpa(kind: str, causal: bool, torch: Any, query: Any, key: Any, value: Any) -> Any:
+    backend = getattr(torch.nn.attention.SDPBackend, kind)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    with torch.nn.attention.sdpa_kernel(backend):
+        grouped = q.shape[1] != k.shape[1]
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _rows(dry: bool) -> Iterator[Entry]:
+    rows, size = (64, 128) if dry else (65536, 4096)
+    matrix, column = (rows, size), (size,)
+    table: dict[str, tuple[Any, Any, tuple[tuple[int, ...], ...], int]] = {
+        "RMSNorm": (rms_norm, rms_norm_oracle, (matrix, column), 1),
+        "RMSNorm and residual": (rms_norm, rms_norm_oracle, (matrix, column, matrix), 2),
+        "LayerNorm": (layer_norm, layer_norm_oracle, (matrix, column, column), 1),
+        "SwiGLU": (glu, glu_oracle, (matrix, matrix), 1),
+        "bias and GELU": (bias_activation, bias_activation_oracle, (matrix, column), 1),
+    }
+    for name, (op, oracle, shapes, results) in table.items():
+        matrices = sum(s == matrix for s in shapes)
+        small = tuple((77, 1000) if s == matrix else (1000,) for s in shapes)
+        for backward in (False, True):
+            # forward: operands and results; backward: one operand of a sum for all, cotangents and gradients
+            moved = (
+                results + (2 * matrices if name != "RMSNorm and residual" else 2) if backward else matrices + results
+            )
+            yield Entry(
+                f"{name} {'backward' if backward else 'forward'} {rows}x{size}", "bytes", 2.0 * rows * size * moved,
+                {"triton": functools.partial(op, implementation="triton"), "xla, plain": oracle}, normal(*shapes),
+                normal(*small), oracle, backward=backward, smooth=tuple(range(len(shapes))),
+            )  # fmt: skip
+
+
+def _cross_entropy(dry: bool) -> Iterator[Entry]:
+    rows, size, vocabulary = (32, 64, 100) if dry else (8192, 4096, 128256)
+
+    def operands(rows: int, size: int, vocabulary: int) -> Callable[[jax.Array], tuple[Any, ...]]:
+        def make(key: jax.Array) -> tuple[Any, ...]:
+            hidden, table = normal((rows, size), (size, vocabulary))(key)
+            return hidden, table * jnp.asarray(size**-0.5, table.dtype), jax.random.randint(key, (rows,), 0, vocabulary)
+
+        return make
+
+    for backward in (False, True):
+        yield Entry(
+            f"cross-entropy {'backward' if backward else 'forward'} {rows}x{size}x{vocabulary}", "flops",
+            2.0 * rows * size * vocabulary * (2 if backward else 1),
+            {"trustcore": cross_entropy, "xla, plain": cross_entropy_oracle}, operands(rows, size, vocabulary),
+            operands(50, 64, 1000), cross_entropy_oracle, backward=backward, smooth=(0, 1),
+        )  # fmt: skip

@@ -1,0 +1,146 @@
+"""Compiles the kernels for a GPU that is not here, and writes what the assembler says as JSON lines.
+
+    python tests/kernels_pallas/compile_for_gpu.py A100|A10|H100|B200 [CASE ...]
+    python tests/kernels_pallas/compile_for_gpu.py --table FILE ...      # the lines of files as a table in Markdown
+
+A line of an outcome has the chip, the case, `ok`, and either the kernels with their registers, spilled bytes and shared
+memory, or the error's first lines. A compiler that fails hard ends the process: one process a chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1")
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import offline
+from kernels_pallas.attention import attention
+from kernels_pallas.glu import bias_activation, glu
+from kernels_pallas.norm import layer_norm, rms_norm
+
+_INT, _FLOAT = jnp.int32, jnp.float32
+EVERYTHING: dict[str, Any] = {
+    "window": 130, "soft_cap": 30.0, "query_positions": ((2, 700), _INT), "key_positions": ((2, 700), _INT),
+    "query_segments": ((2, 700), _INT), "key_segments": ((2, 700), _INT), "sinks": ((4,), _FLOAT),
+    "slopes": ((4,), _FLOAT), "bias": ((1, 4, 700, 700), _FLOAT),
+}  # fmt: skip
+HEADS = {"causal": (1, 2048, 4, 2), "window, soft cap": (1, 700, 4, 2), "tails": (2, 700, 4, 4)}
+OPTIONS = {"causal": {}, "window, soft cap": {"window": 130, "soft_cap": 30.0}, "tails": {"causal": False}}
+
+
+def arrays_of(b: int, t: int, n: int, k: int, h: int, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Types of the operands, and of the options that are arrays."""
+    shapes = {"query": ((b, t, n, h), dtype), "key": ((b, t, k, h), dtype), "value": ((b, t, k, h), dtype)}
+    shapes |= {name: x for name, x in options.items() if isinstance(x, tuple)}
+    return {name: jax.ShapeDtypeStruct(*x) for name, x in shapes.items()}
+
+
+def attend(implementation: str, options: dict[str, Any], *, gradient: bool) -> Callable[..., Any]:
+    """Attention of arrays by name, or the gradient of everything that has one."""
+    static = {name: x for name, x in options.items() if not isinstance(x, tuple)}
+
+    def forward(arrays: dict[str, Any]) -> Any:
+        given = dict(arrays)
+        q, k, v = (given.pop(name) for name in ("query", "key", "value"))
+        return attention(q, k, v, **given, **static, return_lse=True, implementation=implementation)
+
+    def backward(arrays: dict[str, Any]) -> Any:
+        def loss(part: dict[str, Any]) -> jax.Array:
+            out, lse = forward({**arrays, **part})
+            return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+        smooth = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        return jax.grad(loss)(smooth)
+
+    return backward if gradient else forward
+
+
+def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
+    """Every case: a function, and the types of its operands as one tree."""
+    found: dict[str, tuple[Callable[[Any], Any], Any]] = {}
+    for dtype in ("bfloat16", "float32"):
+        for h in (32, 64, 128, 256):
+            for kind, heads in HEADS.items():
+                arrays = arrays_of(*heads, h, dtype, OPTIONS[kind])
+                found[f"triton {dtype} {h} {kind}"] = attend("triton", OPTIONS[kind], gradient=True), arrays
+        for h in (64, 128):
+            arrays = arrays_of(2, 700, 4, 2, h, dtype, EVERYTHING)
+            found[f"triton {dtype} {h} everything"] = attend("triton", EVERYTHING, gradient=True), arrays
+        for d in (1000, 4096, 16384):
+            x, w = jax.ShapeDtypeStruct((2048, d), dtype), jax.ShapeDtypeStruct((d,), dtype)
+            for op, arrays in (
+                (rms_norm, (x, w, x)),
+                (layer_norm, (x, w, w)),
+                (glu, (x, x)),
+                (bias_activation, (x, w)),
+            ):
+                found[f"triton {dtype} {d} {op.__name__}"] = over_rows(op), arrays
+    for h in (64, 128, 192, 256):
+        for kind, heads in HEADS.items():
+            backward = h == 64 or (h == 128 and kind != "window, soft cap")
+            for gradient in (False, True) if backward else (False,):
+                arrays = arrays_of(*heads, h, "bfloat16", OPTIONS[kind])
+                name = f"mosaic_gpu bfloat16 {h} {kind}, {'gradient' if gradient else 'forward'}"
+                found[name] = attend("mosaic_gpu", OPTIONS[kind], gradient=gradient), arrays
+    return found
+
+
+def over_rows(op: Callable[..., Any]) -> Callable[[Any], Any]:
+    """An op by its kernels, and the gradient of its operands."""
+
+    def both(arrays: Any) -> Any:
+        def loss(arrays: Any) -> Any:
+            results = op(*arrays, implementation="triton")
+            return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(results)), results
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    return both
+
+
+def main(chip: str, names: list[str]) -> None:
+    """Compiles the cases for one chip; Mosaic's for Hopper alone."""
+    for name, (function, arrays) in cases().items():
+        if (names and name not in names) or (chip != "H100" and name.startswith("mosaic_gpu")):
+            continue
+        found: dict[str, Any] = {"chip": chip, "case": name, "ok": True}
+        try:
+            jax.clear_caches()
+            _, reports = offline.compile_for(offline.CHIPS[chip], function, arrays)
+            kernels = [r for r in reports if r.kernel.startswith(("attention_", "norm_", "activation_"))]
+            found["kernels"] = [dataclasses.asdict(r) for r in kernels]
+        except Exception as error:
+            found.update(ok=False, error=str(error)[:800])
+        print(json.dumps(found), flush=True)
+
+
+def table(paths: list[str]) -> str:
+    """The outcomes of files: registers and shared memory of each kernel."""
+    lines = ["| chip | case | kernel: registers, shared KiB |", "|---|---|---|"]
+    for path in paths:
+        for row in map(json.loads, Path(path).read_text().splitlines()):
+            kernels = sorted(row.get("kernels", ()), key=lambda k: k["kernel"])
+            cells = (
+                f"{k['kernel'].removesuffix('_mosaic_gpu_kernel').partition('_')[2]}: {k['registers']}"
+                + (f", {k['shared'] / 1024:.3g}" if k["shared"] else "")
+                + (f" (spills {k['spilled']} bytes)" if k["spilled"] else "")
+                for k in kernels
+            )
+            lines.append(f"| {row['chip']} | {row['case']} | {'; '.join(cells) or row.get('error', '')[:80]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--table":
+        print(table(sys.argv[2:]))
+    else:
+        main(sys.argv[1], sys.argv[2:])
