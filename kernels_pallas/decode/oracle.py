@@ -53,7 +53,7 @@ def decode_oracle(
             None if x is None else _in_rows(x, pages, axis)
             for x, axis in ((keys, 3), (values, 2), (key_scale, -1), (value_scale, -1))
         )
-    k, v = _decoded(keys, key_scale, 2), _decoded(values, value_scale, 3)
+    k, v = decoded(keys, key_scale, 2), decoded(values, value_scale, 3)
     k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
     places = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
     places = places if there is None else jnp.where(there, places, -1)
@@ -73,7 +73,7 @@ def _in_rows(pool: jax.Array, pages: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(joined, 1, axis)
 
 
-def _decoded(codes: jax.Array, scale: jax.Array | None, axis: int) -> jax.Array:
+def decoded(codes: jax.Array, scale: jax.Array | None, axis: int) -> jax.Array:
     """Returns channels along `axis` as floats."""
     if scale is None:
         return codes

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 import kernels_pallas
 import kernels_pallas.attention as kernels
+from kernels_pallas import decode
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
 
@@ -35,7 +36,7 @@ class LayerCache(NamedTuple):
     the keys, so scores stay what they are, and the output is turned back.
 
     Attributes:
-        keys: `[B, K, H, S]`: positions innermost, see `kernels_pallas.attention`. int4: uint8 `[B, K, H / 2, S]`,
+        keys: `[B, K, H, S]`: positions innermost, see `kernels_pallas.decode`. int4: uint8 `[B, K, H / 2, S]`,
             channels h and h + H / 2 in the low and the high half of a byte.
         values: `[B, K, S, H]`, int4: `[B, K, S, H / 2]`.
         key_scale: float32 `[B, K, S]` with int8 and float8 codes; bfloat16 `[B, K, 2, S]` with int4, scale and minimum;
@@ -172,27 +173,33 @@ def cached_attention(
         window: keys a query sees, itself included; None: all before it.
         scale: None is `H ** -0.5`.
         soft_cap: `soft_cap * tanh(score / soft_cap)`; None applies none.
-        slopes, sinks: see `kernels_pallas.attention`; "xla" alone has them.
-        implementation: None, "native" (the CPU handler) or "xla".
+        slopes, sinks: see `kernels_pallas.attention`; "native" has none.
+        implementation: None, "native" (the CPU handler), or one of `kernels_pallas.decode`: "triton", "mosaic_tpu",
+            "xla".
 
     Raises:
         ImplementationError: the named implementation cannot compute this call.
 
-    Differentiable (through the "xla" form, whatever ran forward), except through codes.
+    Differentiable (in reverse, once, through the "xla" form, whatever ran forward), except through codes.
     """
-    if implementation not in (None, "native", "xla"):
+    known = [i.name for i in decode.DECODE.implementations]
+    if implementation not in (None, "native", *known):
         raise ImplementationError(
-            f"cached_attention: implementation {implementation!r} is not known; choose native or xla, or pass None."
+            f"cached_attention: implementation {implementation!r} is not known; choose of native, {', '.join(known)}, or "
+            "pass None."
         )
-    refusal = _native_refusal(query, value, cache, slopes, sinks) if implementation != "xla" else "-"
+    refusal = _native_refusal(query, value, cache, slopes, sinks) if implementation in (None, "native") else "-"
     if implementation == "native" and refusal:
         raise ImplementationError(f"cached_attention: 'native' cannot compute this call: {refusal}")
-    options = (window, kernels.size_scale(query, scale), soft_cap)
-    more = functools.partial(_xla, slopes=slopes, sinks=sinks)
+    options = (window, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
+    more = functools.partial(_decode, slopes=slopes, sinks=sinks, implementation=implementation)
     run = cast("Callable[..., tuple[jax.Array, LayerCache]]", more if refusal else _native)
     if cache.packed:
         query, key, value = (_hadamard(x) for x in (query, key, value))
-    out, extended = run(options, query, key, value, cache, start)
+    try:
+        out, extended = run(options, query, key, value, cache, start)
+    except kernels_pallas.ImplementationError as error:
+        raise ImplementationError(str(error)) from error
     return _hadamard(out) if cache.packed else out, extended
 
 
@@ -215,7 +222,7 @@ def _native_refusal(query: jax.Array, value: jax.Array, cache: LayerCache, slope
     return ""
 
 
-def _xla(
+def _decode(
     options: Any,
     query: jax.Array,
     key: jax.Array,
@@ -224,31 +231,32 @@ def _xla(
     start: jax.Array,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    implementation: str | None = "xla",
 ) -> tuple[jax.Array, LayerCache]:
     window, scale, soft_cap = options
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
     kind = cache.keys.dtype
-    if cache.key_scale is None or cache.value_scale is None:
-        cache = LayerCache(
-            kernels.extend_cache(cache.keys, key, start, axis=3),
-            kernels.extend_cache(cache.values, value, start, axis=2),
-        )
-        keys, values = cache.keys, cache.values
-    else:
-        encode, decode, slots = (_encode_half, _decode_half, 3) if cache.packed else (_encode, _decode, 2)
-        key, key_scale = encode(key, kind, axis=2)
-        value, value_scale = encode(value, kind, axis=3)
-        cache = LayerCache(
-            kernels.extend_cache(cache.keys, key, start, axis=3),
-            kernels.extend_cache(cache.values, value, start, axis=2),
-            kernels.extend_cache(cache.key_scale, key_scale, start, axis=slots),
-            kernels.extend_cache(cache.value_scale, value_scale, start, axis=slots),
-        )
-        assert cache.key_scale is not None and cache.value_scale is not None
-        keys = decode(cache.keys, cache.key_scale, axis=2)
-        values = decode(cache.values, cache.value_scale, axis=3)
-    out = kernels.cached_attention(
-        query, keys, values, start, window=window, scale=scale, soft_cap=soft_cap, slopes=slopes, sinks=sinks
+    tokens = LayerCache(key, value)
+    if cache.key_scale is not None:
+        encode = _encode_half if cache.packed else _encode
+        (key, key_scale), (value, value_scale) = encode(key, kind, axis=2), encode(value, kind, axis=3)
+        tokens = LayerCache(key, value, key_scale, value_scale)
+    axes = (3, 2, *[3 if cache.packed else 2] * 2)
+    parts = zip(cache, tokens, axes, strict=True)
+    cache = LayerCache(*(x if x is None else decode.extend_cache(x, part, start, axis=axis) for x, part, axis in parts))
+    out = decode.decode_attention(
+        query,
+        cache.keys,
+        cache.values,
+        start + query.shape[1],
+        key_scale=cache.key_scale,
+        value_scale=cache.value_scale,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        slopes=slopes,
+        sinks=sinks,
+        implementation=implementation,
     )
     return out, cache
 
@@ -261,10 +269,6 @@ def _encode(x: jax.Array, dtype: np.dtype, *, axis: int) -> tuple[jax.Array, jax
     codes = jnp.clip(jax.lax.stop_gradient(x * inverse), -most, most)
     codes = jnp.round(codes) if dtype == jnp.int8 else codes
     return codes.astype(dtype), jnp.squeeze(top / most, axis)
-
-
-def _decode(codes: jax.Array, scale: jax.Array, *, axis: int) -> jax.Array:
-    return codes.astype(jnp.float32) * jnp.expand_dims(scale, axis)
 
 
 def _encode_half(x: jax.Array, dtype: np.dtype, *, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -282,12 +286,6 @@ def _encode_half(x: jax.Array, dtype: np.dtype, *, axis: int) -> tuple[jax.Array
     first, second = jnp.split(codes, 2, axis)
     pair = first | second << jnp.asarray(4, dtype)
     return pair, jnp.stack([jnp.squeeze(scale, axis), jnp.squeeze(minimum, axis)], axis=2)
-
-
-def _decode_half(codes: jax.Array, scale: jax.Array, *, axis: int) -> jax.Array:
-    channels = jnp.concatenate([codes & jnp.asarray(15, codes.dtype), codes >> jnp.asarray(4, codes.dtype)], axis)
-    step, minimum = (jnp.expand_dims(part.astype(jnp.float32), axis) for part in (scale[:, :, 0], scale[:, :, 1]))
-    return channels.astype(jnp.float32) * step + minimum
 
 
 def _hadamard(x: jax.Array) -> jax.Array:
@@ -320,7 +318,7 @@ def _native_forward(options: Any, *args: Any) -> Any:
 
 
 def _native_backward(options: Any, args: Any, cotangents: Any) -> Any:
-    return jax.vjp(functools.partial(_xla, options), *args)[1](cotangents)
+    return jax.vjp(functools.partial(_decode, options), *args)[1](cotangents)
 
 
 _native.defvjp(_native_forward, _native_backward)
