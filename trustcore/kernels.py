@@ -15,16 +15,29 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kernels_pallas import Explanation, attention, cross_entropy, glu, grouped_matmul, norm, selective_scan, softmax
+from kernels_pallas import (
+    Explanation,
+    attention,
+    cross_entropy,
+    decode,
+    glu,
+    grouped_matmul,
+    norm,
+    packed,
+    selective_scan,
+    softmax,
+)
 from trustcore.errors import ImplementationError
 
 OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
     {
         "attention": attention.explain,
         "cross_entropy": cross_entropy.explain,
+        "decode_attention": decode.explain,
         "glu": glu.explain,
         "grouped_matmul": grouped_matmul.explain,
         "norm": norm.explain,
+        "packed_matmul": packed.explain,
         "selective_scan": selective_scan.explain,
         "softmax": softmax.explain,
     }

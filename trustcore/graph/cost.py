@@ -67,6 +67,12 @@ def _attention(inputs: Sequence[Any]) -> float:
     return 2.0 * _size(inputs[0]) * inputs[1].shape[1]
 
 
+def _decoding(inputs: Sequence[Any]) -> float:
+    """One product of [B, T, N, H] queries and a cache [B, K, H, S], of pages [P, K, H, S] all of P."""
+    keys = next(x for x in inputs[1:] if len(x.shape) == 4)
+    return 2.0 * _size(inputs[0]) * keys.shape[3] * max(1.0, keys.shape[0] / inputs[0].shape[0])
+
+
 def _projection(inputs: Sequence[Any]) -> float:
     """One product of [R, D] rows and a table of V columns."""
     return 2.0 * inputs[0].shape[0] * _size(inputs[1])
@@ -77,6 +83,9 @@ def _projection(inputs: Sequence[Any]) -> float:
 FOREIGN: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "attention_forward": lambda inputs, outputs: 2 * _attention(inputs),
     "attention_backward": lambda inputs, outputs: 5 * _attention(inputs),
+    "decode_attention_forward": lambda inputs, outputs: 2 * _decoding(inputs),
+    "decode_attention_backward": lambda inputs, outputs: 5 * _decoding(inputs),
+    "packed_matmul_forward": lambda inputs, outputs: 2.0 * inputs[0].shape[-1] * sum(map(_size, outputs)),
     "cross_entropy_forward": lambda inputs, outputs: _projection(inputs),
     "cross_entropy_one_pass": lambda inputs, outputs: 2 * _projection(inputs),
     "cross_entropy_backward": lambda inputs, outputs: 3 * _projection(inputs),

@@ -7,6 +7,11 @@ Implementations, all accumulating in float32:
 - `stream`: plain XLA for few rows. A scan over blocks unpacks the codes of one block to bytes and adds
   `x[k] * code[k, :]` row by row, scaling the sum once a sub-block. The temporaries are one block's, `[block, N]` bytes.
 - `tiles`: plain XLA for many rows and for transposed weights. A loop decodes `TILE` columns at a time into a dot.
+- `triton`, `mosaic_tpu`: the kernels of `kernels_pallas.packed` for GPUs and TPUs, which unpack codes in registers; x
+  stays of 16 bits where it is.
+- `platform`: one program for every platform, which is known when it is lowered: `triton` on cuda and rocm, `mosaic_tpu`
+  on tpu where they can compute the product (`trustcore.kernels.explain`), else `tiles`. Chosen where the default
+  backend is not the CPU.
 - `dequantize`: decodes everything, then one dot at highest precision. The oracle; never chosen.
 
 Gradients: with respect to x, `g @ decode(w).T` by tiles; with respect to the float fields (scales, minima), the exact
@@ -17,14 +22,17 @@ Where the rows of a weight are stored in another order (`order`), x or the resul
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import kernels_pallas
+from kernels_pallas.packed import Layout, packed_matmul
 from trustcore import _jax
 from trustcore.errors import ImplementationError
 from trustcore.ops import cpu
@@ -32,7 +40,10 @@ from trustcore.quant.array import QuantizedArray
 from trustcore.quant.formats import BlockFormat
 from trustcore.quant.formats.format import TILE, add_part, logical_rows, stored_rows
 from trustcore.quant.formats.iq import NAMED_GRIDS
+from trustcore.quant.layouts import from_kernel, kernel_layout
 
+# They take x as it is.
+_KERNELS = ("platform", "triton", "mosaic_tpu")
 Products = Callable[[jax.Array, tuple[QuantizedArray, ...]], tuple[jax.Array, ...]]
 
 
@@ -44,7 +55,7 @@ def packed_products(
     Args:
         x: float `[..., K]`.
         weights: logical shapes `[K, N_i]`.
-        implementation: None, "native", "stream", "tiles" or "dequantize".
+        implementation: None, "native", "stream", "tiles", "platform", "triton", "mosaic_tpu" or "dequantize".
 
     Returns:
         Arrays `[..., N_i]` in the dtype of x.
@@ -57,7 +68,9 @@ def packed_products(
             raise ImplementationError(f"linear: x {x.dtype}{list(x.shape)} does not fit {w!r}: K must agree.")
     if x.size == 0 or any(w.size == 0 for w in weights):  # nothing to sum, or nowhere to put it
         return tuple(jnp.zeros((*x.shape[:-1], w.shape[1]), x.dtype) for w in weights)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = x.reshape(-1, x.shape[-1])
+    if jax.default_backend() == "cpu" and implementation not in _KERNELS:
+        rows = rows.astype(jnp.float32)
     results: tuple[jax.Array, ...] = _products(rows, tuple(weights), implementation)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in results)
 
@@ -69,7 +82,8 @@ def _products(x: jax.Array, weights: tuple[QuantizedArray, ...], implementation:
     for i, w in enumerate(weights):
         groups.setdefault(choose(x.shape[0], w, implementation), []).append(i)
     for name, places in groups.items():
-        for i, y in zip(places, IMPLEMENTATIONS[name](x, tuple(weights[i] for i in places)), strict=True):
+        here = x if name in _KERNELS else x.astype(jnp.float32)
+        for i, y in zip(places, IMPLEMENTATIONS[name](here, tuple(weights[i] for i in places)), strict=True):
             results[i] = y
     return tuple(results)
 
@@ -95,7 +109,8 @@ def choose(rows: int, w: QuantizedArray, implementation: str | None = None) -> s
             return "native"
         if rows <= w.spec.few_rows and not reasons["stream"]:
             return "stream"
-    return "tiles"
+        return "tiles"
+    return "tiles" if reasons["platform"] else "platform"
 
 
 def _native_refusal(rows: int, w: QuantizedArray) -> str:
@@ -114,6 +129,9 @@ _REFUSALS: dict[str, Callable[[int, QuantizedArray], str]] = {
     "native": _native_refusal,
     "stream": lambda rows, w: _stream_refusal(w),
     "tiles": lambda rows, w: "",
+    "platform": lambda rows, w: _kernel_refusal(w),
+    "triton": lambda rows, w: _kernel_refusal(w),
+    "mosaic_tpu": lambda rows, w: _kernel_refusal(w),
     "dequantize": lambda rows, w: "",
 }
 
@@ -123,6 +141,11 @@ def _stream_refusal(w: QuantizedArray) -> str:
         return "its blocks run along the output axis; use 'tiles'."
     blocks = w.spec.streamed(w.fields)
     return blocks if isinstance(blocks, str) else ""
+
+
+def _kernel_refusal(w: QuantizedArray) -> str:
+    found = kernel_layout(w)
+    return found if isinstance(found, str) else ""
 
 
 # ---- implementations -------------------------------------------------------------------------------------------------
@@ -228,6 +251,34 @@ def _decode_tile(w: QuantizedArray, start: Any, width: int) -> jax.Array:
     return w.spec.matrix(w.spec.cut(w.fields, start, width))
 
 
+def _by_kernel(implementation: str | None, x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        x = x.astype(jnp.float32)
+    results = []
+    for w in weights:
+        found = kernel_layout(w)
+        assert not isinstance(found, str), found
+        layout, fields = found
+        rows = stored_rows(x, w.fields.get("order"), -1)
+        plain = _Plain(w.format, layout)
+        try:
+            results.append(packed_matmul(rows, fields, layout=layout, plain=plain, implementation=implementation))
+        except kernels_pallas.ImplementationError as error:
+            raise ImplementationError(str(error)) from error
+    return tuple(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    """The product by tiles, of the arrays that a kernel takes."""
+
+    format: str
+    layout: Layout
+
+    def __call__(self, x: jax.Array, fields: Mapping[str, jax.Array]) -> jax.Array:
+        return _tiles(x.astype(jnp.float32), (from_kernel(self.format, self.layout, fields),))[0]
+
+
 def _dequantize(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
     return tuple(jnp.matmul(x, w.dequantize(), precision="highest") for w in weights)
 
@@ -236,6 +287,9 @@ IMPLEMENTATIONS: dict[str, Products] = {
     "native": _native,
     "stream": _stream,
     "tiles": _tiles,
+    "platform": functools.partial(_by_kernel, None),
+    "triton": functools.partial(_by_kernel, "triton"),
+    "mosaic_tpu": functools.partial(_by_kernel, "mosaic_tpu"),
     "dequantize": _dequantize,
 }
 
@@ -250,7 +304,8 @@ def _forward(x: jax.Array, weights: tuple[QuantizedArray, ...], implementation: 
 def _backward(implementation: str | None, residuals: Any, cotangents: tuple[jax.Array, ...]) -> Any:
     x, weights = residuals
     dx = sum(_tiles(g, (w.T,))[0] for g, w in zip(cotangents, weights, strict=True))
-    return dx, tuple(_field_gradients(x, w, g) for g, w in zip(cotangents, weights, strict=True))
+    wide = x.astype(jnp.float32)
+    return dx.astype(x.dtype), tuple(_field_gradients(wide, w, g) for g, w in zip(cotangents, weights, strict=True))
 
 
 def _field_gradients(x: jax.Array, w: QuantizedArray, g: jax.Array) -> QuantizedArray:

@@ -128,19 +128,19 @@ class ScaledFormat(Format):
         *lead, k, n = self.stored_shape(fields)
         run, span = self.granularity(fields)
         codes, zero = self.codes(fields), fields.get("zero")
-        scale = _widened(self.scale(fields), span, n)
+        scale = widened(self.scale(fields), span, n)
         if k % run:  # the last run is shorter
             scale = jnp.repeat(scale, run, axis=-2)[..., :k, :]
             if zero is None:
                 return self.numbers(codes).astype(jnp.float32) * scale
-            zero = jnp.repeat(_widened(zero.astype(jnp.float32), span, n), run, axis=-2)[..., :k, :]
+            zero = jnp.repeat(widened(zero.astype(jnp.float32), span, n), run, axis=-2)[..., :k, :]
             return (codes.astype(jnp.float32) - zero) * scale
         runs = (*lead, k // run, run, n)
         # Stored first, or XLA computes a run's scale anew for each of its weights; see `layout.decode_affine`.
         scale = _jax.computed_once(scale)[..., None, :]
         if zero is None:
             return (self.numbers(codes).astype(jnp.float32).reshape(runs) * scale).reshape(*lead, k, n)
-        zero = _jax.computed_once(_widened(zero.astype(jnp.float32), span, n))[..., None, :]
+        zero = _jax.computed_once(widened(zero.astype(jnp.float32), span, n))[..., None, :]
         return ((codes.astype(jnp.float32).reshape(runs) - zero) * scale).reshape(*lead, k, n)
 
     def granularity(self, fields: Fields) -> tuple[int, int]:
@@ -229,7 +229,7 @@ class ScaledFormat(Format):
         count = k // block
 
         def per_block(values: jax.Array) -> jax.Array:  # [G, C] -> [K / block, N]
-            values = jnp.broadcast_to(_widened(values, span, n), (values.shape[0], n))
+            values = jnp.broadcast_to(widened(values, span, n), (values.shape[0], n))
             return jnp.repeat(values, count // values.shape[0], axis=0)
 
         scale, zero = self.scale(fields), fields.get("zero")
@@ -254,7 +254,7 @@ class ScaledFormat(Format):
         *_, m, n = fields["scale"].shape
         nested = fields["nested"].astype(jnp.float32)
         span = self._nested_span(m, n, nested.shape)
-        return jnp.repeat(_widened(nested, span, n), m // nested.shape[-2], axis=-2)
+        return jnp.repeat(widened(nested, span, n), m // nested.shape[-2], axis=-2)
 
     def _nested_span(self, m: int, n: int, shape: tuple[int, ...]) -> int:
         rows, span = nested_grain(m)
@@ -291,7 +291,7 @@ def nested_grain(m: int) -> tuple[int, int]:
     return 1, span
 
 
-def _widened(values: jax.Array, span: int, n: int) -> jax.Array:
+def widened(values: jax.Array, span: int, n: int) -> jax.Array:
     """Returns `[..., G, N]`, or `[..., G, 1]` where all columns share."""
     return jnp.repeat(values, span, axis=-1)[..., :n] if span > 1 else values
 
