@@ -80,7 +80,9 @@ def decode_attention(
     elif interpret:
         DECODE.interpreted(None)
     fields = {n: x for n, x in call.ops._asdict().items() if x is not None}
-    fields = {n: as_bytes(x) if n in ("keys", "values") and call.spec.kind == "float8" else x for n, x in fields.items()}
+    fields = {
+        n: as_bytes(x) if n in ("keys", "values") and call.spec.kind == "float8" else x for n, x in fields.items()
+    }
     names = list(fields)
     alike = dict(zip(names, _compat.vary_alike([fields[n] for n in names]), strict=True))
     smooth = {n: x for n, x in alike.items() if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -122,8 +124,8 @@ def _checked(
 ) -> Call:
     query, keys, values = ops[:3]
     shapes = (
-        f"query [B, T, N, H] {query.dtype}{list(query.shape)}, keys [B, K, H, S] {keys.dtype}{list(keys.shape)}, values "
-        f"[B, K, S, H] {values.dtype}{list(values.shape)}"
+        f"query [B, T, N, H] {query.dtype}{list(query.shape)}, keys [B, K, H, S] {keys.dtype}{list(keys.shape)}, "
+        f"values [B, K, S, H] {values.dtype}{list(values.shape)}"
     )
     if not (len(query.shape) == len(keys.shape) == len(values.shape) == 4):
         raise ValueError(f"decode_attention: {shapes} must have 4 axes each.")
@@ -136,13 +138,13 @@ def _checked(
             f"{', '.join((*_FLOATS, *_KINDS))} (uint8: two codes of 4 bits)."
         )
     halves = 2 if kind == "int4" else 1
-    batch, length, heads, size = query.shape
+    batch, _, heads, size = query.shape
     kv_heads, slots = keys.shape[1], keys.shape[3]
     first = keys.shape[0]
     if keys.shape[2] * halves != size or heads % kv_heads or (ops.pages is None and first != batch):
         raise ValueError(
-            f"decode_attention: {shapes}: B and H must agree{', two channels a byte,' if halves == 2 else ''} and K must "
-            "divide N."
+            f"decode_attention: {shapes}: B and H must agree{', two channels a byte,' if halves == 2 else ''} and K "
+            "must divide N."
         )
     expected: dict[str, tuple[Any, ...]] = {
         "values": (first, kv_heads, slots, values.shape[3]),
@@ -193,7 +195,9 @@ def _forward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
 
 def _backward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
     arrays = call.ops._asdict()
-    heads = {n: jax.ShapeDtypeStruct((call.batch, *arrays[n].shape), arrays[n].dtype) for n in call.wanted if n in _HEADS}
+    heads = {
+        n: jax.ShapeDtypeStruct((call.batch, *arrays[n].shape), arrays[n].dtype) for n in call.wanted if n in _HEADS
+    }
     return [heads.get(n, jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype)) for n in call.wanted]
 
 
@@ -267,7 +271,9 @@ def _attend_forward(static: Any, smooth: Any, fixed: Any) -> Any:
 
 def _attend_backward(static: Any, kept: Any, cotangents: Any) -> Any:
     smooth, fixed, out, lse, wanted = kept
-    given = (jnp.zeros_like(x) if isinstance(g, SymbolicZero) else g for g, x in zip(cotangents, (out, lse), strict=True))
+    given = (
+        jnp.zeros_like(x) if isinstance(g, SymbolicZero) else g for g, x in zip(cotangents, (out, lse), strict=True)
+    )
     arrays = {**smooth, **fixed, **Results(out, lse, *given)._asdict()}
     names = list(arrays)
     arrays = dict(zip(names, _compat.vary_alike([arrays[n] for n in names]), strict=True))

@@ -206,9 +206,7 @@ def capped(spec: Spec, product: jax.Array) -> jax.Array:
     return scores if spec.soft_cap is None else spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
 
 
-def hidden(
-    spec: Spec, scores: jax.Array, positions: jax.Array, slots: jax.Array, slope: jax.Array | None
-) -> jax.Array:
+def hidden(spec: Spec, scores: jax.Array, positions: jax.Array, slots: jax.Array, slope: jax.Array | None) -> jax.Array:
     """Returns scores with the slopes' part, `HIDDEN` where a row does not see a slot.
 
     Args:

@@ -4,9 +4,9 @@
 
 A core goes through its grid in turn, so splits of the cache would gain nothing: blocks of slots are the splits, and
 are merged as they come. Lengths and page tables are prefetched to SMEM; blocks that no row sees are neither computed
-nor fetched, and with pages a block is a page, fetched from where it lies. Rows are the G * T queries of a key head. What
-lies beyond R and S is garbage in VMEM: scores of such slots are hidden, their values and scales zeroed. Codes become
-numbers in VMEM's registers. Accumulation is float32.
+nor fetched, and with pages a block is a page, fetched from where it lies. Rows are the G * T queries of a key head.
+What lies beyond R and S is garbage in VMEM: scores of such slots are hidden, their values and scales zeroed. Codes
+become numbers in registers. Accumulation is float32.
 
 Not yet measured on a TPU.
 """
@@ -56,10 +56,9 @@ def refusal(target: Target, call: Call) -> str:
         return "shapes are symbolic, and it needs numbers."
     if min(sizes) == 0:
         return "an axis is empty."
-    for x in (ops.query, ops.keys):
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1:
-            if x.dtype.name not in ("float32", "bfloat16"):
-                return f"it takes float32 and bfloat16, not {x.dtype}."
+    for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
+        if x.dtype.name not in ("float32", "bfloat16"):
+            return f"it takes float32 and bfloat16, not {x.dtype}."
     if max(call.sizes) > LARGEST:
         return f"head size {max(call.sizes) * call.spec.parts} is above {LARGEST * call.spec.parts}."
     if ops.pages is not None and (call.page % 128 or call.page > 4096):
@@ -144,9 +143,7 @@ def forward(target: Target, call: Call, interpret: bool, blocks: Blocks | None =
             jax.ShapeDtypeStruct((call.batch, call.kv_heads, parts, call.rows, value_size), ops.query.dtype),
             jax.ShapeDtypeStruct((call.batch, call.kv_heads, call.rows, 1), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="decode_attention",
     )(*scalars, *arrays)

@@ -67,10 +67,9 @@ def refusal(target: Target, call: Call) -> str:
         return "shapes are symbolic, and it needs numbers."
     if min(sizes) == 0:
         return "an axis is empty."
-    for x in (ops.query, ops.keys):
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1:
-            if x.dtype.name not in ("float32", "bfloat16", "float16"):
-                return f"it takes float32, bfloat16 and float16, not {x.dtype}."
+    for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
+        if x.dtype.name not in ("float32", "bfloat16", "float16"):
+            return f"it takes float32, bfloat16 and float16, not {x.dtype}."
     if max(call.sizes) > LARGEST:
         return f"head size {max(call.sizes) * call.spec.parts} is above {LARGEST * call.spec.parts}."
     if ops.pages is not None and call.page % 16:

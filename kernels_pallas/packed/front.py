@@ -111,8 +111,8 @@ def _checked(layout: Layout, x: Any, fields: Mapping[str, Any], plain: Plain | N
     blocks, columns = call.blocks, call.columns
     if x.shape[1] != blocks * layout.block:
         raise ValueError(
-            f"packed_matmul: x [R, K] {list(x.shape)} does not fit {blocks} blocks of {layout.block} weights, which are "
-            f"K={blocks * layout.block}."
+            f"packed_matmul: x [R, K] {list(x.shape)} does not fit {blocks} blocks of {layout.block} weights, which "
+            f"are K={blocks * layout.block}."
         )
     shapes: dict[str, tuple[Any, ...]] = {p.name: (blocks, layout.rows(p), columns) for p in layout.planes}
     runs = blocks * layout.block // layout.run if layout.run else blocks

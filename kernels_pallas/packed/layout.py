@@ -14,8 +14,8 @@ weights of K, a multiple of the block, share one:
     "scale"     scale, and `zero` or `minimum` where there are such; any float dtype
     "power"     2**(exponent - 127 - halved) of the bytes `exponent`
     "six_bits"  scale * s and -minimum * m: eight runs of s and m, six bits each in the twelve bytes `scales` (GGUF's
-                q4_k and q5_k: s and m of runs 0 to 3 in bytes 0 to 3 and 4 to 7; of runs 4 to 7 the low four bits in the
-                halves of bytes 8 to 11 and the upper two on top of bytes 0 to 7)
+                q4_k and q5_k: s and m of runs 0 to 3 in bytes 0 to 3 and 4 to 7; of runs 4 to 7 the low four bits in
+                the halves of bytes 8 to 11 and the upper two on top of bytes 0 to 7)
     "int8"      scale * s, one int8 of `scales` a run (q6_k)
 
 A *unit* is what a kernel unpacks in one step: at most 32 weights of a block that lie at the same bits of neighbouring

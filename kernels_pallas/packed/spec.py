@@ -28,6 +28,8 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         shapes = {"x": self.x, **self.fields}
-        return f"({self.layout.name}: " + ", ".join(
-            f"{n} {x.dtype}[{','.join(map(str, x.shape))}]" for n, x in shapes.items()
-        ) + ")"
+        return (
+            f"({self.layout.name}: "
+            + ", ".join(f"{n} {x.dtype}[{','.join(map(str, x.shape))}]" for n, x in shapes.items())
+            + ")"
+        )

@@ -1,10 +1,10 @@
 """Products with packed weights for NVIDIA and AMD GPUs by Pallas-Triton. Oracle: `packed_oracle`.
 
-    few rows    grid (column blocks, splits of K): a unit of weights is unpacked in registers, multiplied by x and added
-                to sums `[unit, columns]` of each row, which are reduced once at the end. Nothing goes through the matrix
-                units: a product of so few rows is as fast as its bytes arrive
-    many rows   grid (column blocks, row blocks, splits of K): a unit is unpacked in registers, rounded to x's dtype, and
-                enters a product of tiles
+    few rows    grid (column blocks, 1, splits of K): a unit of weights is unpacked in registers, multiplied by x and
+                added to sums `[unit, columns]` of each row, which are reduced once at the end, in float32 throughout.
+                The matrix units are left out: they would take 16 rows
+    many rows   grid (column blocks, row blocks, splits of K): a unit is unpacked in registers, rounded to x's dtype,
+                and enters a product of tiles
 
 Each split writes float32 sums of its own, `[splits, R, N]`; XLA adds them. There are as many splits as give PROGRAMS
 programs. What lies beyond R, N and the last block is masked where it is loaded and stored. Weights are float32 until
@@ -156,7 +156,9 @@ class _Tile:
                 at = jax.lax.div(first * self.layout.block, jnp.int32(self.layout.run))
                 return self.load(ref.at[at, :], self.columns)[None, None, :]
             keep = inside[:, None] & self.columns[None, :]
-            return self.load(ref.at[blocks, :] if len(ref.shape) == 2 else ref.at[blocks, jnp.int32(i), :], keep)[:, None]
+            return self.load(ref.at[blocks, :] if len(ref.shape) == 2 else ref.at[blocks, jnp.int32(i), :], keep)[
+                :, None
+            ]
 
         len_columns = self.blocks.columns
         found = unit_weights(self.layout, unit, rows, row)

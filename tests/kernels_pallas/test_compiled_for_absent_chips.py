@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLACE = os.environ.get("TRUSTCORE_LIBTPU", "")
 CUDA = os.environ.get("TRUSTCORE_CUDA", "")
-CASES = 9
+CASES = 9  # of attention, forward and with its gradient
+FORWARD = 7 + 2 * 9  # of decode attention and of packed products
 SPILLS = {"bfloat16": 0, "float32": 128}  # bytes; float32's products are not what these kernels are for
 
 
@@ -32,12 +33,14 @@ def compiled(script: str, place: str, chip: str, *cases: str) -> list[dict]:
 @pytest.mark.aot
 @pytest.mark.skipif(not PLACE and importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:4x4x4", "v6e:4x4"])
-def test_attention_for_tpus(topology: str) -> None:
+def test_kernels_for_tpus(topology: str) -> None:
     """Every case, forward and with its gradient, fits the chip and calls the kernels; a memory overflow fails."""
     found = compiled("for_tpu", PLACE, topology)
     assert [line for line in found if not line["ok"]] == []
-    assert len(found) == 2 * CASES
+    assert len(found) == 2 * CASES + FORWARD
     assert all(line["kernels"] == {"forward": 1, "backward": 3}[line["direction"]] for line in found), found
+    pools = 500 * 8 * 128 * 128 * 2  # bytes of keys: pages must be read where they lie
+    assert all(line["temporary"] < pools / 100 for line in found if line["case"].startswith("decode pages")), found
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ IMPLEMENTATIONS = ("xla", "triton", "mosaic_tpu")
 # B, T, N, K, H, S, kind; options, in which True stands for an array of the name
 CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "one token": ((3, 1, 4, 2, 16, 90, "float"), {}),
-    "window, soft cap, values of another size": ((2, 3, 4, 1, 16, 90, "float"), {"window": 20, "soft_cap": 3.0, "value_size": 24}),
+    "window, soft cap, values of another size": (
+        (2, 3, 4, 1, 16, 90, "float"), {"window": 20, "soft_cap": 3.0, "value_size": 24},
+    ),
     "sinks and slopes": ((2, 2, 4, 2, 16, 70, "float"), {"sinks": True, "slopes": True}),
     "int8, one slot": ((2, 1, 2, 1, 16, 1, "int8"), {}),
     "int8": ((3, 2, 6, 2, 16, 90, "int8"), {"window": 33}),
@@ -35,7 +37,12 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "pages of int4": ((2, 1, 4, 2, 16, 384, "int4"), {"page": 128, "window": 150}),
     "more rows than a block": ((1, 30, 6, 1, 16, 90, "int8"), {"window": 40}),
 }  # fmt: skip
-SLOW = {("pages of int4", "triton"), ("pages of int4", "mosaic_tpu"), ("float8", "triton"), ("sinks and slopes", "mosaic_tpu")}
+SLOW = {
+    ("pages of int4", "triton"),
+    ("pages of int4", "mosaic_tpu"),
+    ("float8", "triton"),
+    ("sinks and slopes", "mosaic_tpu"),
+}
 CHIPS = [("cuda", "NVIDIA H200", "triton"), ("rocm", "gfx942", "triton"), ("tpu", "TPU v5 lite", "mosaic_tpu")]
 MARKS = {"triton": "__gpu$xla.gpu.triton", "mosaic_tpu": "tpu_custom_call"}
 
@@ -128,7 +135,9 @@ def test_narrow_queries(kind: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("name", ["window, soft cap, values of another size", "sinks and slopes", "int8", "int4", "pages"])
+@pytest.mark.parametrize(
+    "name", ["window, soft cap, values of another size", "sinks and slopes", "int8", "int4", "pages"]
+)
 def test_gradients(name: str, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of everything that is a float, of output and log-sum-exp; all heads at once, or cell by cell."""
     if not together:
@@ -169,10 +178,12 @@ def test_vmap(mapped: str, implementation: str) -> None:
     }[mapped]
     axes = {n: 0 if n in names else None for n in arrays}
     lifted = {n: jnp.stack([x, other[n]]) if n in names else x for n, x in arrays.items()}
-    run = functools.partial(decode_attention, implementation=implementation, interpret=implementation != "xla", **static)
+    run = functools.partial(
+        decode_attention, implementation=implementation, interpret=implementation != "xla", **static
+    )
     found = jax.jit(jax.vmap(lambda a: run(**a), in_axes=(axes,)))(lifted)
-    for i, given in enumerate((arrays, {n: other[n] if n in names else x for n, x in arrays.items()})):
-        close(found[i], decode_oracle(**given, **static), 3e-6)
+    for i, single in enumerate((arrays, {n: other[n] if n in names else x for n, x in arrays.items()})):
+        close(found[i], decode_oracle(**single, **static), 3e-6)
 
     def total(function: Any, query: jax.Array) -> jax.Array:
         return jnp.sum(jax.vmap(lambda a: function(**a), in_axes=(axes,))({**lifted, "query": query}) ** 2)
@@ -260,7 +271,9 @@ def typed(kind: str, *, page: int | None = None, dtype: str = "bfloat16") -> dic
 
 
 @pytest.mark.parametrize(("platform", "kind", "name"), CHIPS)
-def test_lowers_for_chips_that_are_not_here(platform: str, kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lowers_for_chips_that_are_not_here(
+    platform: str, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     heads = jax.ShapeDtypeStruct((16,), jnp.float32)
     more = {"slopes": heads, "sinks": heads}
@@ -355,9 +368,13 @@ def test_a_refusal_says_why(arrays: dict[str, Any], platform: str, reason: str) 
 
 def test_what_is_named_never_falls_back() -> None:
     arrays = operands((1, 1, 2, 1, 16, 8, "float"), {})[0]
-    with pytest.raises(kernels_pallas.ImplementationError, match="'triton' cannot compute .* on cpu: it runs on cuda and"):
+    with pytest.raises(
+        kernels_pallas.ImplementationError, match=r"'triton' cannot compute .* on cpu: it runs on cuda and"
+    ):
         decode_attention(**arrays, implementation="triton")
-    with pytest.raises(kernels_pallas.ImplementationError, match="'fast' is not known; choose of triton, mosaic_tpu, xla"):
+    with pytest.raises(
+        kernels_pallas.ImplementationError, match="'fast' is not known; choose of triton, mosaic_tpu, xla"
+    ):
         decode_attention(**arrays, implementation="fast")
     with pytest.raises(kernels_pallas.ImplementationError, match="interpret=True needs one of triton, mosaic_tpu"):
         decode_attention(**arrays, interpret=True)

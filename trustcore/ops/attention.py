@@ -185,8 +185,8 @@ def cached_attention(
     known = [i.name for i in decode.DECODE.implementations]
     if implementation not in (None, "native", *known):
         raise ImplementationError(
-            f"cached_attention: implementation {implementation!r} is not known; choose of native, {', '.join(known)}, or "
-            "pass None."
+            f"cached_attention: implementation {implementation!r} is not known; choose of native, {', '.join(known)}, "
+            "or pass None."
         )
     refusal = _native_refusal(query, value, cache, slopes, sinks) if implementation in (None, "native") else "-"
     if implementation == "native" and refusal:

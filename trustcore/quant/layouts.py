@@ -1,7 +1,8 @@
 """Formats as `kernels_pallas.packed` reads them: a `Layout` and the arrays that it names.
 
     block formats     the fields as they are
-    scaled formats    codes by blocks, [K / block, rows, N]; scales one a column, [K / run, N]; powers of two as `exponent`
+    scaled formats    codes by blocks, [K / block, rows, N]; scales one a column, [K / run, N], where they are powers of
+                      two as `exponent`
 
 Runs of up to 128 weights are blocks themselves; longer ones are many blocks under one scale. Scales for square blocks
 or for the whole matrix are repeated along N, and those that are codes themselves are looked up first: a hundredth of
