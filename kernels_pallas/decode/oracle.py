@@ -49,10 +49,8 @@ def decode_oracle(
     if pages is not None:
         count, slots = keys.shape[0], keys.shape[3]
         there = jnp.repeat((pages >= 0) & (pages < count), slots, axis=1)
-        keys, values, key_scale, value_scale = (
-            None if x is None else _in_rows(x, pages, axis)
-            for x, axis in ((keys, 3), (values, 2), (key_scale, -1), (value_scale, -1))
-        )
+        keys, values = _in_rows(keys, pages, 3), _in_rows(values, pages, 2)
+        key_scale, value_scale = (None if x is None else _in_rows(x, pages, -1) for x in (key_scale, value_scale))
     k, v = decoded(keys, key_scale, 2), decoded(values, value_scale, 3)
     k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
     places = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])

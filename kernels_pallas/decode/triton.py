@@ -253,8 +253,8 @@ def _kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
         outs, top, total = carry
         page, place, slots = tiles.block(j)
         there = slots >= 0
-        keys, key_scale = (f(n, page, place, there) for f, n in ((tiles.tile, "keys"), (tiles.scale, "key_scale")))
-        found = products(spec, tiles.dot, q, keys, key_scale)
+        keys, scale = tiles.tile("keys", page, place, there), tiles.scale("key_scale", page, place, there)
+        found = products(spec, tiles.dot, q, keys, scale)
         scores = hidden(spec, capped(spec, found), tiles.positions, slots[None, :], slope)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         floor = jnp.maximum(higher, NOTHING)

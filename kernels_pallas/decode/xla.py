@@ -253,8 +253,8 @@ class _Plan:
             table, there = self.table(cell, j)
             slots = jnp.where(jnp.repeat(there, self.call.page, axis=1), j * self.split + number, -1)
             taken = self._gathered(cell, table)
-        scales = (_as_tile(x, taken) for x in (ops.key_scale, ops.value_scale))
-        return _Tile(taken(ops.keys, 3), taken(ops.values, 2), *scales, slots[:, None, None, :])
+        key_scale, value_scale = (_as_tile(x, taken) for x in (ops.key_scale, ops.value_scale))
+        return _Tile(taken(ops.keys, 3), taken(ops.values, 2), key_scale, value_scale, slots[:, None, None, :])
 
     def table(self, cell: _Cell, j: Any) -> tuple[jax.Array, jax.Array]:
         """Which pages the split is made of, `[b, pages]`, and whether they are there."""

@@ -39,8 +39,8 @@ K, N = 768, 40
 
 @functools.cache
 def packed(format: str, k: int = K, n: int = N) -> QuantizedArray:
-    matrix = np.random.default_rng(0).standard_normal((k, n))
-    return QuantizedArray.quantize(jnp.asarray(matrix, jnp.float32), format, search=False)
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((k, n)), jnp.float32)
+    return jax.jit(lambda m: QuantizedArray.quantize(m, format, search=False))(matrix)
 
 
 def layout_of(w: QuantizedArray) -> tuple[Layout, dict[str, jax.Array]]:
@@ -49,14 +49,18 @@ def layout_of(w: QuantizedArray) -> tuple[Layout, dict[str, jax.Array]]:
     return found
 
 
+def matrix_of(w: QuantizedArray) -> np.ndarray:
+    return np.asarray(jax.jit(QuantizedArray.dequantize)(w))
+
+
 def rows(count: int, k: int = K, dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal((count, k)), dtype)
 
 
 def close(found: Any, x: jax.Array, w: QuantizedArray, tolerance: float = 2e-6) -> None:
     """Within `tolerance` of the sum of magnitudes."""
-    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
-    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w.dequantize(), np.float64))
+    x, matrix = np.asarray(x, np.float64), matrix_of(w).astype(np.float64)
+    expected, size = x @ matrix, np.abs(x) @ np.abs(matrix)
     assert np.max(np.abs(np.asarray(found, np.float64) - expected) / size) < tolerance
 
 
@@ -66,8 +70,8 @@ def test_layouts_decode_as_the_formats_do(format: str) -> None:
     w = packed(format)
     layout, fields = layout_of(w)
     assert set(fields) == set(layout.fields)
-    np.testing.assert_array_equal(decoded(layout, fields), w.dequantize())
-    np.testing.assert_array_equal(from_kernel(w.format, layout, fields).dequantize(), w.dequantize())
+    np.testing.assert_array_equal(jax.jit(functools.partial(decoded, layout))(fields), matrix_of(w))
+    np.testing.assert_array_equal(matrix_of(from_kernel(w.format, layout, fields)), matrix_of(w))
 
 
 def calls() -> Any:
@@ -136,7 +140,8 @@ def test_any_shape(format, blocks, n, count, implementation, seed) -> None:
     """Tails of rows, columns and blocks; one block alone."""
     w, x = packed(format, 32 * blocks, n), rows(count, 32 * blocks, seed=seed)
     layout, fields = layout_of(w)
-    close(packed_matmul(x, fields, layout=layout, implementation=implementation, interpret=True), x, w)
+    run = functools.partial(packed_matmul, layout=layout, implementation=implementation, interpret=True)
+    close(jax.jit(run)(x, fields), x, w)
 
 
 def test_splits_of_k_are_added(monkeypatch: pytest.MonkeyPatch) -> None:

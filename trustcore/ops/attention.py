@@ -236,14 +236,14 @@ def _decode(
     window, scale, soft_cap = options
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
     kind = cache.keys.dtype
-    tokens = LayerCache(key, value)
-    if cache.key_scale is not None:
-        encode = _encode_half if cache.packed else _encode
-        (key, key_scale), (value, value_scale) = encode(key, kind, axis=2), encode(value, kind, axis=3)
-        tokens = LayerCache(key, value, key_scale, value_scale)
-    axes = (3, 2, *[3 if cache.packed else 2] * 2)
-    parts = zip(cache, tokens, axes, strict=True)
-    cache = LayerCache(*(x if x is None else decode.extend_cache(x, part, start, axis=axis) for x, part, axis in parts))
+    key_scale, value_scale = cache.key_scale, cache.value_scale
+    if key_scale is not None and value_scale is not None:
+        encode, slots = (_encode_half, 3) if cache.packed else (_encode, 2)
+        (key, of_key), (value, of_value) = encode(key, kind, axis=2), encode(value, kind, axis=3)
+        key_scale = decode.extend_cache(key_scale, of_key, start, axis=slots)
+        value_scale = decode.extend_cache(value_scale, of_value, start, axis=slots)
+    keys = decode.extend_cache(cache.keys, key, start, axis=3)
+    cache = LayerCache(keys, decode.extend_cache(cache.values, value, start, axis=2), key_scale, value_scale)
     out = decode.decode_attention(
         query,
         cache.keys,

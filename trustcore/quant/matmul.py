@@ -305,7 +305,9 @@ def _backward(implementation: str | None, residuals: Any, cotangents: tuple[jax.
     x, weights = residuals
     dx = sum(_tiles(g, (w.T,))[0] for g, w in zip(cotangents, weights, strict=True))
     wide = x.astype(jnp.float32)
-    return dx.astype(x.dtype), tuple(_field_gradients(wide, w, g) for g, w in zip(cotangents, weights, strict=True))
+    return jnp.asarray(dx, x.dtype), tuple(
+        _field_gradients(wide, w, g) for g, w in zip(cotangents, weights, strict=True)
+    )
 
 
 def _field_gradients(x: jax.Array, w: QuantizedArray, g: jax.Array) -> QuantizedArray:
