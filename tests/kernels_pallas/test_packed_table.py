@@ -131,7 +131,7 @@ def test_vmap_over_weights() -> None:
     np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-6)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     format=st.sampled_from(("q4_0", "q8_0", "int4:g32:asym", "int8:g32")), blocks=st.integers(1, 9),
     n=st.integers(1, 70), count=st.integers(1, 18), implementation=st.sampled_from(KERNELS), seed=st.integers(0, 99),
