@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
+from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
     HIDDEN,
     NO_KEY,
@@ -92,6 +93,16 @@ def blocks_of(call: Any, direction: str) -> Blocks:
     return Blocks(min(queries, _power(length)), min(keys, _power(span)), warps)
 
 
+def tuned_blocks(target: Target, call: Any, direction: str) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, direction, "triton")
+    if "queries" not in found:
+        return None
+    length, span = call.ops.query.shape[1], call.ops.key.shape[1]
+    queries, keys = min(found["queries"], _power(length)), min(found["keys"], _power(span))
+    return Blocks(queries, keys, found["warps"], found["stages"])
+
+
 def _power(n: int) -> int:
     """The power of two that holds n, at least the 16 that Triton's products want."""
     return max(16, 1 << (n - 1).bit_length())
@@ -99,7 +110,7 @@ def _power(n: int) -> int:
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or blocks_of(call, "forward")
+    blocks = blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward")
     batch, length, heads, _ = call.ops.query.shape
     operands = _Operands(call, blocks)
     operands.add_all(("query", "key", "value"))
@@ -114,7 +125,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
-    blocks = blocks or blocks_of(call, "backward")
+    blocks = blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward")
     ops = call.ops
     batch, length, heads, _ = ops.query.shape
     span = ops.key.shape[1]
