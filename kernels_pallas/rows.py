@@ -177,7 +177,7 @@ def facts(call: Call) -> tuning.Facts | None:
     if not (isinstance(rows, int) and isinstance(size, int) and rows > 0 and size > 0):
         return None
     made = {"R": rows, "D": size, "dtype": call.rows.dtype.name}
-    return {**made, "operands": " ".join(call.arrays), "results": " ".join(call.program.outputs)}
+    return {**made, "operands": " ".join(sorted(call.arrays)), "results": " ".join(sorted(call.program.outputs))}
 
 
 def tuned_blocks(target: Target, call: Call, implementation: str) -> Blocks | None:
