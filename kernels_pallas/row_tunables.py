@@ -64,8 +64,7 @@ def _tunable(program: str) -> Tunable:
             kinds = (layer_norm_oracle, rms_norm_oracle) if oracle else (norm.layer_norm, norm.rms_norm)
             return kinds[0 if centred else 1]
         if "up" in names(known):
-            chosen = glu_oracle if oracle else glu.glu
-            return lambda x, up: chosen(x, up)
+            return glu_oracle if oracle else glu.glu
         return bias_activation_oracle if oracle else glu.bias_activation
 
     def operands(known: Facts) -> tuple[Any, ...]:
@@ -149,7 +148,7 @@ def _tunable(program: str) -> Tunable:
         prepare=pull if backward else lambda known, made: made,
         run=run,
         oracle=oracle,
-        refusal=lambda target, name, known: refusal(target, name, known),
+        refusal=refusal,
         constraint=constraint,
         resolved=resolved,
         cost=cost,

@@ -96,7 +96,8 @@ class Tunable:
 
     Attributes:
         op: the name under which `values` is asked.
-        sources: modules whose text decides what a candidate computes and how fast: a change makes results stale.
+        sources: names of modules (or functions) whose text decides what a candidate computes and how fast: a change of
+            it makes results stale.
         revision: raised by hand where measurements of earlier sources mislead; read-only tables go by it.
         grids: implementation -> parameter -> the values to try. An implementation without parameters has {}.
         sizes: facts that are numbers and may differ between neighbours: results serve nearby sizes.
@@ -115,7 +116,7 @@ class Tunable:
     """
 
     op: str
-    sources: tuple[str, ...]
+    sources: tuple[str | Callable[..., Any], ...]
     grids: Mapping[str, Mapping[str, tuple[Any, ...]]]
     sizes: tuple[str, ...]
     complete: Callable[[dict[str, Any]], dict[str, Any]]
@@ -145,10 +146,14 @@ def completed(op: str, given: Mapping[str, Any], required: tuple[str, ...], opti
         what = f"does not know {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
         raise ValueError(f"{op}: it {what}; it takes {', '.join((*required, *optional))}.")
     for name, value in given.items():
-        number = name in required or isinstance(optional.get(name), int)
-        if number and not isinstance(optional.get(name), bool) and not _is_size(value):
+        like = optional.get(name, 1)
+        if isinstance(like, int) and not isinstance(like, bool) and not _is_size(value):
             raise ValueError(f"{op}: {name} is {value!r} and must be a number of at least 1 and below 2**31.")
-    return {**optional, **given}
+        if not isinstance(like, int) and not isinstance(value, str):
+            raise ValueError(f"{op}: {name} is {value!r} and must be a word.")
+        if isinstance(like, bool) and not isinstance(value, bool):
+            raise ValueError(f"{op}: {name} is {value!r} and must be true or false.")
+    return {**{n: given[n] for n in required}, **optional, **given}
 
 
 def _is_size(value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def _call(known: Facts) -> Call:
     types = dict(_types(known))
     if options.get("dropout"):
         types["seed"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return _checked(Operands(**types), **options)
+    return _checked(Operands(**cast(Any, types)), **options)
 
 
 def _refusal(target: Target, implementation: str, known: Facts) -> str:

@@ -20,6 +20,7 @@ from trustcore.cli import (
     perplexity,
     pull,
     quantize,
+    tune,
 )
 from trustcore.errors import TrustcoreError
 
@@ -41,6 +42,7 @@ app.command("perplexity")(perplexity.perplexity)
 app.command("compare")(perplexity.compare)
 app.command("cost")(cost.cost)
 app.command("memory")(memory.memory)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 
 

@@ -32,14 +32,12 @@ _SLAB = 512  # columns that are packed in earnest; a format of blocks along K re
 
 
 def _complete(given: dict[str, Any]) -> dict[str, Any]:
-    named = {"format", "transposed", "order"}
     optional = {"format": "", "transposed": False, "order": False}
-    made = completed("packed_product", {**given}, ("R", "K", "N"), optional)
+    made = completed("packed_product", given, ("R", "K", "N"), optional)
     name = str(made["format"]).split(":", maxsplit=1)[0]
     if name not in FORMATS:
         raise ValueError(
-            f"packed_product: it needs a format ({', '.join(sorted(named))} are its other facts), such as format=q4_k or "
-            f"format=int4:g64; {made['format']!r} is none."
+            f"packed_product: {made['format']!r} is no format; write format=q4_k or format=int4:g64, for example."
         )
     if 4 * made["K"] * made["N"] > LARGEST:
         size = 4 * made["K"] * made["N"] / 1e9
@@ -101,10 +99,7 @@ def _refused(implementation: str, known: tuple[tuple[str, Any], ...]) -> str:
     found = []
 
     def ask(fields: Any) -> jax.Array:
-        if fields is None:
-            w = weight(f)
-        else:
-            w = QuantizedArray(f["format"], fields, transposed=f["transposed"])
+        w = weight(f) if fields is None else QuantizedArray(f["format"], fields, transposed=f["transposed"])
         found.append(_REFUSALS[implementation](f["R"], w))
         return jnp.zeros(())
 

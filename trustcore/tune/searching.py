@@ -1,0 +1,182 @@
+"""Tunes one call now: lists candidates, compiles, checks and times them, and keeps the best.
+
+The op's defaults are a candidate like any other, measured in turn with them: nothing wins that is not faster than they
+are by more than the noise, and nothing that the oracle does not confirm. If the defaults themselves are wrong, the best
+of the right candidates wins, and the result says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kernels_pallas import tuning
+from kernels_pallas.tuning import Facts, Tunable, Values
+from trustcore.errors import TuningError
+from trustcore.tune import listing, measure, registry, table
+from trustcore.tune.choosing import facts_of, text_of, tracing
+from trustcore.tune.device import Device, this_device
+from trustcore.tune.listing import Candidates, described
+from trustcore.tune.measure import Trial
+
+MARGIN = 0.02  # by which a candidate must be faster than the defaults, on top of the noise
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a search found.
+
+    Attributes:
+        op, facts, device: the call.
+        values: the fastest; {} are the defaults.
+        trials: every candidate, the defaults first.
+        candidates: what was listed, and what was cut with its reason.
+        entry: as it is kept.
+    """
+
+    op: str
+    facts: Facts
+    device: Device
+    values: Values
+    trials: tuple[Trial, ...]
+    candidates: Candidates
+    entry: table.Entry
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the defaults; 1 where they won."""
+        return self.entry.default_seconds / self.entry.seconds
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} {text_of(self.facts)}", f"on {self.device}: {described(self.values)} ({self.gain:.2f})"]
+        right = sorted((t for t in self.trials if t.summary and t.same_as is None), key=_seconds)
+        for trial in right:
+            s = trial.summary
+            assert s is not None
+            mark = "*" if dict(trial.values) == dict(self.values) else " "
+            spread = f"+- {s.spread / s.seconds:.1%} of {s.samples}" + (f", {s.dropped} dropped" if s.dropped else "")
+            lines.append(f" {mark} {s.seconds * 1e3:10.4f} ms  {spread:24}  {described(trial.values)}")
+        out = [t for t in self.trials if t.refused and t.same_as is None]
+        lines += [f"   out: {described(t.values)}: {t.refused}" for t in out]
+        lines.append(f"   {len(self.candidates.cut)} not tried")
+        return "\n".join(lines)
+
+
+def search(
+    op: str | Tunable,
+    *shapes: Any,
+    seconds: float = 4.0,
+    most: int = listing.MOST,
+    operands: tuple[Any, ...] | None = None,
+    keep: bool = True,
+    progress: Progress | None = None,
+    check: Callable[[], None] | None = None,
+    **options: Any,
+) -> Result:
+    """Tunes a call on the default device and keeps the result in the cache folder.
+
+    Args:
+        op: its name, or a declaration of your own.
+        shapes, options: the call, as in `best`.
+        seconds: of timing, all candidates together; each gets three rounds at least.
+        most: candidates that are compiled.
+        operands: those of the call; None: random ones.
+        keep: whether the result is written.
+        progress: called with (what is done, steps done, steps in all).
+        check: called often; what it raises ends the search, and nothing is written.
+
+    Raises:
+        TuningError: the call is none of the op's, this is inside a trace, or no candidate is right.
+    """
+    tunable = op if isinstance(op, Tunable) else registry.declared(op)
+    if tracing(shapes, operands):
+        raise TuningError(f"{tunable.op}: nothing is tuned inside of a trace; call it outside of jit, grad and vmap.")
+    facts = facts_of(tunable, shapes, options)
+    device, check, progress = this_device(), check or (lambda: None), progress or (lambda what, done, total: None)
+    listed = listing.candidates(tunable, device, facts, most=most)
+    trials = [Trial({}), *(Trial(values) for values in listed.tried)]
+    what, steps = f"{tunable.op} {text_of(facts)}", len(trials) + 10
+    with tuning.CHOOSER(None):
+        progress(what, 0, steps)
+        try:
+            made = operands if operands is not None else tunable.operands(facts)
+            expected = jax.block_until_ready(tunable.oracle(facts, made))
+            prepared = jax.block_until_ready(tunable.prepare(facts, made))
+        except ValueError as error:
+            raise TuningError(str(error)) from error
+        programs = measure.compiled(tunable, facts, prepared, trials, check)
+        for place, trial in enumerate(trials):
+            check()
+            progress(what, place, steps)
+            if programs[place] is not None and not measure.checked(
+                tunable, facts, programs[place], prepared, expected, trial
+            ):
+                programs[place] = None
+        del expected, made
+        able = [place for place, program in enumerate(programs) if program is not None]
+        if not able:
+            reasons = {t.refused for t in trials}
+            raise TuningError(f"{what}: no candidate is right: {'; '.join(sorted(reasons))[:600]}")
+
+        def timed(share: float) -> None:
+            progress(what, len(trials) + int(10 * share), steps)
+
+        times = measure.raced([programs[place] for place in able], prepared, seconds=seconds, check=check, report=timed)
+    for place, summary in zip(able, times, strict=True):
+        trials[place].summary = summary
+    for trial in trials:
+        if trial.same_as is not None:
+            first = trials[trial.same_as]
+            trial.refused, trial.error, trial.summary = first.refused, first.error, first.summary
+    values = _winner(trials)
+    entry = _entry(tunable, facts, values, trials)
+    if keep:
+        table.record(device, entry)
+    return Result(tunable.op, facts, device, values, tuple(trials), listed, entry)
+
+
+def _seconds(trial: Trial) -> float:
+    return trial.summary.seconds if trial.summary else math.inf
+
+
+def _winner(trials: list[Trial]) -> Values:
+    """The fastest of the right ones; the defaults where it is not faster than they are by more than the noise."""
+    default, fastest = trials[0], min(trials, key=_seconds)
+    if default.summary is None or fastest.summary is None:
+        return fastest.values
+    noise = default.summary.spread + fastest.summary.spread
+    gained = default.summary.seconds - fastest.summary.seconds
+    return fastest.values if gained > MARGIN * default.summary.seconds + noise else default.values
+
+
+def _entry(tunable: Tunable, facts: Facts, values: Values, trials: list[Trial]) -> table.Entry:
+    exact, sizes = table.split(tunable, facts)
+    implementations: dict[str, dict[str, Any]] = {}
+    for trial in trials:
+        name = trial.values.get("implementation")
+        if name is None or trial.summary is None:
+            continue
+        if name not in implementations or _seconds(trial) < implementations[name]["seconds"]:
+            implementations[name] = {"values": dict(trial.values), "seconds": _seconds(trial)}
+    won = next(t for t in trials if t.values == values)
+    default = trials[0] if trials[0].summary else won
+    return table.Entry(
+        op=tunable.op,
+        source=registry.source_hash(tunable),
+        revision=tunable.revision,
+        jaxlib=table.jaxlib_version(),
+        exact=exact,
+        sizes=sizes,
+        values=dict(values),
+        seconds=_seconds(won),
+        default_seconds=_seconds(default),
+        implementations=implementations,
+        wrong=[{"values": dict(t.values), "why": t.refused} for t in trials if t.refused and t.error is not None],
+        date=datetime.date.today().isoformat(),
+    )
