@@ -74,9 +74,7 @@ def _work(
 
     declared = members(what)
     if declared and not shapes:
-        raise typer.BadParameter(
-            f"{what} is an op: say of which calls, as B=1,T=64,N=8,H=64", param_hint="'--shapes'"
-        )
+        raise typer.BadParameter(f"{what} is an op: say of which calls, as B=1,T=64,N=8,H=64", param_hint="'--shapes'")
     if declared:
         return [(t.op, facts_of(t, (text,), {}), None) for text in shapes for t in declared]
     if shapes:

@@ -28,6 +28,8 @@ SAMPLE = 2e-3  # seconds of a sample at least: a call that is shorter is repeate
 WARM_UP = 2  # calls before any is timed: pages, caches, clocks
 FEWEST = 5  # rounds before a candidate may leave
 BEHIND = 1.5  # times the best median: what is never faster than that leaves
+HOPELESS = 4.0  # times the best warm call: what is slower is not measured again
+FINAL = 15  # rounds at least between the defaults and the one that is to take their place
 OUTLIER = 5.0  # median absolute deviations
 
 
@@ -169,31 +171,34 @@ def raced(
     *,
     seconds: float,
     check: Callable[[], None],
+    fewest: int = FEWEST,
     report: Callable[[float], None] = lambda share: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Summary]:
-    """Returns the time of each program, measured in turn for about that many seconds.
+) -> list[list[float]]:
+    """Returns seconds of a call of each program, measured in turn for about that many seconds in all.
 
     Args:
         programs: compiled, of the same operands; the first stays to the end.
         operands: of all of them.
-        seconds: in all; every program gets `FEWEST` rounds at least.
+        seconds: in all.
         check: called between samples; raises to stop.
+        fewest: rounds at least; from then on what is far behind leaves.
         report: told which share of the time is over.
         clock: in seconds.
     """
-    repeats = []
+    warm = []
     for program in programs:
         for _ in range(WARM_UP):
             check()
             began = clock()
             jax.block_until_ready(program(*operands))
             last = clock() - began
-        repeats.append(max(1, min(1000, math.ceil(SAMPLE / max(last, 1e-7)))))
-    samples: list[list[float]] = [[] for _ in programs]
-    running = list(range(len(programs)))
+        warm.append(last)
+    repeats = [max(1, min(1000, math.ceil(SAMPLE / max(last, 1e-7)))) for last in warm]
+    running = [place for place, last in enumerate(warm) if place == 0 or last <= HOPELESS * min(warm)]
+    samples = [[] if place in running else [last] for place, last in enumerate(warm)]
     began, rounds = clock(), 0
-    while rounds < FEWEST or clock() < began + seconds:
+    while rounds < fewest or clock() < began + seconds:
         turn = rounds % len(running)
         for place in running[turn:] + running[:turn]:
             check()
@@ -203,13 +208,13 @@ def raced(
             jax.block_until_ready(result)
             samples[place].append((clock() - start) / repeats[place])
         rounds += 1
-        if rounds >= FEWEST:
+        if rounds >= fewest:
             best = min(statistics.median(samples[place]) for place in running)
             running = [place for place in running if place == 0 or min(samples[place]) <= BEHIND * best]
         report(min(1.0, (clock() - began) / seconds) if seconds else 1.0)
         if len(running) == 1:
             break
-    return [summary(times) for times in samples]
+    return samples
 
 
 def summary(times: Sequence[float]) -> Summary:

@@ -1,8 +1,8 @@
 """Tunes one call now: lists candidates, compiles, checks and times them, and keeps the best.
 
-The op's defaults are a candidate like any other, measured in turn with them: nothing wins that is not faster than they
-are by more than the noise, and nothing that the oracle does not confirm. If the defaults themselves are wrong, the best
-of the right candidates wins, and the result says so.
+The op's defaults are a candidate like any other, measured in turn with them. The fastest then meets the defaults alone:
+it takes their place where it is faster in the median and in most rounds. Nothing wins that the oracle does not confirm.
+If the defaults themselves are wrong, the best of the right candidates wins, and the result says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from trustcore.tune.device import Device, this_device
 from trustcore.tune.listing import Candidates, described
 from trustcore.tune.measure import Trial
 
-MARGIN = 0.02  # by which a candidate must be faster than the defaults, on top of the noise
+MARGIN = 0.02  # by which a candidate must be faster than the defaults
+MAJORITY = 0.75  # of the rounds in which it must be
 Progress = Callable[[str, int, int], None]
 
 
@@ -128,13 +129,20 @@ def search(
             progress(what, len(trials) + int(10 * share), steps)
 
         times = measure.raced([programs[place] for place in able], prepared, seconds=seconds, check=check, report=timed)
-    for place, summary in zip(able, times, strict=True):
-        trials[place].summary = summary
+        for place, samples in zip(able, times, strict=True):
+            trials[place].summary = measure.summary(samples)
+        fastest = min(able, key=lambda place: _seconds(trials[place]))
+        stands = fastest == 0
+        if able[0] == 0 and not stands:
+            pair = (programs[0], programs[fastest])
+            ours, theirs = measure.raced(pair, prepared, seconds=seconds / 2, check=check, fewest=measure.FINAL)
+            trials[0].summary, trials[fastest].summary = measure.summary(ours), measure.summary(theirs)
+            stands = _stands(ours, theirs)
     for trial in trials:
         if trial.same_as is not None:
             first = trials[trial.same_as]
             trial.refused, trial.error, trial.summary = first.refused, first.error, first.summary
-    values = _winner(trials)
+    values = trials[0 if stands else fastest].values
     entry = _entry(tunable, facts, values, trials)
     if keep:
         table.record(device, entry)
@@ -145,14 +153,12 @@ def _seconds(trial: Trial) -> float:
     return trial.summary.seconds if trial.summary else math.inf
 
 
-def _winner(trials: list[Trial]) -> Values:
-    """The fastest of the right ones; the defaults where it is not faster than they are by more than the noise."""
-    default, fastest = trials[0], min(trials, key=_seconds)
-    if default.summary is None or fastest.summary is None:
-        return fastest.values
-    noise = default.summary.spread + fastest.summary.spread
-    gained = default.summary.seconds - fastest.summary.seconds
-    return fastest.values if gained > MARGIN * default.summary.seconds + noise else default.values
+def _stands(defaults: list[float], challenger: list[float]) -> bool:
+    """Whether the defaults keep their place: the other is not clearly faster, in the median and in most rounds."""
+    rounds = list(zip(defaults, challenger, strict=False))  # as many of both but for one that left
+    won = sum(theirs < ours for ours, theirs in rounds)
+    ours, theirs = measure.summary(defaults).seconds, measure.summary(challenger).seconds
+    return not (theirs < (1 - MARGIN) * ours and won >= MAJORITY * len(rounds))
 
 
 def _entry(tunable: Tunable, facts: Facts, values: Values, trials: list[Trial]) -> table.Entry:

@@ -33,7 +33,7 @@ from trustcore.tune.device import Device
 from trustcore.tune.registry import source_hash
 
 VERSION = 1
-REACH = 2.0  # powers of two, summed over all sizes, up to which an entry serves another bucket
+REACH = 3.0  # powers of two, as the length of a vector of all sizes, up to which an entry serves another bucket
 MOST = 4096  # entries of a file; the oldest go first
 LOCK_SECONDS = 30
 PACKAGED = Path(__file__).parent / "tables"
@@ -88,10 +88,10 @@ def bucket(size: int) -> int:
 
 
 def distance(a: Mapping[str, int], b: Mapping[str, int]) -> float:
-    """Returns how many powers of two lie between sizes, summed; infinity where one of two is 0."""
+    """Returns how many powers of two lie between sizes, `|log2 a - log2 b|`; infinity where one of two is 0."""
     if a.keys() != b.keys():
         return math.inf
-    return sum(0.0 if a[n] == b[n] else abs(math.log2(a[n] / b[n])) if a[n] and b[n] else math.inf for n in a)
+    return math.hypot(*(0.0 if a[n] == b[n] else math.log2(a[n] / b[n]) if a[n] and b[n] else math.inf for n in a))
 
 
 def jaxlib_version() -> str:
