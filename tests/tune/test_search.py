@@ -51,7 +51,7 @@ def test_wrong_defaults_do_not_win(own_tables, toy):
 
 def test_no_right_candidate_is_an_error(own_tables, toy):
     nothing = toy(oracle=lambda known, made: jnp.zeros((known["R"], known["D"])))
-    with pytest.raises(TuningError, match="no candidate is right: .*its result is wrong"):
+    with pytest.raises(TuningError, match=r"no candidate is right: .*its result is wrong"):
         tune.search(nothing, SMALL, seconds=0.1)
     assert tune.best("toy", SMALL).source == "defaults"
 
@@ -62,6 +62,8 @@ def test_the_defaults_keep_their_place_where_nothing_is_faster(own_tables, toy):
     assert (result.values, result.gain) == ({}, 1.0)
     choice = tune.best("toy", SMALL)
     assert (choice.values, choice.source) == ({}, "cache")
+    # Asked by the implementation that the defaults are, the answer is theirs as well.
+    assert result.entry.implementations["plain"]["values"] == {"implementation": "plain"}
 
 
 def test_a_program_that_is_another_one_is_compiled_once(own_tables, toy):
@@ -195,5 +197,5 @@ def test_refusals_say_what_is_allowed(toy, op, facts, complaint):
 
 
 def test_names_of_trustcore_are_not_taken(toy):
-    with pytest.raises(TuningError, match="names that begin with attention, .* belong to trustcore"):
+    with pytest.raises(TuningError, match=r"names that begin with attention, .* belong to trustcore"):
         tune.register(dataclasses.replace(toy(), op="attention_mine"))

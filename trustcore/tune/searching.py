@@ -24,7 +24,7 @@ from trustcore.tune.device import Device, this_device
 from trustcore.tune.listing import Candidates, described
 from trustcore.tune.measure import Trial
 
-MARGIN = 0.02  # by which a candidate must be faster than the defaults
+MARGIN = 0.05  # by which a candidate must be faster than the defaults
 MAJORITY = 0.75  # of the rounds in which it must be
 Progress = Callable[[str, int, int], None]
 
@@ -161,15 +161,25 @@ def _stands(defaults: list[float], challenger: list[float]) -> bool:
     return not (theirs < (1 - MARGIN) * ours and won >= MAJORITY * len(rounds))
 
 
+def _within(trials: list[Trial]) -> dict[str, Any]:
+    """The best values of one implementation, its own defaults unless another is faster by more than the noise."""
+    plain, fastest = next(t for t in trials if len(t.values) == 1), min(trials, key=_seconds)
+    if plain.summary is not None and fastest.summary is not None:
+        noise = plain.summary.spread + fastest.summary.spread
+        if fastest.summary.seconds > (1 - MARGIN) * plain.summary.seconds - noise:
+            fastest = plain
+    return {"values": dict(fastest.values), "seconds": _seconds(fastest)}
+
+
 def _entry(tunable: Tunable, facts: Facts, values: Values, trials: list[Trial]) -> table.Entry:
     exact, sizes = table.split(tunable, facts)
-    implementations: dict[str, dict[str, Any]] = {}
-    for trial in trials:
-        name = trial.values.get("implementation")
-        if name is None or trial.summary is None:
-            continue
-        if name not in implementations or _seconds(trial) < implementations[name]["seconds"]:
-            implementations[name] = {"values": dict(trial.values), "seconds": _seconds(trial)}
+    names = dict.fromkeys(t.values["implementation"] for t in trials if t.values and t.summary)
+    implementations = {name: _within([t for t in trials if t.values.get("implementation") == name]) for name in names}
+    name = values.get("implementation") or next(
+        (t.values["implementation"] for t in trials if t.same_as == 0 and len(t.values) == 1), None
+    )
+    if name is not None:  # what won in all won within its implementation, by more rounds
+        implementations[name]["values"] = {"implementation": name, **values}
     won = next(t for t in trials if t.values == values)
     default = trials[0] if trials[0].summary else won
     return table.Entry(
