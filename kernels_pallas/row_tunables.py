@@ -64,7 +64,8 @@ def _tunable(program: str) -> Tunable:
             kinds = (layer_norm_oracle, rms_norm_oracle) if oracle else (norm.layer_norm, norm.rms_norm)
             return kinds[0 if centred else 1]
         if "up" in names(known):
-            return glu_oracle if oracle else glu.glu
+            gated = glu_oracle if oracle else glu.glu
+            return lambda x, up: gated(gate=x, up=up)
         return bias_activation_oracle if oracle else glu.bias_activation
 
     def operands(known: Facts) -> tuple[Any, ...]:

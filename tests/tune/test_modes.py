@@ -104,7 +104,7 @@ def test_first_use_tunes_an_eager_call_once(own_tables, searches):
         attention(q, q, q)
     assert [op for op, _ in searches] == ["attention_forward"]
     assert tune.best("attention_forward", q, q, q).source == "cache"
-    assert jnp.allclose(first, attention(q, q, q), atol=1e-5)
+    assert jnp.allclose(first, q, atol=1e-5)  # the mean of ones
 
 
 def test_first_use_tunes_an_eager_product(own_tables, searches):

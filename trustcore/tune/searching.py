@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +108,7 @@ def search(
         progress(what, 0, steps)
         try:
             made = operands if operands is not None else tunable.operands(facts)
-            expected = jax.block_until_ready(tunable.oracle(facts, made))
+            expected = jax.block_until_ready(jax.jit(functools.partial(tunable.oracle, facts))(made))
             prepared = jax.block_until_ready(tunable.prepare(facts, made))
         except ValueError as error:
             raise TuningError(str(error)) from error
