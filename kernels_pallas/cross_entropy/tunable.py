@@ -83,8 +83,8 @@ def _fits(known: Facts, rows: int) -> None:
     size = rows * known["V"] * 4
     if size > LARGEST:
         raise ValueError(
-            f"cross_entropy: the oracle of R={known['R']} and V={known['V']} takes {size / 1e9:.0f} GB; tune fewer rows, "
-            "whose values serve more."
+            f"cross_entropy: the oracle of R={known['R']} and V={known['V']} takes {size / 1e9:.0f} GB; tune fewer "
+            "rows, whose values serve more."
         )
 
 

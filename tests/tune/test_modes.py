@@ -90,6 +90,13 @@ def test_a_mode_entered_after_a_search_reads_what_it_found(own_tables, product):
         assert function.lower(x, w).as_text() != first
 
 
+def test_a_search_within_a_mode_means_the_plain_defaults(own_tables):
+    facts = tune.best("cross_entropy_forward", R=8, D=8, V=4000).facts
+    plain = tune.candidates(tune.declared("cross_entropy_forward"), tune.this_device(), facts)
+    with tune.pinned("cross_entropy_forward", {"implementation": "xla", "chunk": 256}):
+        assert tune.candidates(tune.declared("cross_entropy_forward"), tune.this_device(), facts) == plain
+
+
 def test_an_unknown_mode_is_refused():
     with pytest.raises(TuningError, match="mode 'on' is not known; choose of off, cached, first_use"):
         tune.using("on")

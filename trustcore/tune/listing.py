@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from kernels_pallas import tuning
 from kernels_pallas.tuning import Cost, Facts, Tunable, Values
 from trustcore.tune.device import Device, Limits, limits
 
@@ -47,6 +48,11 @@ def candidates(tunable: Tunable, device: Device, facts: Facts, *, most: int = MO
         facts: of the call.
         most: how many are kept; each implementation's defaults are always.
     """
+    with tuning.CHOOSER(None):  # defaults are meant as they are without a table
+        return _listed(tunable, device, facts, most)
+
+
+def _listed(tunable: Tunable, device: Device, facts: Facts, most: int) -> Candidates:
     offers = limits(device)
     cut: list[Cut] = []
     seen: dict[object, Values] = {}
