@@ -21,7 +21,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching
 
-from kernels_pallas import _compat
+from kernels_pallas import _compat, tuning
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 ANY_CHIP = "any chip"
@@ -106,10 +106,15 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """An op's name and its implementations, the preferred ones first; the last can compute every call."""
+    """An op's name and its implementations, the preferred ones first; the last can compute every call.
+
+    `asks` gives, of a direction and a call, the name and the facts under which tuned values are asked for; None: it has
+    one implementation, and nothing to ask.
+    """
 
     name: str
     implementations: tuple[Implementation, ...]
+    asks: Callable[[str, Any], tuple[str, tuning.Facts | None]] | None = None
 
     def named(self, name: str) -> Implementation:
         """Returns the implementation of that name.
@@ -151,6 +156,15 @@ class Op:
         if reason:
             raise ImplementationError(f"{self.name}: {name!r} cannot compute {call} on {target}: {reason}")
         return implementation
+
+    def tuned(self, target: Target, call: Any, direction: str) -> str | None:
+        """Returns the implementation that was found to be the fastest for a call and can compute it, or None."""
+        if self.asks is None or tuning.CHOOSER.value is None:
+            return None
+        name, facts = self.asks(direction, call)
+        found = tuning.values(name, target, lambda: facts).get("implementation")
+        able = any(i.name == found and not i.refusal(target, call) for i in self.implementations)
+        return found if able else None
 
     def explain(self, target: Target, call: Any) -> Explanation:
         """Returns what becomes of every implementation."""
@@ -197,14 +211,22 @@ def primitive(
         target, made_of = Target(platform, _compat.device_kind(platform)), call(*arrays, **params)
         if interpret:
             target = op.interpreted(implementation)
-        chosen = op.choose(target, made_of, implementation)
+        chosen = op.choose(target, made_of, implementation or op.tuned(target, made_of, direction))
         return chosen.directions[direction](target, made_of, interpret)
 
     @functools.lru_cache(maxsize=256)
     def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
         return jax.jit(functools.partial(made.bind, **dict(params)))
 
-    made.def_impl(lambda *arrays, **params: compiled(tuple(sorted(params.items())))(*arrays))
+    def at_once(*arrays: Any, **params: Any) -> Any:
+        if op.asks is not None and tuning.CHOOSER.value is not None and not params["interpret"]:
+            static = {k: v for k, v in params.items() if k not in ("implementation", "interpret")}
+            name, facts = op.asks(direction, call(*arrays, **static))
+            platform = _compat.default_platform()
+            tuning.before(name, Target(platform, _compat.device_kind(platform)), lambda: facts)
+        return compiled(tuple(sorted(params.items())))(*arrays)
+
+    made.def_impl(at_once)
     made.def_abstract_eval(abstract)
     for platform in (*PLATFORMS, None):
         _compat.register_lowering(made, run, platform)

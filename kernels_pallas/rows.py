@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
-from kernels_pallas import _compat
+from kernels_pallas import _compat, tuning
 from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
 
 # "row": [R, D]. "column": [D], one for every column. "number": [R], one for every row. "sum": [D], over all rows.
@@ -170,9 +170,7 @@ def triton_blocks(call: Call) -> Blocks:
     columns = _power(size) if call.program.whole else min(_power(size), 1024)
     block = min(_power(rows), max(1, 4096 // columns))
     warps = min(32, max(4, block * columns // 512))
-    sums = any(kind == "sum" for kind, _ in call.program.outputs.values())
-    turns = pl.cdiv(pl.cdiv(rows, block), PROGRAMS) if sums else 1
-    return Blocks(block, columns, turns, warps)
+    return Blocks(block, columns, _turns(call, block), warps)
 
 
 def tpu_blocks(call: Call) -> Blocks:
@@ -181,6 +179,36 @@ def tpu_blocks(call: Call) -> Blocks:
     columns = size if call.program.whole else min(size, 2048)
     block = max(16, 2**17 // max(columns, 128) // 16 * 16)
     return Blocks(min(rows, block), columns)
+
+
+def facts(call: Call) -> tuning.Facts | None:
+    """Returns what the speed of a call depends on; None where a size is symbolic or 0."""
+    rows, size = call.rows.shape
+    if not (isinstance(rows, int) and isinstance(size, int) and rows > 0 and size > 0):
+        return None
+    made = {"R": rows, "D": size, "dtype": call.rows.dtype.name}
+    return {**made, "operands": " ".join(sorted(call.arrays)), "results": " ".join(sorted(call.program.outputs))}
+
+
+def tuned_blocks(target: Target, call: Call, implementation: str) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuning.values(call.program.name, target, lambda: facts(call), implementation)
+    return fitting_blocks(call, found) if "rows" in found else None
+
+
+def fitting_blocks(call: Call, found: tuning.Values) -> Blocks:
+    """Returns blocks of that many rows, columns and warps, cut to the call."""
+    rows, size = call.rows.shape
+    if "warps" not in found:  # a TPU's
+        return Blocks(min(rows, found["rows"]), size if call.program.whole else min(size, found["columns"]))
+    columns = _power(size) if call.program.whole else min(_power(size), found["columns"])
+    block = min(_power(rows), found["rows"])
+    return Blocks(block, columns, _turns(call, block), found["warps"])
+
+
+def _turns(call: Call, block: int) -> int:
+    sums = any(kind == "sum" for kind, _ in call.program.outputs.values())
+    return pl.cdiv(pl.cdiv(call.rows.shape[0], block), PROGRAMS) if sums else 1
 
 
 def run_xla(target: Target, call: Call, interpret: bool) -> list[jax.Array]:
@@ -201,7 +229,7 @@ def run_xla(target: Target, call: Call, interpret: bool) -> list[jax.Array]:
 def run_triton(target: Target, call: Call, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Computes a call by Pallas-Triton."""
     triton, program = _compat.triton(), call.program
-    blocks = blocks or triton_blocks(call)
+    blocks = blocks or tuned_blocks(target, call, "triton") or triton_blocks(call)
     rows, size = call.rows.shape
     programs = pl.cdiv(rows, blocks.rows * blocks.turns)
     specs = {
@@ -275,7 +303,7 @@ def run_tpu(target: Target, call: Call, interpret: bool, blocks: Blocks | None =
     from jax.experimental.pallas import tpu as pltpu
 
     program = call.program
-    blocks = blocks or tpu_blocks(call)
+    blocks = blocks or tuned_blocks(target, call, "mosaic_tpu") or tpu_blocks(call)
     rows, size = call.rows.shape
     specs = {
         "row": pl.BlockSpec((blocks.rows, blocks.columns), lambda j, i: (i, j)),
@@ -374,6 +402,7 @@ class RowOp:
                 Implementation("mosaic_tpu", tpu_refusal, both(run_tpu), home="tpu"),
                 Implementation("xla", lambda target, call: "", both(run_xla)),
             ),
+            lambda direction, call: (call.program.name, facts(call)),
         )
 
         def call_of(*operands: Any, spec: Any, fields: tuple[str, ...], wanted: tuple[str, ...] | None = None) -> Call:

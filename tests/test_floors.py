@@ -63,6 +63,7 @@ PAIRS: frozenset[tuple[str, str]] = frozenset(
         ("trustcore.catalogue", "trustcore.hub"),  # a catalogue hands ids of Hugging Face on
         ("trustcore.cli", "trustcore"),  # the command line calls what Python users call
         ("trustcore.serve", "trustcore"),
+        ("trustcore.tune", "trustcore.quant"),  # products with packed weights declare what may be tuned of them
     }
 )
 # Kernels are for others to use by themselves.

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trustcore import debug, graph, kernels, memory
+    from trustcore import debug, graph, kernels, memory, tune
     from trustcore.catalogue import pull
     from trustcore.convert import convert_checkpoint, quantize_checkpoint
     from trustcore.errors import TrustcoreError
@@ -54,7 +54,7 @@ _HOMES = {
 }
 
 # Used by their names: `trustcore.debug.inspect`.
-_MODULES = ("debug", "graph", "kernels", "memory")
+_MODULES = ("debug", "graph", "kernels", "memory", "tune")
 
 __all__ = [  # noqa: RUF022 - in the order in which they are met
     "load",
@@ -74,6 +74,7 @@ __all__ = [  # noqa: RUF022 - in the order in which they are met
     "graph",
     "kernels",
     "memory",
+    "tune",
     "Checkpoint",
     "Decoder",
     "DecoderConfig",

@@ -76,6 +76,10 @@ class BackendError(TrustcoreError, RuntimeError):
     """A backend is not installed, does not start, or has no such device."""
 
 
+class TuningError(TrustcoreError, ValueError):
+    """An op cannot be tuned as asked: it declares nothing, its facts are wrong, or no candidate is right."""
+
+
 class DebugError(TrustcoreError, ValueError):
     """A function cannot be inspected as asked: a pattern that fits nothing, arguments that are gone, a broken file."""
 

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
 from kernels_pallas.attention import cudnn, mosaic_gpu, tpu, triton, xla
+from kernels_pallas.attention.facts import facts, tuned
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
 from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, ImplementationError, Op, Target, primitive
@@ -274,13 +275,18 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
 
 
 def _xla_forward(target: Target, call: Call, interpret: bool) -> Any:
-    return xla.forward(call.spec, call.ops, platform=target.platform)
+    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "forward", "xla"))
+    return xla.forward(call.spec, call.ops, platform=target.platform, plan=plan)
 
 
 def _xla_backward(target: Target, call: Call, interpret: bool) -> Any:
-    return xla.backward(
-        call.spec, call.ops, call.lse, call.delta, call.cotangent, wanted=call.wanted, platform=target.platform
-    )
+    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "backward", "xla"))
+    made = call.lse, call.delta, call.cotangent
+    return xla.backward(call.spec, call.ops, *made, wanted=call.wanted, platform=target.platform, plan=plan)
+
+
+def _asks(direction: str, call: Call) -> tuple[str, Any]:
+    return f"attention_{direction}", facts(call.spec, call.ops)
 
 
 _XLA = Implementation("xla", lambda target, call: "", {"forward": _xla_forward, "backward": _xla_backward})
@@ -304,7 +310,7 @@ _CUDNN = Implementation(
     interpreter=False,
     reserve=cudnn.reserve,
 )
-ATTENTION = Op("attention", (_MOSAIC_GPU, _TRITON, _MOSAIC_TPU, _CUDNN, _XLA))
+ATTENTION = Op("attention", (_MOSAIC_GPU, _TRITON, _MOSAIC_TPU, _CUDNN, _XLA), _asks)
 _forward = primitive(ATTENTION, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(ATTENTION, "backward", _call, _backward_shapes, _folded)
 

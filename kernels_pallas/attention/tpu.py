@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
+from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
     HIDDEN,
     NO_KEY,
@@ -77,9 +78,18 @@ def blocks_of(call: Any, direction: str) -> Blocks:
     return Blocks(min(queries, length), min(keys, span))
 
 
+def tuned_blocks(target: Target, call: Any, direction: str) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, direction, "mosaic_tpu")
+    if "queries" not in found:
+        return None
+    return Blocks(min(found["queries"], call.ops.query.shape[1]), min(found["keys"], call.ops.key.shape[1]))
+
+
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    made = _Made(call, blocks or blocks_of(call, "forward"), of_keys=False)
+    blocks = blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward")
+    made = _Made(call, blocks, of_keys=False)
     made.add_all(("query", "key", "value"))
     ops = call.ops
     batch, length, heads, _ = ops.query.shape
@@ -96,7 +106,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
-    blocks = blocks or blocks_of(call, "backward")
+    blocks = blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward")
     ops = call.ops
     batch, length, heads, size = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
+from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
     HIDDEN,
     NO_KEY,
@@ -100,6 +101,16 @@ def blocks_of(call: Any, direction: str, target: Target) -> Blocks:
     return Blocks(queries, keys, 8 if queries * keys > 512 else 4)
 
 
+def tuned_blocks(target: Target, call: Any, direction: str) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, direction, "triton")
+    if "queries" not in found:
+        return None
+    length, span = call.ops.query.shape[1], call.ops.key.shape[1]
+    queries, keys = min(found["queries"], _power(length)), min(found["keys"], _power(span))
+    return Blocks(queries, keys, found["warps"], found["stages"])
+
+
 def _power(n: int) -> int:
     """The power of two that holds n, at least the 16 that Triton's products want."""
     return max(16, 1 << (n - 1).bit_length())
@@ -107,7 +118,7 @@ def _power(n: int) -> int:
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or blocks_of(call, "forward", target)
+    blocks = blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward", target)
     batch, length, heads, _ = call.ops.query.shape
     operands = _Operands(call, blocks)
     operands.add_all(("query", "key", "value"))
@@ -122,7 +133,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
-    blocks = blocks or blocks_of(call, "backward", target)
+    blocks = blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward", target)
     ops = call.ops
     batch, length, heads, _ = ops.query.shape
     span = ops.key.shape[1]

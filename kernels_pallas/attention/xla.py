@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -52,18 +53,21 @@ FEWEST_QUERIES = 64
 ONE_TILE = 512
 
 
-def plan_of(ops: Operands, platform: str) -> Plan:
-    """Returns the plan for a call, by its shapes and the platform."""
+def plan_of(ops: Operands, platform: str, tuned: Mapping[str, Any] = MappingProxyType({})) -> Plan:
+    """Returns the plan for a call, by its shapes and the platform; tuned values say how large blocks may be."""
     batch, length, heads, _ = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]
     rows, groups = batch * kv_heads, heads // kv_heads
     if not (isinstance(length, int) and isinstance(span, int) and isinstance(rows, int)):
         return Plan(length, span, rows)  # a symbolic length: one tile
     block_q, block_k = BLOCK.get(platform, BLOCK["other"])
+    block_q, block_k = tuned.get("block_q", block_q), tuned.get("block_k", block_k)
     if platform != "cpu":
         return Plan(_even(length, block_q), _even(span, block_k), rows)
     most = block_q * block_k
-    if groups * length <= ONE_TILE and span <= ONE_TILE:
+    if "block_q" in tuned:  # queries of one head, so many rows of a tile as there are heads in a group
+        block_q, block_k = _even(length, block_q), _even(span, block_k)
+    elif groups * length <= ONE_TILE and span <= ONE_TILE:
         block_q, block_k = length, span
     else:
         block_q, block_k = _even(length, max(FEWEST_QUERIES, block_q // groups)), _even(span, block_k)

@@ -258,7 +258,7 @@ _XLA = Implementation(
         "backward": lambda target, call, interpret: xla.backward(call, target.platform),
     },
 )
-CROSS_ENTROPY = Op("cross_entropy", (_XLA,))
+CROSS_ENTROPY = Op("cross_entropy", (_XLA,), lambda direction, call: (f"cross_entropy_{direction}", xla.facts(call)))
 _forward = primitive(CROSS_ENTROPY, "forward", _call, _forward_shapes, _folded)
 _one_pass = primitive(CROSS_ENTROPY, "one_pass", _call, _one_pass_shapes, _folded)
 _backward = primitive(CROSS_ENTROPY, "backward", _call, _backward_shapes, _folded)

@@ -21,6 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import _compat, tuning
+from kernels_pallas.dispatch import Target
+
 NOTHING = -1e30  # below every maximum, and finite
 # Numbers in a chunk of logits, and its fewest and most columns. On the CPU 1024 to 8192 columns of 2048 rows take the
 # same time within 15%, forward and backward (D=576, V=49152, 2 cores, 2026-11).
@@ -28,10 +31,25 @@ CHUNK = {"cpu": 2**21, "other": 2**25}
 FEWEST, MOST = 512, 16384
 
 
-def chunk_of(call: Any, platform: str) -> int:
-    """Returns C, the columns of a chunk: all of V, or a multiple of 128 that covers V with little to spare."""
+def facts(call: Any) -> tuning.Facts | None:
+    """Returns what the speed of a call depends on; None where a size is symbolic or 0, and for packed tables."""
+    hidden = call.arrays["hidden"]
+    sizes = {"R": hidden.shape[0], "D": hidden.shape[1], "V": call.vocabulary}
+    if call.take is not None or not all(isinstance(n, int) and n > 0 for n in sizes.values()):
+        return None
+    return {**sizes, "dtype": hidden.dtype.name, "transposed": call.spec.transposed}
+
+
+def chunk_of(call: Any, platform: str, direction: str = "forward") -> int:
+    """Returns C, the columns of a chunk: all of V, or a multiple of 128 that covers V with little to spare.
+
+    The caller's number counts, then one that was found for such calls.
+    """
     vocabulary, rows = call.vocabulary, call.arrays["hidden"].shape[0]
     most = call.spec.chunk
+    if most is None:
+        target = Target(platform, _compat.device_kind(platform))
+        most = tuning.values(f"cross_entropy_{direction}", target, lambda: facts(call), "xla").get("chunk")
     if most is None:
         size = CHUNK.get(platform, CHUNK["other"])
         most = min(MOST, max(FEWEST, size // max(rows, 1))) if isinstance(rows, int) else FEWEST
@@ -55,7 +73,7 @@ def one_pass(call: Any, platform: str) -> list[jax.Array]:
 
 
 def _forward(call: Any, platform: str, *, mean: bool) -> list[jax.Array]:
-    made = _Made(call, platform)
+    made = _Made(call, platform, "one_pass" if mean else "forward")
     spec, labels, rows = call.spec, call.arrays["labels"], call.arrays["hidden"].shape[0]
     smooth, size = spec.label_smoothing, call.arrays["hidden"].shape[1]
 
@@ -101,7 +119,7 @@ def _forward(call: Any, platform: str, *, mean: bool) -> list[jax.Array]:
 
 def backward(call: Any, platform: str) -> list[jax.Array]:
     """Returns the gradients that are wanted, each as its operand."""
-    made = _Made(call, platform)
+    made = _Made(call, platform, "backward")
     spec, given, wanted = call.spec, call.arrays, call.wanted
     labels, lse = given["labels"], given["lse"]
     counts = labels != spec.ignore_index
@@ -147,9 +165,9 @@ def backward(call: Any, platform: str) -> list[jax.Array]:
 class _Made:
     """The chunks of a call: where they begin, their columns, their logits."""
 
-    def __init__(self, call: Any, platform: str) -> None:
+    def __init__(self, call: Any, platform: str, direction: str) -> None:
         self.call = call
-        self.chunk, self.vocabulary = chunk_of(call, platform), call.vocabulary
+        self.chunk, self.vocabulary = chunk_of(call, platform, direction), call.vocabulary
         self.count = -(-self.vocabulary // self.chunk)
         hidden = call.arrays["hidden"]
         self.wide = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32

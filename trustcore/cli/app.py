@@ -21,6 +21,7 @@ from trustcore.cli import (
     perplexity,
     pull,
     quantize,
+    tune,
 )
 from trustcore.errors import TrustcoreError
 
@@ -43,6 +44,7 @@ app.command("compare")(perplexity.compare)
 app.command("cost")(cost.cost)
 app.command("memory")(memory.memory)
 app.command("inspect-step")(inspect_step.inspect_step)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 
 

@@ -14,6 +14,8 @@ Implementations, all accumulating in float32:
   backend is not the CPU.
 - `dequantize`: decodes everything, then one dot at highest precision. The oracle; never chosen.
 
+Which of the first three is taken, how far `stream` unrolls and how wide a tile is, may be tuned (`tunable.py`).
+
 Gradients: with respect to x, `g @ decode(w).T` by tiles; with respect to the float fields (scales, minima), the exact
 derivative through `decode`, by tiles; codes have none, nor have formats whose scales are codes as well.
 
@@ -30,8 +32,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import kernels_pallas
+from kernels_pallas import Target, tuning
+from kernels_pallas._compat import default_platform, device_kind
 from kernels_pallas.packed import Layout, packed_matmul
 from trustcore import _jax
 from trustcore.errors import ImplementationError
@@ -71,6 +76,9 @@ def packed_products(
     rows = x.reshape(-1, x.shape[-1])
     if jax.default_backend() == "cpu" and implementation not in _KERNELS:
         rows = rows.astype(jnp.float32)
+    if tuning.CHOOSER.value is not None and not any(isinstance(a, Tracer) for a in jax.tree.leaves((x, weights))):
+        for w in weights:
+            tuning.before("packed_product", _here(), functools.partial(facts, rows.shape[0], w))
     results: tuple[jax.Array, ...] = _products(rows, tuple(weights), implementation)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in results)
 
@@ -104,6 +112,9 @@ def choose(rows: int, w: QuantizedArray, implementation: str | None = None) -> s
         if reasons[implementation]:
             raise ImplementationError(f"linear: {implementation!r} cannot multiply by {w!r}: {reasons[implementation]}")
         return implementation
+    found = tuned(rows, w).get("implementation")
+    if found in ("native", "stream", "tiles") and not reasons[found]:
+        return found
     if jax.default_backend() == "cpu":
         if not reasons["native"]:
             return "native"
@@ -111,6 +122,26 @@ def choose(rows: int, w: QuantizedArray, implementation: str | None = None) -> s
             return "stream"
         return "tiles"
     return "tiles" if reasons["platform"] else "platform"
+
+
+def facts(rows: int, w: QuantizedArray) -> tuning.Facts | None:
+    """Returns what the speed of a product of `rows` rows with w depends on; None where a size is symbolic or 0."""
+    sizes = {"R": rows, "K": w.shape[0], "N": w.shape[1]}
+    if not all(isinstance(n, int) and n > 0 for n in sizes.values()):
+        return None
+    return {**sizes, "format": w.description, "transposed": w.transposed, "order": "order" in w.fields}
+
+
+def tuned(rows: int, w: QuantizedArray, implementation: str | None = None) -> tuning.Values:
+    """Returns the values that were found for a product, of the named implementation or of all; {} for the defaults."""
+    if tuning.CHOOSER.value is None:
+        return tuning.NO_VALUES
+    return tuning.values("packed_product", _here(), lambda: facts(rows, w), implementation)
+
+
+def _here() -> Target:
+    platform = default_platform()
+    return Target(platform, device_kind(platform))
 
 
 def _native_refusal(rows: int, w: QuantizedArray) -> str:
@@ -167,7 +198,7 @@ def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
     k, n = w.stored_shape
     x = stored_rows(x, w.fields.get("order"), -1)
     rows = x.shape[0]
-    unroll = _jax.STREAM_UNROLL
+    unroll = tuned(rows, w, "stream").get("unroll", _jax.STREAM_UNROLL)
     if streamed.affine is None:  # 16-bit floats: every row of w stands alone
         decode = streamed.rows
         assert decode is not None
@@ -204,31 +235,32 @@ def _stream_one(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 def _tiles(x: jax.Array, weights: tuple[QuantizedArray, ...]) -> tuple[jax.Array, ...]:
     results = []
-    for w in map(_readied, weights):
-        order = w.fields.get("order")
+    for w in weights:
+        order, tile = w.fields.get("order"), tuned(x.shape[0], w, "tiles").get("tile", TILE)
+        ready = _readied(w)
         if w.transposed:
-            results.append(logical_rows(_transposed_tiles(x, w), order, -1))
+            results.append(logical_rows(_transposed_tiles(x, ready, tile), order, -1))
         else:
-            results.append(_forward_tiles(stored_rows(x, order, -1), w))
+            results.append(_forward_tiles(stored_rows(x, order, -1), ready, tile))
     return tuple(results)
 
 
-def _forward_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """y[:, tile] = x @ decode(w[:, tile]), x in the order of the stored rows."""
+def _forward_tiles(x: jax.Array, w: QuantizedArray, tile: int) -> jax.Array:
+    """y[:, tile] = x @ decode(w[:, tile]), x in the order of the stored rows; a tile is some `TILE`s wide."""
     n = w.stored_shape[-1]
 
     def one(start: Any, width: int) -> jax.Array:
         return x @ _decode_tile(w, start, width)
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(y, one(i * TILE, TILE), (0, i * TILE))
+        return jax.lax.dynamic_update_slice(y, one(i * tile, tile), (0, i * tile))
 
-    y = jax.lax.fori_loop(0, n // TILE, step, jnp.zeros((x.shape[0], n))) if n >= TILE else jnp.zeros((x.shape[0], n))
-    rest = n % TILE
+    y = jax.lax.fori_loop(0, n // tile, step, jnp.zeros((x.shape[0], n))) if n >= tile else jnp.zeros((x.shape[0], n))
+    rest = n % tile
     return jax.lax.dynamic_update_slice(y, one(n - rest, rest), (0, n - rest)) if rest else y
 
 
-def _transposed_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
+def _transposed_tiles(x: jax.Array, w: QuantizedArray, tile: int) -> jax.Array:
     """y = sum over tiles of x[:, tile] @ decode(w)[:, tile].T, y in the order of the stored rows."""
     k, n = w.stored_shape
 
@@ -236,10 +268,10 @@ def _transposed_tiles(x: jax.Array, w: QuantizedArray) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, start, width, 1) @ _decode_tile(w, start, width).T
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
-        return y + one(i * TILE, TILE)
+        return y + one(i * tile, tile)
 
-    y = jax.lax.fori_loop(0, n // TILE, step, jnp.zeros((x.shape[0], k))) if n >= TILE else jnp.zeros((x.shape[0], k))
-    rest = n % TILE
+    y = jax.lax.fori_loop(0, n // tile, step, jnp.zeros((x.shape[0], k))) if n >= tile else jnp.zeros((x.shape[0], k))
+    rest = n % tile
     return y + one(n - rest, rest) if rest else y
 
 

@@ -1,0 +1,161 @@
+"""`trustcore tune`: measures block sizes, implementations and program forms for a model's calls, or an op's.
+
+What was found before is not measured again, so the same command goes on where it was stopped. A result is written when
+its call is done: Ctrl-C, or the end of `--minutes`, loses the call at hand and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+
+from trustcore.cli import console, interrupts, options
+from trustcore.cli.model import load_model
+from trustcore.cli.step import next_token_step
+from trustcore.errors import ModelError, TuningError
+
+_STEPS = 100  # of a call, for the bar
+
+
+class _OutOfTime(Exception):
+    """The minutes are over."""
+
+
+def tune(
+    what: Annotated[str, typer.Argument(metavar="MODEL|OP", help="A model, an op, or a family of ops (attention).")],
+    *,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="B=1,T=2048,N=8,H=64", help="A call of the op; may be given again."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at a time, of a model.")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row, of a model.")] = 512,
+    train: Annotated[bool, typer.Option("--train", help="The calls of a gradient, too.")] = False,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so many; run again to go on.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Of timing each call; compiling comes to it.")] = 4.0,
+    most: Annotated[int, typer.Option(min=1, help="Candidates of a call that are compiled.")] = 12,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is known, too.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Only say what would be taken and why.")] = False,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure what is fastest on this machine, and keep it for the modes that read it (see docs/tuning.md)."""
+    from trustcore.tune import best
+
+    began = time.monotonic()
+    work = _work(what, shapes or [], batch, length, train, dtype)
+    if show:
+        choices = [best(op, facts) for op, facts, _ in work]
+        told = [{"op": c.op, "facts": dict(c.facts), "values": dict(c.values), "why": c.why} for c in choices]
+        _print(json.dumps(told, indent=2) if as_json else "\n".join(map(str, choices)))
+        return
+    deadline = None if minutes is None else began + 60 * minutes
+    found, known, failed, stopped = _tuned(work, deadline, seconds, most, again, quiet=as_json)
+    left = len(work) - len(found) - known - len(failed)
+    if failed and not found and not known:
+        raise TuningError(failed[0][1])
+    if as_json:
+        results = [vars(result.entry) for result in found]
+        print(json.dumps({"tuned": results, "known": known, "failed": dict(failed), "left": left}, indent=2))
+        return
+    end = f"{len(found)} tuned, {known} known before, {len(failed)} failed, {left} left"
+    _print(f"{end}; out of time: the same command goes on from there" if stopped else end)
+
+
+def _work(
+    what: str, shapes: list[str], batch: int, length: int, train: bool, dtype: options.FloatType | None
+) -> list[tuple[str, Any, Any]]:
+    """Op, facts, and operands (None: random ones) of each call."""
+    from trustcore.tune.choosing import facts_of
+    from trustcore.tune.registry import members
+
+    declared = members(what)
+    if declared and not shapes:
+        raise typer.BadParameter(f"{what} is an op: say of which calls, as B=1,T=64,N=8,H=64", param_hint="'--shapes'")
+    if declared:
+        return [(t.op, facts_of(t, (text,), {}), None) for text in shapes for t in declared]
+    if shapes:
+        raise typer.BadParameter(f"{what} is no op that can be tuned; a model's calls are its own: leave --shapes out")
+    return _calls(what, load_model(what, dtype), batch, length, train)
+
+
+def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[tuple[str, Any, Any]]:
+    """The calls of a language model: reading `length` tokens, writing one, and with `train` a gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    from trustcore.quant import QuantizedArray
+    from trustcore.tune import calls_of
+
+    step, tokens = next_token_step(name, model, batch, length, train=train)  # refuses what is no language model
+    one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    cache = model.new_cache(batch, length)
+    calls = calls_of(lambda m, t: m.hidden_states(t)[0], model, tokens)
+    calls += calls_of(lambda m, t, c: m(t, cache=c), model, one, cache)
+    calls += calls_of(step, model, tokens) if train else []
+    weights = {}
+    for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, QuantizedArray)):
+        if isinstance(leaf, QuantizedArray) and leaf.ndim == 2:
+            for w in (leaf, leaf.T):
+                weights.setdefault((w.description, *w.shape, w.transposed, "order" in w.fields), w)
+    work: list[tuple[str, Any, Any]] = []
+    for op, facts in calls:
+        if (op, facts) in [(other, known) for other, known, _ in work]:
+            continue
+        operands = None
+        if op == "packed_product":  # the model's own weight: nothing need be encoded
+            w = weights.get((facts["format"], facts["K"], facts["N"], facts["transposed"], facts["order"]))
+            operands = None if w is None else (jax.random.normal(jax.random.key(0), (facts["R"], facts["K"])), w)
+        work.append((op, facts, operands))
+    if not work:
+        raise ModelError(f"{name}: none of its calls can be tuned here: its products are of floats, as XLA does them.")
+    return work
+
+
+def _tuned(
+    work: list[tuple[str, Any, Any]], deadline: float | None, seconds: float, most: int, again: bool, *, quiet: bool
+) -> tuple[list[Any], int, list[tuple[str, str]], bool]:
+    """Results, how many were known, calls that failed and why, and whether time ran out."""
+    from trustcore.tune import best, search
+    from trustcore.tune.choosing import text_of
+
+    found: list[Any] = []
+    failed: list[tuple[str, str]] = []
+    known = 0
+
+    def check() -> None:
+        interrupts.check()
+        if deadline is not None and time.monotonic() >= deadline:
+            raise _OutOfTime
+
+    with console.progress_bar("steps") as report:
+        for place, (op, facts, operands) in enumerate(work):
+            if not again and best(op, facts).source == "cache":
+                known += 1
+                continue
+
+            def step(what: str, done: int, total: int, place: int = place) -> None:
+                report("tuning", place * _STEPS + _STEPS * done // total, len(work) * _STEPS)
+
+            try:
+                check()
+                result = search(
+                    op, dict(facts), seconds=seconds, most=most, operands=operands, progress=step, check=check
+                )
+            except _OutOfTime:
+                return found, known, failed, True
+            except TuningError as error:
+                failed.append((f"{op} {text_of(facts)}", str(error)))
+                console.err().print(f"not tuned: {error}", markup=False, soft_wrap=True)
+                continue
+            found.append(result)
+            if not quiet:
+                _print(str(result))
+    return found, known, failed, False
+
+
+def _print(text: str) -> None:
+    console.out().print(text, soft_wrap=True, markup=False)
