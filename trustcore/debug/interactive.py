@@ -7,6 +7,7 @@ magnitudes as a sparkline, range and root mean square.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from trustcore.debug.statistics import Statistics
@@ -27,7 +28,9 @@ def tree_html(report: Report) -> str:
     """Returns the HTML of the tree of all values; needs treescope."""
     import treescope
 
-    page = treescope.render_to_html(_Scope("values", report.tree(), top=True), roundtrip_mode=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it looks through all of NumPy, old names included
+        page = treescope.render_to_html(_Scope("values", report.tree(), top=True), roundtrip_mode=False)
     assert isinstance(page, str)
     return page
 
