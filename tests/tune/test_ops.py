@@ -99,7 +99,7 @@ def test_a_tuned_attention_gives_the_same_result(own_tables):
 
 
 @pytest.mark.parametrize(
-    "values", [{"implementation": "stream", "unroll": 4}, {"implementation": "tiles", "tile": 1024}]
+    "values", [{"implementation": "stream", "unroll": 8}, {"implementation": "tiles", "tile": 1024}]
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_tuned_product_gives_the_same_result(values, transposed):

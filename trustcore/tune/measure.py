@@ -25,10 +25,10 @@ from kernels_pallas import Target, tuning
 from kernels_pallas.tuning import Facts, Tunable, Values
 
 SAMPLE = 2e-3  # seconds of a sample at least: a call that is shorter is repeated
-WARM_UP = 2  # calls before any is timed: pages, caches, clocks
+WARM_UP = 3  # calls before any is timed: pages, caches, clocks
 FEWEST = 5  # rounds before a candidate may leave
 BEHIND = 1.5  # times the best median: what is never faster than that leaves
-HOPELESS = 4.0  # times the best warm call: what is slower is not measured again
+HOPELESS = 4.0  # times the best warm call: what has none that is faster is not measured again
 FINAL = 15  # rounds at least between the defaults and the one that is to take their place
 OUTLIER = 5.0  # median absolute deviations
 
@@ -188,12 +188,13 @@ def raced(
     """
     warm = []
     for program in programs:
+        calls = []
         for _ in range(WARM_UP):
             check()
             began = clock()
             jax.block_until_ready(program(*operands))
-            last = clock() - began
-        warm.append(last)
+            calls.append(clock() - began)
+        warm.append(min(calls))  # one that was interrupted does not condemn a candidate
     repeats = [max(1, min(1000, math.ceil(SAMPLE / max(last, 1e-7)))) for last in warm]
     running = [place for place, last in enumerate(warm) if place == 0 or last <= HOPELESS * min(warm)]
     samples = [[] if place in running else [last] for place, last in enumerate(warm)]
