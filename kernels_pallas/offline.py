@@ -134,7 +134,7 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arrays: Any) -> tuple
     where = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays)
     with tempfile.TemporaryDirectory() as dump:
-        options = {"xla_gpu_cuda_data_dir": str(folder), "xla_dump_to": dump}
+        options: dict[str, str | bool] = {"xla_gpu_cuda_data_dir": str(folder), "xla_dump_to": dump}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _captured() as said:
             lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
             compiled = lowered.compile(compiler_options=options)
