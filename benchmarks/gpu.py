@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import math
 import os
@@ -264,8 +265,8 @@ def run_entry(entry: Entry, peak: dict[str, Any], clock: Clock, torch: Any, *, d
 def cuda_torch() -> Any:
     """Returns torch where it sees a CUDA device, else None."""
     try:
-        import torch
-        import torch.nn.attention
+        torch = importlib.import_module("torch")
+        importlib.import_module("torch.nn.attention")
     except ImportError:
         return None
     return torch if torch.cuda.is_available() else None

@@ -119,7 +119,7 @@ def _attention(shape: tuple[int, int, bool, int, int | None], dry: bool) -> Iter
         )  # fmt: skip
 
 
-def _jax_nn(query: Any, key: Any, value: Any, *, causal: bool, window: int | None, implementation: str) -> Any:
+def _jax_nn(query: Any, key: Any, value: Any, *, causal: bool, window: int | None, implementation: Any) -> Any:
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise Missing("cuDNN needs an NVIDIA GPU")
     sides = None if window is None else (window - 1, 0)

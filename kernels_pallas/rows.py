@@ -32,6 +32,7 @@ from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, T
 # "row": [R, D]. "column": [D], one for every column. "number": [R], one for every row. "sum": [D], over all rows.
 Kind = Literal["row", "column", "number", "sum"]
 WIDEST = 16384  # D of a program that needs whole rows: 64 KB of float32 in registers or VMEM
+WIDEST_SUMS = 8192  # the same of Triton's programs that sum over rows as well: beyond, they spill
 OLDEST = 8.0  # compute capability that Pallas-Triton wants
 PROGRAMS = 256  # of Triton where rows are summed: about two for each multiprocessor of an H100 or A100
 
@@ -154,6 +155,9 @@ def triton_refusal(target: Target, call: Call) -> str:
         return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
     if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
         return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
+    sums = any(kind == "sum" for kind, _ in call.program.outputs.values())
+    if call.program.whole and sums and isinstance(call.rows.shape[1], int) and call.rows.shape[1] > WIDEST_SUMS:
+        return f"rows of {call.rows.shape[1]} are longer than {WIDEST_SUMS}, and sums over rows take registers, too."
     return _refusal(call, ("float32", "bfloat16", "float16"))
 
 
@@ -169,7 +173,7 @@ def triton_blocks(call: Call) -> Blocks:
     rows, size = call.rows.shape
     columns = _power(size) if call.program.whole else min(_power(size), 1024)
     block = min(_power(rows), max(1, 4096 // columns))
-    warps = min(32, max(4, block * columns // 512))
+    warps = min(16, max(4, block * columns // 512))
     return Blocks(block, columns, _turns(call, block), warps)
 
 

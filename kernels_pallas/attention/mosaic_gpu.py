@@ -369,10 +369,12 @@ class _Block:
         last = self.tile + self.made.tile - 1
         begin = jnp.int32(0) if left is None else lax.div(lax.max(self.tile - left, 0), block)
         end = jnp.int32(pl.cdiv(self.made.span, block))
-        whole: Any = jnp.int32(self.made.span // block) if right is not None or self.made.span % block else None
+        whole: Any = jnp.int32(self.made.span // block)
         if right is not None:
             end = lax.min(end, lax.div(last + right, block) + 1)
             whole = lax.min(whole, lax.div(self.tile + right + 1, block))
+        elif not self.made.span % block:
+            whole = None
         first = None if left is None else lax.div(lax.max(last - left, 0) + block - 1, block)
         return _ordered(begin, first, whole, end)
 
