@@ -79,9 +79,10 @@ def refusal(target: Target, call: Call) -> str:
 
 def blocks_of(call: Call) -> Blocks:
     """Returns the block sizes for a call."""
-    wide = call.ops.query.dtype.itemsize // 2
+    wide = call.ops.query.dtype.itemsize // 2 * (1 if call.spec.kind == "float" else call.spec.parts)
     rows = min(_power(call.rows), 64)
-    slots = min(64 if _power(max(call.sizes)) * wide <= 128 else 32, _power(call.slots))
+    size = _power(max(call.sizes)) * wide
+    slots = min(64 if size <= 128 else 32 if size <= 256 else 16, _power(call.slots))
     if call.ops.pages is not None:
         slots = min(slots, call.page & -call.page)
     programs = call.batch * call.kv_heads * pl.cdiv(call.rows, rows)

@@ -62,19 +62,27 @@ def refusal(target: Target, call: Call) -> str:
     return layouts.refusal(call.layout)
 
 
-def blocks_of(call: Call) -> Blocks:
-    """Returns the block sizes for a call."""
+def blocks_of(target: Target, call: Call) -> Blocks:
+    """Returns the block sizes for a call; Ampere keeps both operands of a product in registers and has smaller tiles."""
     layout, count = call.layout, call.x.shape[0]
     few = count <= FEW
-    rows = count if few else min(64, max(16, _power(count)))
-    columns = min(64, max(16, _power(call.columns)))
-    blocks = max(1, (32 if few else 64) // layout.unit)
+    # Float32 products and layouts of many units want more registers; a pipeline holds x of every unit in shared memory.
+    wide, many = call.x.dtype.itemsize == 4 and not few, layout.units > 4
+    small = target.capability is not None and target.capability < 9
+    least = wide or (small and (layout.number == "table" or layout.units > 8))
+    rows = count if few else min(16 if least else 32 if small else 64, max(16, _power(count)))
+    columns = min(
+        32 if wide or (small and not few) or (few and many) or layout.units > 8 else 64, max(16, _power(call.columns))
+    )
+    blocks = max(1, (32 if few or wide or many else 64) // layout.unit)
+    stages = 1 if wide or many else 2 if layout.units > 2 or layout.number == "table" else 3
     if layout.run:  # the blocks of a step lie under one scale
         while layout.run % (blocks * layout.block):
             blocks //= 2
     steps = pl.cdiv(call.blocks, blocks)
     programs = pl.cdiv(call.columns, columns) * pl.cdiv(count, rows)
-    return Blocks(rows, columns, blocks, max(1, min(pl.cdiv(PROGRAMS, programs), steps // 4)))
+    splits = max(1, min(pl.cdiv(PROGRAMS, programs), steps // 4))
+    return Blocks(rows, columns, blocks, splits, 8 if rows == 64 else 4, stages)
 
 
 def _power(n: int) -> int:
@@ -83,7 +91,7 @@ def _power(n: int) -> int:
 
 def forward(target: Target, call: Call, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns `x @ w`, float32 `[R, N]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or blocks_of(target, call)
     layout, count, columns = call.layout, call.x.shape[0], call.columns
     few = count <= FEW
     steps = pl.cdiv(call.blocks, blocks.blocks)

@@ -21,12 +21,14 @@ os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1")
 
 import jax
 import jax.numpy as jnp
+from chip_cases import more_cases
 
 from kernels_pallas import offline
 from kernels_pallas.attention import attention
 from kernels_pallas.glu import bias_activation, glu
 from kernels_pallas.norm import layer_norm, rms_norm
 
+OURS = ("attention_", "norm_", "activation_", "decode_", "packed_")  # how names of our kernels begin
 _INT, _FLOAT = jnp.int32, jnp.float32
 EVERYTHING: dict[str, Any] = {
     "window": 130, "soft_cap": 30.0, "query_positions": ((2, 700), _INT), "key_positions": ((2, 700), _INT),
@@ -91,6 +93,10 @@ def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
                 arrays = arrays_of(*heads, h, "bfloat16", OPTIONS[kind])
                 name = f"mosaic_gpu bfloat16 {h} {kind}, {'gradient' if gradient else 'forward'}"
                 found[name] = attend("mosaic_gpu", OPTIONS[kind], gradient=gradient), arrays
+    for name, (function, shapes) in more_cases("triton").items():
+        arrays = {x: jax.ShapeDtypeStruct(*v) for x, v in shapes.items()}
+        dtype = arrays["query" if "query" in arrays else "x"].dtype
+        found[f"triton {dtype} {name}"] = function, arrays
     return found
 
 
@@ -116,7 +122,9 @@ def main(chip: str, names: list[str]) -> None:
         try:
             jax.clear_caches()
             _, reports = offline.compile_for(offline.CHIPS[chip], function, arrays)
-            kernels = [r for r in reports if r.kernel.startswith(("attention_", "norm_", "activation_"))]
+            kernels = [
+                r for r in reports if r.kernel.startswith(("attention_", "norm_", "activation_", "decode_", "packed_"))
+            ]
             found["kernels"] = [dataclasses.asdict(r) for r in kernels]
         except Exception as error:
             found.update(ok=False, error=str(error)[:800])

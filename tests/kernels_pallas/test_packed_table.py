@@ -145,7 +145,7 @@ def test_any_shape(format, blocks, n, count, implementation, seed) -> None:
 
 
 def test_splits_of_k_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "blocks_of", lambda call: triton.Blocks(call.x.shape[0], 16, 2, 5))
+    monkeypatch.setattr(triton, "blocks_of", lambda target, call: triton.Blocks(call.x.shape[0], 16, 2, 5))
     w, x = packed("q8_0"), rows(3)
     layout, fields = layout_of(w)
     close(packed_matmul(x, fields, layout=layout, implementation="triton", interpret=True), x, w)
