@@ -63,7 +63,7 @@ def refusal(target: Target, call: Call) -> str:
 
 
 def blocks_of(target: Target, call: Call) -> Blocks:
-    """Returns the block sizes for a call; Ampere keeps both operands of a product in registers and has smaller tiles."""
+    """Returns the block sizes for a call: smaller ones on Ampere, whose products take registers alone."""
     layout, count = call.layout, call.x.shape[0]
     few = count <= FEW
     # Float32 products and layouts of many units want more registers; a pipeline holds x of every unit in shared memory.
