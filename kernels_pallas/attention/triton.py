@@ -85,7 +85,12 @@ def refusal(target: Target, call: Any) -> str:
 _TILES = {
     ("forward", 2): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
     ("forward", 4): {32: ((64, 64), (64, 64)), 64: ((64, 32), (64, 32)), 256: ((16, 32), (16, 32))},
-    ("backward", 2): {64: ((64, 32), (64, 32)), 128: ((64, 64), (64, 64)), 256: ((32, 32), (32, 32))},
+    ("backward", 2): {
+        32: ((64, 32), (32, 32)),
+        64: ((64, 32), (64, 32)),
+        128: ((64, 64), (64, 64)),
+        256: ((32, 32), (16, 32)),
+    },
     ("backward", 4): {64: ((32, 32), (32, 32)), 128: ((16, 32), (16, 32)), 256: ((16, 16), (16, 16))},
 }
 ROOMY = (8.0, 8.7, 9.0, 10.0, 10.3)  # compute capabilities with 163 KB and more of shared memory for a block
@@ -96,7 +101,8 @@ def blocks_of(call: Any, direction: str, target: Target) -> Blocks:
     size = max(_power(call.ops.query.shape[3]), _power(call.ops.value.shape[3]))
     pairs = _TILES[direction, call.ops.query.dtype.itemsize]
     queries, keys = next(pair for widest, pair in pairs.items() if size <= widest)[target.capability not in ROOMY]
-    if direction == "backward" and any(x is not None for x in call.ops[3:]):  # positions, biases, ...: more registers
+    more = call.spec.soft_cap is not None or any(x is not None for x in call.ops[3:])  # positions, biases, ...
+    if direction == "backward" and more:  # takes more registers
         keys = min(keys, 32)
     length, span = call.ops.query.shape[1], call.ops.key.shape[1]
     queries, keys = min(queries, _power(length)), min(keys, _power(span))

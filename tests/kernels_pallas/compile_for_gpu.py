@@ -132,18 +132,19 @@ def main(chip: str, names: list[str]) -> None:
 
 
 def table(paths: list[str]) -> str:
-    """The outcomes of files: registers and shared memory of each kernel."""
-    lines = ["| chip | case | kernel: registers, shared KiB |", "|---|---|---|"]
-    for path in paths:
-        for row in map(json.loads, Path(path).read_text().splitlines()):
-            kernels = sorted(row.get("kernels", ()), key=lambda k: k["kernel"])
-            cells = (
-                f"{k['kernel'].removesuffix('_mosaic_gpu_kernel').partition('_')[2]}: {k['registers']}"
-                + (f", {k['shared'] / 1024:.3g}" if k["shared"] else "")
-                + (f" (spills {k['spilled']} bytes)" if k["spilled"] else "")
-                for k in kernels
-            )
-            lines.append(f"| {row['chip']} | {row['case']} | {'; '.join(cells) or row.get('error', '')[:80]} |")
+    """The outcomes of files: for each kernel and chip registers, shared KiB, and what spills."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in (json.loads(line) for path in paths for line in Path(path).read_text().splitlines()):
+        for k in row.get("kernels", ()):
+            name = k["kernel"].removesuffix("_mosaic_gpu_kernel").partition("_")[2]
+            shared = f", {k['shared'] / 1024:.3g}" if k["shared"] else ""
+            spilled = f", spills {k['spilled']} bytes" if k["spilled"] else ""
+            cells.setdefault((row["case"], name), {})[row["chip"]] = f"{k['registers']}{shared}{spilled}"
+    lines = [f"| case | kernel | {' | '.join(offline.CHIPS)} |", "|---" * (2 + len(offline.CHIPS)) + "|"]
+    lines += [
+        f"| {case} | {name} | {' | '.join(of.get(c, '') for c in offline.CHIPS)} |"
+        for (case, name), of in cells.items()
+    ]
     return "\n".join(lines)
 
 
