@@ -16,8 +16,12 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import attention, attention_oracle
 from kernels_pallas.cross_entropy import cross_entropy, cross_entropy_oracle
+from kernels_pallas.decode import decode_attention, decode_oracle
 from kernels_pallas.glu import bias_activation, bias_activation_oracle, glu, glu_oracle
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_matmul_oracle
 from kernels_pallas.norm import layer_norm, layer_norm_oracle, rms_norm, rms_norm_oracle
+from kernels_pallas.packed import Layout, Plane, packed_matmul, packed_oracle
+from kernels_pallas.softmax import softmax, softmax_oracle
 
 BFLOAT16 = jnp.bfloat16
 
@@ -40,7 +44,7 @@ class Entry:
         oracle: of the same operands as float32.
         tolerance: the largest norm of the error over the norm of the truth.
         backward: the gradients of `smooth` are timed, from what the forward pass keeps.
-        smooth: positions of the operands that have gradients.
+        smooth: positions of the operands that have gradients, of a backward entry.
         torch: of the operands as tensors: a function for each peer there; None has none.
     """
 
@@ -61,8 +65,11 @@ def entries(*, dry: bool = False) -> Iterator[Entry]:
     """Yields every entry, the most wanted first; `dry` with tiny shapes."""
     first, *others = _SHAPES if not dry else [(64, 64, True, 2, None)]
     yield from _attention(first, dry)
+    yield from _packed(dry)
+    yield from _decode(dry)
     yield from _rows(dry)
     yield from _cross_entropy(dry)
+    yield from _grouped(dry)
     for shape in others:
         yield from _attention(shape, dry)
 
@@ -154,6 +161,7 @@ def _rows(dry: bool) -> Iterator[Entry]:
         "LayerNorm": (layer_norm, layer_norm_oracle, (matrix, column, column), 1),
         "SwiGLU": (glu, glu_oracle, (matrix, matrix), 1),
         "bias and GELU": (bias_activation, bias_activation_oracle, (matrix, column), 1),
+        "softmax": (softmax, softmax_oracle, (matrix,), 1),
     }
     for name, (op, oracle, shapes, results) in table.items():
         matrices = sum(s == matrix for s in shapes)
@@ -186,4 +194,136 @@ def _cross_entropy(dry: bool) -> Iterator[Entry]:
             2.0 * rows * size * vocabulary * (2 if backward else 1),
             {"trustcore": cross_entropy, "xla, plain": cross_entropy_oracle}, operands(rows, size, vocabulary),
             operands(50, 64, 1000), cross_entropy_oracle, backward=backward, smooth=(0, 1),
+        )  # fmt: skip
+
+
+_CODES = (Plane("codes", 4, 16),)
+_FLOAT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # doubled
+_LAYOUTS = (
+    Layout("int4 by 128", 128, (Plane("codes", 4),), extra="zero"),
+    Layout("q4_0", 32, _CODES, offset=8),
+    Layout("q8_0", 32, (Plane("codes", 8),), "signed"),
+    Layout("mxfp4", 32, _CODES, "table", kind="power", table=(*_FLOAT4, *(-x for x in _FLOAT4)), halved=1),
+    Layout("e4m3 by 128", 128, (Plane("codes", 8),), "e4m3"),
+)
+
+
+def _packed(dry: bool) -> Iterator[Entry]:
+    """Products of one token, of some, and of a prompt with packed weights; and those of bfloat16 to set them beside."""
+    size, width = (256, 128) if dry else (8192, 8192)
+    for rows in (1, 16, 4096 if not dry else 32):
+        few = rows < 256
+        yield Entry(
+            f"product of bfloat16 {rows}x{size}x{width}", *_product_work(rows, size, width, 16.0, few),
+            {"xla": jnp.matmul}, normal((rows, size), (size, width)), normal((rows, 256), (256, 128)), jnp.matmul,
+        )  # fmt: skip
+        for layout in _LAYOUTS:
+            shapes = _fields(layout, size, width)
+            bits = 8.0 * sum(x.size * x.dtype.itemsize for x in shapes) / (size * width)
+            both = {
+                "triton": functools.partial(_multiply, packed_matmul, layout, implementation="triton"),
+                "xla, decoded whole": functools.partial(_multiply, packed_oracle, layout),
+            }
+            yield Entry(
+                f"product of {layout.name} {rows}x{size}x{width}", *_product_work(rows, size, width, bits, few), both,
+                functools.partial(_packed_operands, layout, rows, size, width),
+                functools.partial(_packed_operands, layout, rows, 256, 128), both["xla, decoded whole"],
+            )  # fmt: skip
+
+
+def _product_work(rows: int, size: int, width: int, bits: float, few: bool) -> tuple[str, float]:
+    if few:
+        return "bytes", size * width * bits / 8 + 2.0 * rows * (size + width)
+    return "flops", 2.0 * rows * size * width
+
+
+def _multiply(op: Callable[..., Any], layout: Layout, x: Any, *fields: Any, **options: Any) -> Any:
+    return op(x, dict(zip(layout.fields, fields, strict=True)), layout=layout, **options).astype(x.dtype)
+
+
+def _fields(layout: Layout, size: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    signed = {"signed": jnp.int8}.get(layout.number, jnp.uint8)
+    blocks = size // layout.block
+    codes = [jax.ShapeDtypeStruct((blocks, layout.rows(p), width), signed) for p in layout.planes]
+    scale = jnp.uint8 if layout.kind == "power" else jnp.float16
+    return [*codes, *(jax.ShapeDtypeStruct((blocks, width), scale) for _ in layout.fields[len(codes) :])]
+
+
+def _packed_operands(layout: Layout, rows: int, size: int, width: int, key: jax.Array) -> tuple[Any, ...]:
+    keys = jax.random.split(key, 4)
+    codes, *scales = _fields(layout, size, width)
+    # of e4m3 without its two NaN
+    made = [
+        jax.random.randint(keys[0], codes.shape, *((-127, 128) if codes.dtype == jnp.int8 else (0, 127)), jnp.int32)
+    ]
+    made[0] = made[0].astype(codes.dtype)
+    for i, scale in enumerate(scales):
+        if scale.dtype == jnp.uint8:
+            made.append(jax.random.randint(keys[1], scale.shape, 120, 127, jnp.int32).astype(jnp.uint8))
+        else:
+            made.append((jax.random.uniform(keys[2 + i], scale.shape) * (0.02 if i == 0 else 8.0)).astype(scale.dtype))
+    return jax.random.normal(keys[3], (rows, size), BFLOAT16), *made
+
+
+def _decode(dry: bool) -> Iterator[Entry]:
+    """A token of each row of a batch over a long cache: its bytes are the work."""
+    batch, slots, kv_heads, group, size = (2, 64, 2, 2, 64) if dry else (32, 8192, 8, 4, 128)
+    for kind in ("bfloat16", "int8"):
+        full, small = (batch, slots, kv_heads, group, size), (2, 300, 2, 4, 64)
+        contenders = {n: functools.partial(_over_cache, decode_attention, implementation=n) for n in ("triton", "xla")}
+        each = 2.0 if kind == "bfloat16" else 1.0 + 4.0 / size
+        yield Entry(
+            f"decoding {batch}x{slots}, {kv_heads * group} and {kv_heads} heads of {size}, {kind}", "bytes",
+            2.0 * batch * slots * kv_heads * size * each, contenders, functools.partial(_cache, kind, *full),
+            functools.partial(_cache, kind, *small), functools.partial(_over_cache, decode_oracle),
+        )  # fmt: skip
+
+
+def _over_cache(
+    op: Callable[..., Any], query: Any, keys: Any, values: Any, lengths: Any, *scales: Any, **options: Any
+) -> Any:
+    options |= dict(zip(("key_scale", "value_scale"), scales, strict=False))
+    return op(query, keys, values, lengths, **options).astype(query.dtype)
+
+
+def _cache(
+    kind: str, batch: int, slots: int, kv_heads: int, group: int, size: int, key: jax.Array
+) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(key, 5)
+    query = jax.random.normal(keys[0], (batch, 1, kv_heads * group, size), BFLOAT16)
+    shapes = (batch, kv_heads, size, slots), (batch, kv_heads, slots, size)
+    lengths = jnp.full((batch,), slots, jnp.int32).at[0].set(slots - 7)
+    if kind == "bfloat16":
+        return query, *(jax.random.normal(k, s, BFLOAT16) for k, s in zip(keys[1:3], shapes, strict=True)), lengths
+    codes = (jax.random.randint(k, s, -127, 128).astype(jnp.int8) for k, s in zip(keys[1:3], shapes, strict=True))
+    scales = (0.01 + 0.02 * jax.random.uniform(k, (batch, kv_heads, slots)) for k in keys[3:])
+    return query, *codes, lengths, *scales
+
+
+def _grouped(dry: bool) -> Iterator[Entry]:
+    """Products of experts: rows that fall unevenly to them."""
+    rows, experts, size, width = (64, 4, 64, 128) if dry else (16384, 64, 2048, 1408)
+
+    def operands(rows: int, experts: int, size: int, width: int) -> Callable[[jax.Array], tuple[Any, ...]]:
+        def make(key: jax.Array) -> tuple[Any, ...]:
+            x, w = normal((rows, size), (experts, size, width))(key)
+            chosen = jnp.floor(experts * jax.random.uniform(key, (rows,)) ** 1.5).astype(jnp.int32)
+            sizes = jnp.sum(chosen[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
+            return x, w * jnp.asarray(size**-0.5, w.dtype), sizes
+
+        return make
+
+    def ragged(x: Any, w: Any, sizes: Any) -> Any:
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    for backward in (False, True):
+        yield Entry(
+            f"grouped product {'backward' if backward else 'forward'} {rows}x{experts}x{size}x{width}", "flops",
+            2.0 * rows * size * width * (2 if backward else 1),
+            {
+                **{n: functools.partial(grouped_matmul, implementation=n) for n in ("triton", "xla")},
+                "jax.lax.ragged_dot": ragged,
+            },
+            operands(rows, experts, size, width), operands(200, 5, 64, 128), grouped_matmul_oracle, backward=backward,
+            smooth=(0, 1),
         )  # fmt: skip
