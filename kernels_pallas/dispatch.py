@@ -53,6 +53,32 @@ class Target:
         return self.platform + (f" {self.architecture}" if self.architecture else "")
 
 
+OLDEST = 8.0  # compute capability: products of bfloat16 want Ampere
+
+
+def no_triton(target: Target) -> str:
+    """Returns why Pallas-Triton runs nothing there; "" where it runs."""
+    if target.platform not in ("cuda", "rocm"):
+        return f"it runs on cuda and rocm, not on {target.platform}."
+    if target.platform == "cuda" and target.capability is not None and target.capability < OLDEST:
+        return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
+    if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
+        return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
+    return ""
+
+
+def no_mosaic_tpu(target: Target) -> str:
+    """Returns why Pallas-Mosaic for TPUs runs nothing there; "" where it runs."""
+    return "" if target.platform == "tpu" else f"it runs on tpu, not on {target.platform}."
+
+
+def no_sizes(sizes: Sequence[Any]) -> str:
+    """Returns why a kernel cannot have these sizes of axes; "" where it can."""
+    if not all(isinstance(n, int) for n in sizes):
+        return "shapes are symbolic, and it needs numbers."
+    return "an axis is empty." if min(sizes) == 0 else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What became of one implementation: taken, able but not first, or refused for a reason."""
@@ -156,6 +182,19 @@ class Op:
         if reason:
             raise ImplementationError(f"{self.name}: {name!r} cannot compute {call} on {target}: {reason}")
         return implementation
+
+    def check(self, call: Any, name: str | None, interpret: bool) -> None:
+        """Refuses at once what was asked for by name and can be computed nowhere.
+
+        Raises:
+            ImplementationError: the named implementation is not known, cannot compute the call wherever it is lowered,
+                or has no interpreter.
+        """
+        if interpret:
+            target = self.interpreted(name)
+            self.choose(target, call, name)
+        elif name is not None and (home := self.named(name).home) is not None:
+            self.choose(Target(home, ANY_CHIP), call, name)
 
     def tuned(self, target: Target, call: Any, direction: str) -> str | None:
         """Returns the implementation that was found to be the fastest for a call and can compute it, or None."""

@@ -27,13 +27,20 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat, tuning
-from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.dispatch import (
+    Explanation,
+    Implementation,
+    Op,
+    Target,
+    no_mosaic_tpu,
+    no_triton,
+    primitive,
+)
 
 # "row": [R, D]. "column": [D], one for every column. "number": [R], one for every row. "sum": [D], over all rows.
 Kind = Literal["row", "column", "number", "sum"]
 WIDEST = 16384  # D of a program that needs whole rows: 64 KB of float32 in registers or VMEM
 WIDEST_SUMS = 8192  # the same of Triton's programs that sum over rows as well: beyond, they spill
-OLDEST = 8.0  # compute capability that Pallas-Triton wants
 PROGRAMS = 256  # of Triton where rows are summed: about two for each multiprocessor of an H100 or A100
 
 
@@ -149,12 +156,8 @@ def _refusal(call: Call, dtypes: tuple[str, ...]) -> str:
 
 def triton_refusal(target: Target, call: Call) -> str:
     """Returns why Pallas-Triton cannot compute a call there; "" where it can."""
-    if target.platform not in ("cuda", "rocm"):
-        return f"it runs on cuda and rocm, not on {target.platform}."
-    if target.platform == "cuda" and target.capability is not None and target.capability < OLDEST:
-        return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
-    if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
-        return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
+    if reason := no_triton(target):
+        return reason
     sums = any(kind == "sum" for kind, _ in call.program.outputs.values())
     if call.program.whole and sums and isinstance(call.rows.shape[1], int) and call.rows.shape[1] > WIDEST_SUMS:
         return f"rows of {call.rows.shape[1]} are longer than {WIDEST_SUMS}, and sums over rows take registers, too."
@@ -163,8 +166,8 @@ def triton_refusal(target: Target, call: Call) -> str:
 
 def tpu_refusal(target: Target, call: Call) -> str:
     """Returns why Pallas-Mosaic for TPUs cannot compute a call there; "" where it can."""
-    if target.platform != "tpu":
-        return f"it runs on tpu, not on {target.platform}."
+    if reason := no_mosaic_tpu(target):
+        return reason
     return _refusal(call, ("float32", "bfloat16"))
 
 
@@ -430,14 +433,7 @@ class RowOp:
             ImplementationError: the named implementation cannot compute the call.
         """
         call = Call(self.program(spec, tuple(arrays)), arrays)
-        if implementation is not None:
-            home = self.op.named(implementation).home
-            if interpret:
-                self.op.choose(self.op.interpreted(implementation), call, implementation)
-            elif home is not None:  # a reason that holds wherever it is lowered is told at once
-                self.op.choose(Target(home, ANY_CHIP), call, implementation)
-        elif interpret:
-            self.op.interpreted(None)
+        self.op.check(call, implementation, interpret)
         return self._computed((spec, implementation, interpret), _vary_alike(arrays))
 
     def explain(self, spec: Any, arrays: dict[str, Any], platform: str | None, architecture: str | None) -> Explanation:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import _compat
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_sizes
 
 OLDEST, HOPPER = 8.0, 9.0  # compute capabilities
 WIDEST = {False: 128, True: 256}  # head size, before and from Hopper on
@@ -27,10 +27,8 @@ def refusal(target: Target, call: Any) -> str:
         return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
     ops, spec = call.ops, call.spec
     sizes = (*ops.query.shape, *ops.key.shape)
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     if ops.query.dtype.name not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, not {ops.query.dtype}."
     size, widest = ops.query.shape[3], WIDEST[(target.capability or 0.0) >= HOPPER]

@@ -18,7 +18,7 @@ from kernels_pallas.attention import cudnn, mosaic_gpu, tpu, triton, xla
 from kernels_pallas.attention.facts import facts, tuned
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
-from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, ImplementationError, Op, Target, primitive
+from kernels_pallas.dispatch import Explanation, Implementation, ImplementationError, Op, Target, primitive
 
 _BY_BATCH = ("query", "key", "value", "query_positions", "key_positions", "query_segments", "key_segments")
 _ROWS = ("lse", "delta", "cotangent")
@@ -95,14 +95,7 @@ def attention(
         ),
         causal=causal, window=window, scale=scale, soft_cap=soft_cap, dropout=dropout,
     )  # fmt: skip
-    if implementation is not None:
-        named = ATTENTION.named(implementation)
-        if interpret:
-            ATTENTION.choose(ATTENTION.interpreted(implementation), call, implementation)
-        elif named.home is not None:  # a reason that holds wherever it is lowered is told at once
-            ATTENTION.choose(Target(named.home, ANY_CHIP), call, implementation)
-    elif interpret:
-        ATTENTION.interpreted(None)
+    ATTENTION.check(call, implementation, interpret)
     fields = call.ops._asdict()
     names = [n for n, x in fields.items() if x is not None]
     alike = dict(zip(names, _compat.vary_alike([fields[n] for n in names]), strict=True))

@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import _compat
 from kernels_pallas.attention.blocks import padded
 from kernels_pallas.attention.spec import NO_KEY
-from kernels_pallas.dispatch import ANY_CHIP, Target
+from kernels_pallas.dispatch import ANY_CHIP, Target, no_sizes
 
 SIZES = (64, 128, 192, 256)  # head sizes: multiples of the 64 numbers that a swizzled row of shared memory holds
 WIDEST_BACKWARD = 128  # dK and dV of a wider head do not fit the registers beside the scores
@@ -65,10 +65,8 @@ def refusal(target: Target, call: Any) -> str:
         return f"it needs compute capability {CAPABILITY} (Hopper's wgmma) and the chip has {target.architecture}."
     ops, spec = call.ops, call.spec
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     if ops.query.dtype.name not in ("bfloat16", "float16"):
         return f"it takes bfloat16 and float16, not {ops.query.dtype}."
     for size in (ops.query.shape[3], ops.value.shape[3]):

@@ -38,7 +38,7 @@ from kernels_pallas.attention.spec import (
     seen,
     uncapped,
 )
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_mosaic_tpu, no_sizes
 
 LARGEST = 256  # head size
 
@@ -54,13 +54,11 @@ class Blocks:
 def refusal(target: Target, call: Any) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
     ops = call.ops
-    if target.platform != "tpu":
-        return f"it runs on tpu, not on {target.platform}."
+    if reason := no_mosaic_tpu(target):
+        return reason
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     if ops.query.dtype.name not in ("float32", "bfloat16"):
         return f"it takes float32 and bfloat16, not {ops.query.dtype}."
     widest = max(ops.query.shape[3], ops.value.shape[3])

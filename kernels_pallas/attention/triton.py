@@ -39,10 +39,9 @@ from kernels_pallas.attention.spec import (
     seen,
     uncapped,
 )
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_sizes, no_triton
 
 SIZES = (1, 256)  # head sizes
-OLDEST = 8.0  # compute capability: Triton's products of bfloat16 want Ampere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +57,11 @@ class Blocks:
 def refusal(target: Target, call: Any) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
     ops = call.ops
-    if target.platform not in ("cuda", "rocm"):
-        return f"it runs on cuda and rocm, not on {target.platform}."
-    if target.platform == "cuda" and target.capability is not None and target.capability < OLDEST:
-        return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
-    if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
-        return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
+    if reason := no_triton(target):
+        return reason
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     if ops.query.dtype.name not in ("float32", "bfloat16", "float16"):
         return f"it takes float32, bfloat16 and float16, not {ops.query.dtype}."
     widest = max(ops.query.shape[3], ops.value.shape[3])

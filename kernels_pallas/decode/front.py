@@ -17,7 +17,7 @@ from kernels_pallas import _compat
 from kernels_pallas.codes import as_bytes
 from kernels_pallas.decode import tpu, triton, xla
 from kernels_pallas.decode.spec import Call, Operands, Results, Spec
-from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KINDS = {"int8": "int8", "float8_e4m3fn": "float8", "uint8": "int4"}
@@ -71,14 +71,7 @@ def decode_attention(
     """
     ops = Operands(query, keys, values, lengths, key_scale, value_scale, pages, slopes, sinks)
     call = _checked(ops, window=window, scale=scale, soft_cap=soft_cap)
-    if implementation is not None:
-        named = DECODE.named(implementation)
-        if interpret:
-            DECODE.choose(DECODE.interpreted(implementation), call, implementation)
-        elif named.home is not None:  # a reason that holds wherever it is lowered is told at once
-            DECODE.choose(Target(named.home, ANY_CHIP), call, implementation)
-    elif interpret:
-        DECODE.interpreted(None)
+    DECODE.check(call, implementation, interpret)
     fields = {n: x for n, x in call.ops._asdict().items() if x is not None}
     fields = {
         n: as_bytes(x) if n in ("keys", "values") and call.spec.kind == "float8" else x for n, x in fields.items()

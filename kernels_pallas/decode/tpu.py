@@ -33,7 +33,7 @@ from kernels_pallas.decode.spec import (
     split_rows,
     weighted,
 )
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_mosaic_tpu, no_sizes
 
 LARGEST = 1024  # channels of a part
 
@@ -49,13 +49,11 @@ class Blocks:
 def refusal(target: Target, call: Call) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
     ops = call.ops
-    if target.platform != "tpu":
-        return f"it runs on tpu, not on {target.platform}."
+    if reason := no_mosaic_tpu(target):
+        return reason
     sizes = (*ops.query.shape, *ops.keys.shape, *ops.values.shape, call.slots)
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
         if x.dtype.name not in ("float32", "bfloat16"):
             return f"it takes float32 and bfloat16, not {x.dtype}."

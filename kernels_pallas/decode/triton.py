@@ -34,10 +34,9 @@ from kernels_pallas.decode.spec import (
     split_rows,
     weighted,
 )
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_sizes, no_triton
 
 LARGEST = 256  # channels of a part
-OLDEST = 8.0  # compute capability: Triton's products of bfloat16 want Ampere
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 SHORTEST = 256  # slots of a split
 
@@ -56,17 +55,11 @@ class Blocks:
 def refusal(target: Target, call: Call) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
     ops = call.ops
-    if target.platform not in ("cuda", "rocm"):
-        return f"it runs on cuda and rocm, not on {target.platform}."
-    if target.platform == "cuda" and target.capability is not None and target.capability < OLDEST:
-        return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
-    if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
-        return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
+    if reason := no_triton(target):
+        return reason
     sizes = (*ops.query.shape, *ops.keys.shape, *ops.values.shape, call.slots)
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
         if x.dtype.name not in ("float32", "bfloat16", "float16"):
             return f"it takes float32, bfloat16 and float16, not {x.dtype}."

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import _compat
-from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 from kernels_pallas.grouped_matmul import tpu, triton, xla
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -72,14 +72,7 @@ def grouped_matmul(
         ImplementationError: the named implementation cannot compute the call.
     """
     call = _checked(x, w, sizes)
-    if implementation is not None:
-        home = GROUPED_MATMUL.named(implementation).home
-        if interpret:
-            GROUPED_MATMUL.choose(GROUPED_MATMUL.interpreted(implementation), call, implementation)
-        elif home is not None:  # a reason that holds wherever it is lowered is told at once
-            GROUPED_MATMUL.choose(Target(home, ANY_CHIP), call, implementation)
-    elif interpret:
-        GROUPED_MATMUL.interpreted(None)
+    GROUPED_MATMUL.check(call, implementation, interpret)
     sizes = sizes.astype(jnp.int32)
     x, w, starts, sizes = _compat.vary_alike([x, w, jnp.cumsum(sizes, dtype=jnp.int32) - sizes, sizes])
     return _rows((False, implementation, interpret), x, w, (starts, sizes))

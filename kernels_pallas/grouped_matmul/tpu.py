@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_mosaic_tpu
 from kernels_pallas.grouped_matmul.visits import covered, refusal_of_shapes, visits
 
 DEEPEST = 16384  # K: a matrix's block of 128 columns is then 8 MB of float32
@@ -39,8 +39,8 @@ class Blocks:
 
 def refusal(target: Target, call: Any) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
-    if target.platform != "tpu":
-        return f"it runs on tpu, not on {target.platform}."
+    if reason := no_mosaic_tpu(target):
+        return reason
     return refusal_of_shapes(call, ("float32", "bfloat16"), DEEPEST)
 
 

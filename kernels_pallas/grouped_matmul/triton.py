@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_triton
 from kernels_pallas.grouped_matmul.visits import covered, refusal_of_shapes
-from kernels_pallas.rows import OLDEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +38,8 @@ class Blocks:
 
 def refusal(target: Target, call: Any) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
-    if target.platform not in ("cuda", "rocm"):
-        return f"it runs on cuda and rocm, not on {target.platform}."
-    if target.platform == "cuda" and target.capability is not None and target.capability < OLDEST:
-        return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
-    if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
-        return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
+    if reason := no_triton(target):
+        return reason
     return refusal_of_shapes(call, ("float32", "bfloat16", "float16"), 2**30)
 
 

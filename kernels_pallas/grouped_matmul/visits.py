@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.dispatch import no_sizes
+
 
 class Visits(NamedTuple):
     """Of pair v: `block[v]` and `segment[v]`, int32 `[V]`; `count[0]` of them are pairs, the others repeat the last."""
@@ -42,10 +44,8 @@ def covered(starts: jax.Array, sizes: jax.Array, rows: int) -> jax.Array:
 def refusal_of_shapes(call: Any, dtypes: tuple[str, ...], deepest: int) -> str:
     """Returns why a kernel cannot compute a call whatever the chip; "" where it can."""
     sizes = (*call.x.shape, *call.second.shape, *call.sizes.shape)
-    if not all(isinstance(n, int) for n in sizes):
-        return "shapes are symbolic, and it needs numbers."
-    if min(sizes) == 0:
-        return "an axis is empty."
+    if reason := no_sizes(sizes):
+        return reason
     if call.x.dtype.name not in dtypes:
         return f"it takes {', '.join(dtypes[:-1])} and {dtypes[-1]}, not {call.x.dtype}."
     if call.x.shape[1] > deepest:

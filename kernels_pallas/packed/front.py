@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import _compat
 from kernels_pallas.codes import as_bytes
-from kernels_pallas.dispatch import ANY_CHIP, Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 from kernels_pallas.packed import tpu, triton
 from kernels_pallas.packed.layout import KINDS, NUMBERS, Layout, decoded
 from kernels_pallas.packed.spec import Call
@@ -57,14 +57,7 @@ def packed_matmul(
         ImplementationError: the named implementation cannot compute the call.
     """
     call = _checked(layout, x, fields, plain)
-    if implementation is not None:
-        named = PACKED.named(implementation)
-        if interpret:
-            PACKED.choose(PACKED.interpreted(implementation), call, implementation)
-        elif named.home is not None:  # a reason that holds wherever it is lowered is told at once
-            PACKED.choose(Target(named.home, ANY_CHIP), call, implementation)
-    elif interpret:
-        PACKED.interpreted(None)
+    PACKED.check(call, implementation, interpret)
     given = [as_bytes(f) if f.dtype.itemsize == 1 else f for f in (call.fields[n] for n in layout.fields)]
     x, *given = _compat.vary_alike([x, *given])
     return _product((layout, plain, implementation, interpret), x, given)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_mosaic_tpu, no_sizes
 from kernels_pallas.packed import layout as layouts
 from kernels_pallas.packed.layout import Plane, laid_out, unit_weights
 from kernels_pallas.packed.spec import Call
@@ -38,12 +38,10 @@ class Blocks:
 
 def refusal(target: Target, call: Call) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
-    if target.platform != "tpu":
-        return f"it runs on tpu, not on {target.platform}."
-    if not all(isinstance(n, int) for n in (*call.x.shape, call.columns)):
-        return "shapes are symbolic, and it needs numbers."
-    if min(*call.x.shape, call.columns) == 0:
-        return "an axis is empty."
+    if reason := no_mosaic_tpu(target):
+        return reason
+    if reason := no_sizes((*call.x.shape, call.columns)):
+        return reason
     if call.x.dtype.name not in ("float32", "bfloat16"):
         return f"it takes float32 and bfloat16, not {call.x.dtype}."
     return layouts.refusal(call.layout)

@@ -23,12 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
-from kernels_pallas.dispatch import Target
+from kernels_pallas.dispatch import Target, no_sizes, no_triton
 from kernels_pallas.packed import layout as layouts
 from kernels_pallas.packed.layout import Plane, laid_out, unit_weights
 from kernels_pallas.packed.spec import Call
 
-OLDEST = 8.0  # compute capability: Triton's products of bfloat16 want Ampere
 FEW = 4  # rows up to which x is multiplied without the matrix units
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
@@ -47,16 +46,10 @@ class Blocks:
 
 def refusal(target: Target, call: Call) -> str:
     """Returns why these kernels cannot compute a call there; "" where they can."""
-    if target.platform not in ("cuda", "rocm"):
-        return f"it runs on cuda and rocm, not on {target.platform}."
-    if target.platform == "cuda" and target.capability is not None and target.capability < OLDEST:
-        return f"it needs compute capability {OLDEST} and the chip has {target.capability}."
-    if target.architecture is None and _compat.TRITON_NEEDS_A_CHIP:
-        return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
-    if not all(isinstance(n, int) for n in (*call.x.shape, call.columns)):
-        return "shapes are symbolic, and it needs numbers."
-    if min(*call.x.shape, call.columns) == 0:
-        return "an axis is empty."
+    if reason := no_triton(target):
+        return reason
+    if reason := no_sizes((*call.x.shape, call.columns)):
+        return reason
     if call.x.dtype.name not in ("float32", "bfloat16", "float16"):
         return f"it takes float32, bfloat16 and float16, not {call.x.dtype}."
     return layouts.refusal(call.layout)
