@@ -148,13 +148,15 @@ def test_packed_texts_are_those_texts_alone():
     def alone(model):
         return jnp.concatenate([model(tokens[:, :4])[0], model(tokens[:, 4:])[0]])
 
-    found, expected = (
-        jax.jit(jax.value_and_grad(lambda m, f=f: (jnp.sum(jnp.sin(f(m))), f(m)), has_aux=True))(model)
-        for f in (packed, alone)
-    )
+    with jax.enable_x64(True):  # gradients of hundreds: float32 has not the digits
+        wide = Decoder(model.config, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        found, expected = (
+            jax.jit(jax.value_and_grad(lambda m, f=f: (jnp.sum(jnp.sin(f(m))), f(m)), has_aux=True))(wide)
+            for f in (packed, alone)
+        )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)))
-    np.testing.assert_allclose(scan_layers(model)(tokens, segments=segments)[0], expected[0][1], atol=1e-4)
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    np.testing.assert_allclose(scan_layers(model)(tokens, segments=segments)[0], alone(model), atol=1e-4)
     with pytest.raises(ModelError, match="segments are of whole rows; they come without a cache, lengths and mask"):
         model(tokens, segments=segments, lengths=jnp.asarray([11]))
 

@@ -200,7 +200,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
         return value, lambda cotangent: jax.tree.map(lambda g: cotangent * g, gradients)
 
     # Angles and slopes are float32, which is exact enough: they are constants of the function.
-    check_vjp(run, backward, (params, x), atol=1e-6, rtol=5e-6)
+    check_vjp(run, backward, (params, x), atol=1e-6, rtol=1e-6)
     moved = [bool(jnp.any(g != 0)) for g in jax.tree.leaves(both(params, x)[1])]
     assert sum(moved) == len(moved) - CASES[name].unmoved
 
