@@ -11,7 +11,8 @@ float32 (float64 in XLA's form for float64); the machines load, mask, round, sto
                 its own row, and left out of sums
 
 A program that needs whole rows (a mean) has one column block; Triton fills it up to a power of two. No operand is
-padded in memory. Block sizes are not tuned, and nothing here has been measured on a GPU or TPU.
+padded in memory. Nothing here has been measured on a GPU or TPU. The three machines stand side by side in one file, so
+that what a tile is stands in one place.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ blocks that no row of a tile sees are skipped; blocks that all rows see whole ta
 tiles of a causal mask start first.
 
 Masks: causal and windows, of positions that count up. Operands bfloat16 or float16. The blocks of `blocks_of` compile
-for sm_90a without spilling (`make aot`); nothing here has been run on a GPU.
+for sm_90a without spilling (`make aot`); nothing here has been run on a GPU. The three kernels stand in one file: they
+share the ring, the order of blocks and the masks, which is most of it.
 """
 
 from __future__ import annotations

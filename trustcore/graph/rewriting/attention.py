@@ -10,7 +10,8 @@ one that is causal, or a band, becomes so; another one is handed on. What is not
 that are used elsewhere) keeps the attention as it is, and the report says so.
 
 Where a query sees no key, a softmax of -inf gives NaN and one of a large negative number the mean of all values; the
-kernel gives zeros. Proofs are made with masks that leave each query a key.
+kernel gives zeros. Proofs are made with masks that leave each query a key. It is one long file: each step back from the
+output hands the next one what it has found, and none is of use alone.
 """
 
 from __future__ import annotations
