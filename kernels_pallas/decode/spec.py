@@ -16,7 +16,7 @@ parts along H, so nothing is put together in a kernel. All else comes in one par
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention.spec import HIDDEN
 from kernels_pallas.codes import float8_e4m3, unsigned
+from kernels_pallas.dispatch import no_sizes
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -240,3 +241,16 @@ def merged(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     some = jnp.where(total > 0, total, 1.0)
     out = jnp.sum(outs * (shares / some)[..., None], axis=0)
     return out, jnp.where(total > 0, floor + jnp.log(some), -jnp.inf)[0]
+
+
+def refusal_of_shapes(call: Call, dtypes: Sequence[str], largest: int) -> str:
+    """Returns why a kernel cannot compute a call whatever the chip; "" where it can. `largest`: channels of a part."""
+    ops = call.ops
+    if reason := no_sizes((*ops.query.shape, *ops.keys.shape, *ops.values.shape, call.slots)):
+        return reason
+    for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
+        if x.dtype.name not in dtypes:
+            return f"it takes {', '.join(dtypes[:-1])} and {dtypes[-1]}, not {x.dtype}."
+    if max(call.sizes) > largest:
+        return f"head size {max(call.sizes) * call.spec.parts} is above {largest * call.spec.parts}."
+    return ""

@@ -30,10 +30,11 @@ from kernels_pallas.decode.spec import (
     joined_numbers,
     joined_rows,
     products,
+    refusal_of_shapes,
     split_rows,
     weighted,
 )
-from kernels_pallas.dispatch import Target, no_mosaic_tpu, no_sizes
+from kernels_pallas.dispatch import Target, no_mosaic_tpu
 
 LARGEST = 1024  # channels of a part
 
@@ -51,14 +52,8 @@ def refusal(target: Target, call: Call) -> str:
     ops = call.ops
     if reason := no_mosaic_tpu(target):
         return reason
-    sizes = (*ops.query.shape, *ops.keys.shape, *ops.values.shape, call.slots)
-    if reason := no_sizes(sizes):
+    if reason := refusal_of_shapes(call, ("float32", "bfloat16"), LARGEST):
         return reason
-    for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
-        if x.dtype.name not in ("float32", "bfloat16"):
-            return f"it takes float32 and bfloat16, not {x.dtype}."
-    if max(call.sizes) > LARGEST:
-        return f"head size {max(call.sizes) * call.spec.parts} is above {LARGEST * call.spec.parts}."
     if ops.pages is not None and (call.page % 128 or call.page > 4096):
         # libtpu 0.0.42 copies whole pools of shorter pages into another layout at each call.
         return f"pages of {call.page} slots are no multiple of 128 up to 4096."

@@ -31,10 +31,11 @@ from kernels_pallas.decode.spec import (
     joined_rows,
     merged,
     products,
+    refusal_of_shapes,
     split_rows,
     weighted,
 )
-from kernels_pallas.dispatch import Target, no_sizes, no_triton
+from kernels_pallas.dispatch import Target, no_triton
 
 LARGEST = 256  # channels of a part
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
@@ -57,14 +58,8 @@ def refusal(target: Target, call: Call) -> str:
     ops = call.ops
     if reason := no_triton(target):
         return reason
-    sizes = (*ops.query.shape, *ops.keys.shape, *ops.values.shape, call.slots)
-    if reason := no_sizes(sizes):
+    if reason := refusal_of_shapes(call, ("float32", "bfloat16", "float16"), LARGEST):
         return reason
-    for x in (ops.query, *((ops.keys,) if call.spec.kind == "float" else ())):
-        if x.dtype.name not in ("float32", "bfloat16", "float16"):
-            return f"it takes float32, bfloat16 and float16, not {x.dtype}."
-    if max(call.sizes) > LARGEST:
-        return f"head size {max(call.sizes) * call.spec.parts} is above {LARGEST * call.spec.parts}."
     if ops.pages is not None and call.page % 16:
         return f"pages of {call.page} slots are no multiple of 16."
     return ""
