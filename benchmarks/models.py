@@ -101,6 +101,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "qwen3_moe": ({**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 512, "head_dim": 64}, "decoder"),
     "gpt_oss": ({**_EXPERTS, "num_local_experts": 4, "head_dim": 64, "sliding_window": 64}, "decoder"),
+    "llama4_text": (
+        {**_EXPERTS, "num_local_experts": 4, "head_dim": 64, "intermediate_size_mlp": 1536, "attention_chunk_size": 64},
+        "decoder",
+    ),
     "deepseek_v2": ({**_DEEPSEEK, "topk_method": "greedy"}, "decoder"),
     "deepseek_v3": ({**_DEEPSEEK, "n_group": 1, "topk_group": 1}, "decoder"),
     "gpt2": ({"vocab_size": 16384, "n_embd": 576, "n_layer": 6, "n_head": 9, "n_positions": 1024}, "decoder"),

@@ -81,7 +81,12 @@ def _traits(config: DecoderConfig) -> Iterator[str]:
     if c.qkv_bias:
         yield f"biases of queries, keys, values{' and output' if c.out_bias else ''}"
     if c.qk_norm is not None:
-        how = {"head": "head by head", "whole": "over all heads", "each": "with a gain for each head"}[c.qk_norm]
+        how = {
+            "head": "head by head",
+            "whole": "over all heads",
+            "each": "with a gain for each head",
+            "turned": "after they have turned",
+        }[c.qk_norm]
         yield f"queries and keys normalized {how}"
     if c.alibi is not None:
         yield "ALiBi"
@@ -91,6 +96,10 @@ def _traits(config: DecoderConfig) -> Iterator[str]:
         yield "interleaved rotary pairs"
     if c.positioned is not None:
         yield "layers without positions"
+    if c.temperature is not None:
+        yield "queries there grow with the position"
+    if c.chunk is not None:
+        yield f"attention within chunks{'' if c.chunked is None else ' in some layers'}"
     if c.window is not None:
         yield f"sliding window{'' if c.windowed is None else ' in some layers'}"
     if c.window_rope is not None:

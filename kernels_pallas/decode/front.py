@@ -35,6 +35,7 @@ def decode_attention(
     value_scale: jax.Array | None = None,
     pages: jax.Array | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
@@ -59,7 +60,7 @@ def decode_attention(
         query, keys, values, lengths: see `decode_oracle`, as are all but the last two options. Floats of the cache may
             have another dtype than the query's.
         key_scale, value_scale, pages, slopes, sinks: arrays.
-        window, scale, soft_cap: static.
+        window, chunk, scale, soft_cap: static.
         return_lse: the pair of output and log-sum-exp, `[B, N, T]`.
         implementation: None takes the first that can compute the call where it runs, see `explain`. A name is taken, or
             raises.
@@ -70,7 +71,7 @@ def decode_attention(
         ImplementationError: the named implementation cannot compute the call.
     """
     ops = Operands(query, keys, values, lengths, key_scale, value_scale, pages, slopes, sinks)
-    call = _checked(ops, window=window, scale=scale, soft_cap=soft_cap)
+    call = _checked(ops, window=window, chunk=chunk, scale=scale, soft_cap=soft_cap)
     DECODE.check(call, implementation, interpret)
     fields = {n: x for n, x in call.ops._asdict().items() if x is not None}
     fields = {
@@ -106,14 +107,19 @@ def explain(
         platform = _compat.default_platform()
     architecture = architecture or _compat.device_kind(platform)
     lengths = jax.ShapeDtypeStruct((query.shape[0],), jnp.int32) if lengths is None else lengths
-    static = {n: options.pop(n) for n in ("window", "scale", "soft_cap") if n in options}
+    static = {n: options.pop(n) for n in ("window", "chunk", "scale", "soft_cap") if n in options}
     return DECODE.explain(
         Target(platform, architecture), _checked(Operands(query, keys, values, lengths, **options), **static)
     )
 
 
 def _checked(
-    ops: Operands, *, window: int | None = None, scale: float | None = None, soft_cap: float | None = None
+    ops: Operands,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Call:
     query, keys, values = ops[:3]
     shapes = (
@@ -165,8 +171,10 @@ def _checked(
             raise ValueError(f"decode_attention: {name} is {x.dtype} and must be int32.")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention: window is {window}; it counts at least the query itself, 1.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"decode_attention: chunk is {chunk}; a chunk has at least one position.")
     factor = size**-0.5 if scale is None else float(scale)
-    return Call(Spec(factor, kind, window, None if soft_cap is None else float(soft_cap)), ops)
+    return Call(Spec(factor, kind, window, chunk, None if soft_cap is None else float(soft_cap)), ops)
 
 
 def _call(*operands: Any, spec: Spec, fields: tuple[str, ...], wanted: tuple[str, ...] = ()) -> Call:

@@ -20,6 +20,7 @@ def decode_oracle(
     value_scale: jax.Array | None = None,
     pages: jax.Array | None = None,
     window: int | None = None,
+    chunk: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
@@ -39,6 +40,7 @@ def decode_oracle(
         pages: int32 `[B, M]`: the cache's first axis counts pages, and page m of row b is the one of that number; one
             that is not there holds nothing. None: the first axis is B.
         window: keys a query sees, itself included; None: all before it.
+        chunk: positions fall into chunks of this many, and queries see keys of their own one alone; None: of all.
         scale: None is `H ** -0.5`.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
         slopes: `[N]`, times the key's position less the query's.
@@ -57,9 +59,12 @@ def decode_oracle(
     places = places if there is None else jnp.where(there, places, -1)
     count = query.shape[1]
     positions = lengths[:, None] - count + jnp.arange(count, dtype=jnp.int32)[None, :]
+    chunks: dict[str, Any] = {}
+    if chunk is not None:
+        chunks = {"query_segments": positions // chunk, "key_segments": places // chunk}
     return attention_oracle(
         query, k, v, query_positions=positions, key_positions=places, window=window, scale=scale, soft_cap=soft_cap,
-        slopes=slopes, sinks=sinks, return_lse=return_lse,
+        slopes=slopes, sinks=sinks, return_lse=return_lse, **chunks,
     )  # fmt: skip
 
 

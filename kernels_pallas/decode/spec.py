@@ -36,6 +36,7 @@ class Spec:
     scale: float
     kind: str
     window: int | None = None
+    chunk: int | None = None
     soft_cap: float | None = None
 
     @property
@@ -220,9 +221,19 @@ def hidden(spec: Spec, scores: jax.Array, positions: jax.Array, slots: jax.Array
     if slope is not None:
         scores = scores + slope.astype(scores.dtype) * (slots - positions).astype(scores.dtype)
     visible = (slots <= positions) & (slots >= 0)
-    if spec.window is not None:
-        visible = visible & (slots > positions - spec.window)
+    first = first_seen(spec, positions)
+    if first is not None:
+        visible = visible & (slots >= first)
     return jnp.where(visible, scores, jnp.asarray(HIDDEN, scores.dtype))
+
+
+def first_seen(spec: Spec, positions: jax.Array) -> jax.Array | None:
+    """Returns the first slot that queries at these positions see, which never falls as they grow; None: all before."""
+    first = None if spec.window is None else positions - (spec.window - 1)
+    if spec.chunk is None:
+        return first
+    start = positions - jax.lax.rem(positions, jnp.full_like(positions, spec.chunk))
+    return start if first is None else jnp.maximum(first, start)
 
 
 def merged(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:

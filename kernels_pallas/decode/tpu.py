@@ -26,6 +26,7 @@ from kernels_pallas.decode.spec import (
     Call,
     by_row,
     capped,
+    first_seen,
     hidden,
     joined_numbers,
     joined_rows,
@@ -148,9 +149,9 @@ def _run(call: Call, blocks: Blocks, length: Any, i: Any) -> tuple[Any, Any]:
     start, groups, size = length - call.length, jnp.int32(call.groups), jnp.int32(blocks.slots)
     last = start + jax.lax.div(jnp.minimum((i + 1) * blocks.rows, call.rows) - 1, groups)
     end = jnp.minimum(jax.lax.div(jnp.maximum(last + blocks.slots, 0), size), pl.cdiv(call.slots, blocks.slots))
-    if call.spec.window is None:
+    first = first_seen(call.spec, start + jax.lax.div(i * blocks.rows, groups))
+    if first is None:
         return jnp.int32(0), end
-    first = start + jax.lax.div(i * blocks.rows, groups) - (call.spec.window - 1)
     return jnp.minimum(jax.lax.div(jnp.maximum(first, 0), size), end), end
 
 

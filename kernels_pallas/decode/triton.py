@@ -26,6 +26,7 @@ from kernels_pallas.decode.spec import (
     Call,
     by_row,
     capped,
+    first_seen,
     hidden,
     joined_numbers,
     joined_rows,
@@ -184,8 +185,8 @@ class _Tiles:
         end = jnp.minimum(jax.lax.div(jnp.maximum(last + block, 0), jnp.int32(block)), (self.split + 1) * each)
         end = jnp.minimum(end, pl.cdiv(call.slots, block))
         begin = self.split * each
-        if call.spec.window is not None:
-            first = self.first + jax.lax.div(jnp.int32(self.row), jnp.int32(call.groups)) - (call.spec.window - 1)
+        first = first_seen(call.spec, self.first + jax.lax.div(jnp.int32(self.row), jnp.int32(call.groups)))
+        if first is not None:
             begin = jnp.maximum(begin, jax.lax.div(jnp.maximum(first, 0), jnp.int32(block)))
         return begin, end
 

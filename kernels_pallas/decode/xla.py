@@ -21,6 +21,7 @@ from kernels_pallas.decode.spec import (
     Call,
     by_row,
     capped,
+    first_seen,
     hidden,
     joined_numbers,
     joined_rows,
@@ -300,9 +301,9 @@ class _Plan:
         count = -(-self.call.slots // self.split)
         end = jnp.minimum(jnp.maximum(jnp.max(positions) + self.split, 0) // self.split, count)
         begin = jnp.int32(0)
-        if self.call.spec.window is not None:
-            # Of the rows that see something: the others stand before all slots.
-            first = jnp.min(jnp.where(positions >= 0, positions, 2**30)) - (self.call.spec.window - 1)
+        # Of the rows that see something: the others stand before all slots.
+        first = first_seen(self.call.spec, jnp.min(jnp.where(positions >= 0, positions, 2**30)))
+        if first is not None:
             begin = jnp.minimum(jnp.maximum(first, 0) // self.split, end)
         return jax.lax.fori_loop(begin, end, step, carry)
 

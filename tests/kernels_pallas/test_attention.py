@@ -15,15 +15,17 @@ from trustcore.ops.attention import LayerCache, _encode_half, _hadamard, cached_
 
 # B, T, N, K, H, S, window, soft cap
 CASES = {
-    "one token": (1, 1, 9, 3, 64, 100, None, None),
-    "rows of several tokens": (2, 5, 4, 4, 32, 80, None, None),
-    "many rows, many slots": (3, 40, 8, 2, 64, 700, None, None),
-    "window and soft cap": (2, 70, 6, 2, 16, 300, 17, 20.0),
-    "one token, long cache": (2, 1, 9, 3, 64, 1000, None, None),
-    "one token, window": (2, 1, 9, 3, 64, 1000, 100, None),
-    "more than a block of queries": (1, 600, 2, 1, 32, 640, None, None),
-    "head size 80": (1, 3, 2, 2, 80, 50, None, None),
-    "head size 24": (1, 3, 2, 2, 24, 50, None, None),
+    "one token": (1, 1, 9, 3, 64, 100, None, None, None),
+    "rows of several tokens": (2, 5, 4, 4, 32, 80, None, None, None),
+    "many rows, many slots": (3, 40, 8, 2, 64, 700, None, None, None),
+    "window and soft cap": (2, 70, 6, 2, 16, 300, 17, 20.0, None),
+    "one token, long cache": (2, 1, 9, 3, 64, 1000, None, None, None),
+    "one token, window": (2, 1, 9, 3, 64, 1000, 100, None, None),
+    "more than a block of queries": (1, 600, 2, 1, 32, 640, None, None, None),
+    "head size 80": (1, 3, 2, 2, 80, 50, None, None, None),
+    "head size 24": (1, 3, 2, 2, 24, 50, None, None, None),
+    "chunks": (2, 40, 6, 2, 64, 300, None, None, 48),
+    "one token, chunks and window": (3, 1, 9, 3, 64, 1000, 100, None, 130),
 }
 # Largest difference for standard normal inputs. Codes of 8 bits are off by 1/254 of a vector's largest channel, float8
 # by 1/16 of each channel, codes of 4 bits by 1/30 of a vector's range, which is about 5 wide.
@@ -76,17 +78,21 @@ def cached_cases():
 @pytest.mark.parametrize(("name", "implementation", "dtype"), list(cached_cases()))
 def test_cached_attention(name, implementation, dtype):
     case = CASES[name]
-    _, t, _, _, h, s, window, soft_cap = case
+    _, t, _, _, h, s, window, soft_cap, chunk = case
     if implementation == "native" and native_refusal(h, dtype):
         pytest.skip(native_refusal(h, dtype))
     query, key, value, start = tokens(case)
     cache, (new_key, new_value) = filled(case, key, value, start, dtype)
     out, extended = jax.jit(
-        lambda *a: cached_attention(*a, window=window, soft_cap=soft_cap, implementation=implementation)
+        lambda *a: cached_attention(*a, window=window, chunk=chunk, soft_cap=soft_cap, implementation=implementation)
     )(query, new_key, new_value, cache, start)
     positions = start[:, None] + jnp.arange(t)[None, :]
+    places = jnp.broadcast_to(jnp.arange(s), (query.shape[0], s))
+    chunks = {} if chunk is None else {"query_segments": positions // chunk, "key_segments": places // chunk}
     oracle = jax.jit(
-        lambda *a: kernels.attention_oracle(*a[:3], query_positions=a[3], window=window, soft_cap=soft_cap)
+        lambda *a: kernels.attention_oracle(
+            *a[:3], query_positions=a[3], key_positions=places, window=window, soft_cap=soft_cap, **chunks
+        )
     )
     expected = oracle(query, key, value, positions)
     assert jnp.max(jnp.abs(out - expected)) < TOLERANCE[dtype]
@@ -161,7 +167,7 @@ def test_tokens_beyond_the_last_slot_are_dropped(implementation):
 @pytest.mark.parametrize("name", CASES)
 def test_attention_without_a_cache(name):
     case = CASES[name]
-    _, t, _, _, _, _, window, soft_cap = case
+    _, t, _, _, _, _, window, soft_cap, _ = case
     query, key, value, start = tokens(case)
     options = {"query_positions": start[:, None] + jnp.arange(t)[None, :], "window": window, "soft_cap": soft_cap}
 
@@ -274,7 +280,7 @@ def test_slopes_sinks_and_values_of_another_size(case, options):
     """Without a cache and with one; the CPU handler says why it does not take them."""
     case = CASES[case]
     query, key, value, start = tokens(case)
-    window, soft_cap = case[6:]
+    window, soft_cap, _ = case[6:]
     value = value[..., :8]
     rng = np.random.default_rng(5)
     given = {name: jnp.asarray(rng.uniform(0.1, 1, case[2]), jnp.float32) for name in ("slopes", "sinks")}

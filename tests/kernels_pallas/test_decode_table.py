@@ -36,6 +36,8 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "pages": ((3, 2, 4, 2, 16, 250, "float"), {"page": 128, "sinks": True}),
     "pages of int4": ((2, 1, 4, 2, 16, 384, "int4"), {"page": 128, "window": 150}),
     "more rows than a block": ((1, 30, 6, 1, 16, 90, "int8"), {"window": 40}),
+    "chunks": ((2, 5, 4, 2, 16, 90, "float"), {"chunk": 35}),
+    "chunks, window, pages": ((2, 20, 4, 2, 16, 250, "float"), {"page": 128, "chunk": 60, "window": 50}),
 }  # fmt: skip
 SLOW = {
     ("pages of int4", "triton"),
@@ -140,7 +142,7 @@ def test_narrow_queries(kind: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize(
-    "name", ["window, soft cap, values of another size", "sinks and slopes", "int8", "int4", "pages"]
+    "name", ["window, soft cap, values of another size", "sinks and slopes", "int8", "int4", "pages", "chunks"]
 )
 def test_gradients(name: str, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of everything that is a float, of output and log-sum-exp; all heads at once, or cell by cell."""
@@ -204,11 +206,12 @@ def test_vmap(mapped: str, implementation: str) -> None:
 @given(
     b=st.integers(1, 3), t=st.integers(1, 5), k=st.integers(1, 2), g=st.integers(1, 3), s=st.integers(1, 100),
     kind=st.sampled_from(("float", "int8", "int4")), window=st.none() | st.integers(1, 50),
-    page=st.none() | st.sampled_from((1, 8, 24)), sinks=st.booleans(), cells=st.booleans(), seed=st.integers(0, 99),
+    page=st.none() | st.sampled_from((1, 8, 24)), chunk=st.none() | st.integers(1, 40), sinks=st.booleans(),
+    cells=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_shape(b, t, k, g, s, kind, window, page, sinks, cells, seed) -> None:
+def test_any_shape(b, t, k, g, s, kind, window, page, chunk, sinks, cells, seed) -> None:
     """Any lengths and pages: S=1, rows that are empty or shorter than T, splits that do not divide S."""
-    options = {"window": window, "sinks": sinks, **({} if page is None else {"page": page})}
+    options = {"window": window, "chunk": chunk, "sinks": sinks, **({} if page is None else {"page": page})}
     arrays, static = operands((b, t, k * g, k, 8, s, kind), options, seed)
     arrays["lengths"] = jnp.asarray(np.random.default_rng(seed).integers(0, s + 1, b), jnp.int32)
     with pytest.MonkeyPatch.context() as patch:
@@ -225,10 +228,10 @@ def test_any_shape(b, t, k, g, s, kind, window, page, sinks, cells, seed) -> Non
 @given(
     b=st.integers(1, 3), t=st.integers(1, 40), k=st.integers(1, 2), g=st.integers(1, 3), s=st.integers(1, 300),
     kind=st.sampled_from(("float", "int8", "float8", "int4")), window=st.none() | st.integers(1, 50),
-    paged=st.booleans(), sinks=st.booleans(), seed=st.integers(0, 99),
+    chunk=st.none() | st.integers(1, 200), paged=st.booleans(), sinks=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_shape_by_kernels(implementation, b, t, k, g, s, kind, window, paged, sinks, seed) -> None:
-    options = {"window": window, "sinks": sinks, **({"page": 128} if paged else {})}
+def test_any_shape_by_kernels(implementation, b, t, k, g, s, kind, window, chunk, paged, sinks, seed) -> None:
+    options = {"window": window, "chunk": chunk, "sinks": sinks, **({"page": 128} if paged else {})}
     arrays, static = operands((b, t, k * g, k, 16, s, kind), options, seed)
     arrays["lengths"] = jnp.asarray(np.random.default_rng(seed).integers(0, s + 1, b), jnp.int32)
     run = functools.partial(decode_attention, implementation=implementation, interpret=True, return_lse=True, **static)
@@ -285,7 +288,7 @@ def test_lowers_for_chips_that_are_not_here(
         for arrays, static, pinned in (
             (typed("float"), {}, None),
             (typed("int8", page=128) | more, {"window": 300, "soft_cap": 20.0}, name),
-            (typed("float8"), {}, name),
+            (typed("float8"), {"chunk": 512}, name),
             (typed("int4", dtype="float32") | more, {}, name),
         ):
             run = jax.jit(lambda a, s=static, i=pinned: decode_attention(**a, **s, implementation=i))
@@ -397,6 +400,7 @@ def test_what_is_named_never_falls_back() -> None:
         ({"query": jnp.zeros((1, 2, 12))}, "must have 4 axes each"),
         ({"pages": jnp.zeros((2, 3), jnp.int32)}, r"pages has the shape \[2, 3\] and must have \[1, 3\]"),
         ({"window": 0}, "window is 0; it counts at least the query itself, 1"),
+        ({"chunk": 0}, "chunk is 0; a chunk has at least one position"),
     ],
 )
 def test_errors_name_what_is_wrong(changed: dict[str, Any], message: str) -> None:

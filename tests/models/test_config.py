@@ -121,6 +121,9 @@ def test_older_spellings_give_the_same_configuration():
     assert read(neox) == read(recorded_config("gpt_neox"))
     qwen3 = recorded_config("qwen3_moe", num_experts=6)
     assert read({k: v for k, v in qwen3.items() if k != "num_local_experts"}) == read(recorded_config("qwen3_moe"))
+    llama4 = recorded_config("llama4_text")
+    unsaid = ("layer_types", "moe_layers", "no_rope_layers")
+    assert read({**{k: v for k, v in llama4.items() if k not in unsaid}, "attn_temperature_tuning": 4}) == read(llama4)
     outer = {"model_type": "gemma3", "text_config": recorded_config("gemma3"), "vision_config": {}}
     assert read(outer) == read(recorded_config("gemma3"))
 
@@ -134,6 +137,10 @@ def test_patterns_over_layers():
     assert [x.rope.theta for x in layers("gemma3")] == [1e4, 1e4, 1e6]
     assert [x.rope is None for x in layers("smollm3")] == [False, True]
     assert [x.rope is None for x in layers("smollm3", no_rope_layers=None, no_rope_layer_interval=1)] == [True, True]
+    assert [(x.rope is None, x.chunk) for x in layers("llama4_text")] == [(False, 5), (False, 5), (True, None)]
+    apart = {"layer_types": ["full_attention", "chunked_attention", "full_attention"], "moe_layers": [0]}
+    assert [(x.chunk, x.experts) for x in layers("llama4_text", **apart)] == [(None, True), (5, False), (None, False)]
+    assert not any(x.chunk for x in layers("llama4_text", attention_chunk_size=None))
     assert [x.experts for x in layers("qwen2_moe")] == [True, False]
     assert [x.experts for x in layers("qwen2_moe", mlp_only_layers=[], decoder_sparse_step=2)] == [False, True]
     assert [x.experts for x in layers("deepseek_v2")] == [False, True, True]
@@ -145,6 +152,10 @@ def test_patterns_over_layers():
     ("name", "changes", "message"),
     [
         ("gemma2", {"layer_types": ["sliding_attention"]}, "layer_types is .*; expected a list of 2 of str"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 3}, "layer_types has 'sliding_attention'; known: full"),
+        ("llama4_text", {"attention_chunk_size": -5}, "attention_chunk_size is -5"),
+        ("llama4_text", {"attn_temperature_tuning": "no"}, "attn_temperature_tuning is 'no'; expected true or false"),
+        ("llama4_text", {"floor_scale": 0}, "the temperature of queries steps every 0.0 positions; above 0"),
         ("gemma2", {"layer_types": ["chunked", "full_attention"]}, "layer_types has 'chunked'"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "score_cap is -1.0; it must be positive"),
         ("gemma2", {"num_hidden_layers": 1 << 30, "layer_types": None}, "more than 65536 are not believed"),

@@ -161,6 +161,17 @@ def test_packed_texts_are_those_texts_alone():
         model(tokens, segments=segments, lengths=jnp.asarray([11]))
 
 
+def test_chunks_of_packed_texts_begin_with_each_text():
+    layer = Attention(16, 4, 2, 4, rope=None, chunk=3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 9, 16))
+    positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = layer(x, None, positions, segments=jnp.asarray([[5] * 4 + [2] * 5]))[0]
+    alone = [layer(x[:, part], None, positions[:, part])[0] for part in (slice(0, 4), slice(4, 9))]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=1e-5)
+    third = layer(x[:, 3:4], None, positions[:, 3:4])[0]  # the first of its chunk: it sees itself alone
+    np.testing.assert_allclose(packed[:, 3:4], third, atol=1e-5)
+
+
 def test_weights_of_a_layer_are_dropped_with_a_key():
     layer = Attention(16, 4, 2, 4, rope=None, dropout=0.4, rngs=nnx.Rngs(0))
     x, positions, key = (

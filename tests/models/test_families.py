@@ -90,3 +90,17 @@ def test_a_saved_model_holds_the_tensors_it_was_read_from(tmp_path, name):
         np.testing.assert_allclose(written[key], array, rtol=0, atol=1.2e-7 if name.startswith("gemma") else 0)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert DecoderConfig.from_hugging_face(config) == DecoderConfig.from_hugging_face(json.loads(str(case["config"])))
+
+
+def test_the_text_model_of_a_file_that_holds_one_that_sees(tmp_path):
+    """Llama 4's and Gemma 3's files: everything lies below `language_model`, beside an image's encoder."""
+    case = recorded("llama4_text")
+    weights = {f"language_model.{key[8:]}": case[key] for key in case if key.startswith("weights/")}
+    others = {
+        name: np.zeros((2, 3), np.float32) for name in ("vision_model.a.weight", "multi_modal_projector.b.weight")
+    }
+    save_file({**weights, **others}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama4", "text_config": json.loads(str(case["config"])), "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path / "model.safetensors", dtype="float32")
+    np.testing.assert_allclose(logits(model, case["tokens"]), case["plain"], atol=TOLERANCE)

@@ -114,6 +114,11 @@ CASES = {
     "qk norm of heads, sinks": decoder_attention(qk_norm="head", sinks=True),
     "qk norm of all, soft cap, window": decoder_attention(qk_norm="whole", soft_cap=2.0, window=3),
     "qk norm of each, alibi": decoder_attention(qk_norm="each", alibi=1.0),
+    "norm behind the turn, chunks": decoder_attention(qk_norm="turned", chunk=3),
+    "temperature of queries": Case(
+        lambda made: Attention(D, 4, 2, 6, rope=None, temperature=(2.0, 0.5), **made),
+        lambda layer, x: layer(x, None, jnp.asarray(POSITIONS))[0],
+    ),
     "latent": latent(),
     "latent queries": latent(query_rank=6),
     "self-attention of encoders": Case(

@@ -90,7 +90,8 @@ def test_models_with_spread_experts_float_and_packed_listed_and_scanned(fresh_py
     assert fresh_python(MODELS, devices=8).endswith("spread\n")
 
 
-def test_some_experts_add_up_to_all():
+@pytest.mark.parametrize("scale_inputs", [False, True])
+def test_some_experts_add_up_to_all(scale_inputs):
     layer = Experts(8, ExpertsConfig(6, 3, 5, bias=True), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     rows = jnp.asarray(rng.standard_normal((7, 8)), jnp.float32)
@@ -99,8 +100,9 @@ def test_some_experts_add_up_to_all():
     parts = []
     for first in (0, 2, 4):
         own = jax.tree.map(lambda leaf, first=first: leaf[first : first + 2], layer.experts)
-        parts.append(mixture_of_some(own, rows, chosen - first, shares, 2))
-    np.testing.assert_allclose(sum(parts), mixture_of_some(layer.experts, rows, chosen, shares, 6), atol=1e-5)
+        parts.append(mixture_of_some(own, rows, chosen - first, shares, 2, scale_inputs))
+    whole = mixture_of_some(layer.experts, rows, chosen, shares, 6, scale_inputs)
+    np.testing.assert_allclose(sum(parts), whole, atol=1e-5)
     assert all(np.any(part) for part in parts)
 
 

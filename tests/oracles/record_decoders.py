@@ -40,6 +40,11 @@ LATENT = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 8, "num_experts_per_tok": 3,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
 }  # fmt: skip
+LLAMA4 = {
+    **LLAMA, "num_hidden_layers": 3, "head_dim": 16, "intermediate_size": 24, "intermediate_size_mlp": F,
+    "num_local_experts": 4, "num_experts_per_tok": 1, "no_rope_layer_interval": 3, "attention_chunk_size": 5,
+    "floor_scale": 3, "attn_scale": 0.4, "pad_token_id": 0,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 FALCON = {
     "vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
@@ -164,6 +169,19 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "truncate": False, "beta_fast": 4.0, "beta_slow": 1.0},
         },
     ),
+    "llama4_text": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4),
+    "llama4_interleaved": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            **LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "attention_bias": True,
+            "attn_temperature_tuning": False, "num_experts_per_tok": 2, "no_rope_layers": [1, 0, 1],
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0, "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "deepseek_v2": (
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
@@ -227,12 +245,13 @@ def record(model_class: str, config_class: str, options: dict[str, Any]) -> dict
     arrays["config"] = np.array(json.dumps(described))
     arrays["versions"] = np.array(f"transformers {transformers.__version__}, torch {torch.__version__}")
     tokens = torch.randint(1, V, (2, T))
+    scaled = described.get("attn_temperature_tuning", False)
     count = torch.arange(T)[None]
     lengths = torch.tensor(LENGTHS)[:, None]
     masks = {"plain": None, "left": count >= T - lengths, "right": count < lengths}
     arrays["tokens"] = tokens.numpy()
     for key, mask in masks.items():
-        arrays[key] = logits(model, tokens, mask)
+        arrays[key] = logits_of_rows(model, tokens, mask) if scaled and key == "left" else logits(model, tokens, mask)
         if mask is not None:
             arrays[f"{key}_mask"] = mask.numpy()
     return arrays
@@ -247,6 +266,17 @@ def logits(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> np.nd
             given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         return model(input_ids=tokens, use_cache=False, **given).logits.numpy()
+
+
+def logits_of_rows(model: Any, tokens: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Returns the logits of each row without its padding, in its place, and zeros elsewhere.
+
+    For Llama 4, where the library counts padding in the positions that scale queries, and nowhere else.
+    """
+    found = np.zeros((*tokens.shape, V), np.float32)
+    for row, keep, place in zip(tokens, mask, found, strict=True):
+        place[keep.numpy()] = logits(model, row[keep][None], None)[0]
+    return found
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from trustcore.ops.rope import RopeConfig
 
 
 class LayerConfig(NamedTuple):
-    """What may differ from layer to layer: the window, the rotary positions (None: none), whether it has experts."""
+    """What may differ from layer to layer: window or chunk, rotary positions (None: none), whether it has experts."""
 
     window: int | None
     rope: RopeConfig | None
     experts: bool
+    chunk: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,16 @@ class DecoderConfig:
         embedding_norm: whether there is one behind the embedding.
         parallel: whether attention and feed-forward read the same stream and are added together.
         shared_norm: with `parallel`, whether one norm serves both.
-        qk_norm: of queries and keys; see `trustcore.nn.Attention`.
+        qk_norm: of queries and keys; see `trustcore.nn.Attention`. "turned" is of the layers that have positions.
         activation: of the feed-forward layer, a name in `trustcore.ops.activate.ACTIVATIONS`.
         gated: whether the feed-forward layer has a gate.
         learned_positions: rows of a table that is added to the embedding; 0: there is none.
         position_offset: row of that table for position 0.
         alibi: what multiplies the slopes of ALiBi; None: there are none.
         windowed: which layers have the window; None: all of them.
+        chunk: positions of a chunk, of which a query sees its own one alone; None: there are none.
+        chunked: which layers have chunks; None: all of them.
+        temperature: of the queries in layers without positions; see `trustcore.nn.Attention`.
         positioned: which layers have positions; None: all of them.
         window_rope: rotary positions of the layers with a window; None: those of the others.
         score_cap, logit_cap: soft caps of scores and logits; None: none.
@@ -106,6 +110,9 @@ class DecoderConfig:
     position_offset: int = 0
     alibi: float | None = None
     windowed: tuple[bool, ...] | None = None
+    chunk: int | None = None
+    chunked: tuple[bool, ...] | None = None
+    temperature: tuple[float, float] | None = None
     positioned: tuple[bool, ...] | None = None
     window_rope: RopeConfig | None = None
     score_cap: float | None = None
@@ -132,6 +139,12 @@ class DecoderConfig:
                 raise ModelError(f"config: rope turns {rope.size} channels of heads that have {self.head_dim}.")
         if self.window is not None and self.window <= 0:
             raise ModelError(f"config: the attention window is {self.window}; it must be positive, or None.")
+        if self.chunk is not None and self.chunk <= 0:
+            raise ModelError(f"config: attention chunks have {self.chunk} positions; at least one, or None.")
+        if self.temperature is not None and not self.temperature[0] > 0:
+            raise ModelError(
+                f"config: the temperature of queries steps every {self.temperature[0]} positions; above 0."
+            )
         if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
             raise ModelError(f"config: norm_eps is {self.norm_eps}; it must be a small number, not negative.")
         if self.activation not in ACTIVATIONS:
@@ -142,7 +155,7 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ModelError(f"config: {name} is {value}; it must be positive, or None.")
-        for name in ("windowed", "positioned", "expert_layers"):
+        for name in ("windowed", "chunked", "positioned", "expert_layers"):
             value = getattr(self, name)
             if value is not None and len(value) != self.layers:
                 raise ModelError(f"config: {name} speaks of {len(value)} layers; the model has {self.layers}.")
@@ -158,7 +171,13 @@ class DecoderConfig:
         rope = self.window_rope if windowed and self.window_rope is not None else self.rope
         positioned = self.positioned is None or self.positioned[index]
         experts = self.experts is not None and (self.expert_layers is None or self.expert_layers[index])
-        return LayerConfig(self.window if windowed else None, rope if positioned else None, experts)
+        chunked = self.chunked is None or self.chunked[index]
+        return LayerConfig(
+            window=self.window if windowed else None,
+            rope=rope if positioned else None,
+            experts=experts,
+            chunk=self.chunk if chunked else None,
+        )
 
     @property
     def expert_count(self) -> int:

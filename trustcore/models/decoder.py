@@ -99,6 +99,7 @@ def _attention(config: DecoderConfig, index: int, made: Any) -> Attention | Late
             norm_eps=c.latent_norm_eps,
             **made,
         )
+    without_turn = layer.rope is None
     return Attention(
         c.features,
         c.heads,
@@ -108,12 +109,14 @@ def _attention(config: DecoderConfig, index: int, made: Any) -> Attention | Late
         bias=c.qkv_bias,
         out_bias=c.out_bias,
         window=layer.window,
+        chunk=layer.chunk,
         scale=c.attention_scale,
         soft_cap=c.score_cap,
-        qk_norm=c.qk_norm,
+        qk_norm=None if c.qk_norm == "turned" and without_turn else c.qk_norm,
         norm_eps=c.norm_eps,
         alibi=c.alibi,
         sinks=c.sinks,
+        temperature=c.temperature if without_turn else None,
         **made,
     )
 

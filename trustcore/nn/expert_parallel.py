@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.nn.experts import ExpertMLP, Experts
+from trustcore.nn.experts import ExpertMLP, Experts, rows_of_choices, sum_of_choices
 from trustcore.ops.experts import by_expert
 
 T = TypeVar("T")
@@ -47,8 +47,12 @@ class ExpertPlacement:
         rows: Float[Array, "R D"],
         chosen: Int[Array, "R k"],
         shares: Float[Array, "R k"],
+        scale_inputs: bool = False,
     ) -> Float[Array, "R D"]:
-        """Returns the sum over each row's experts of share times output; differentiable."""
+        """Returns the sum over each row's experts of share times output; differentiable.
+
+        `scale_inputs`: shares multiply what experts read instead.
+        """
         parts = 1
         for name in self.rows:
             parts *= self.mesh.shape[name]
@@ -58,7 +62,7 @@ class ExpertPlacement:
         def local(experts: ExpertMLP, rows: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
             count = experts.gate.kernel.get_value().shape[0]
             first = jax.lax.axis_index(self.axis).astype(chosen.dtype) * count
-            return jax.lax.psum(mixture_of_some(experts, rows, chosen - first, shares, count), self.axis)
+            return jax.lax.psum(mixture_of_some(experts, rows, chosen - first, shares, count, scale_inputs), self.axis)
 
         # Varying axes are not checked: the ragged products have gradients by hand, which say nothing of them.
         run = jax.shard_map(
@@ -77,19 +81,22 @@ class ExpertPlacement:
 
 
 def mixture_of_some(
-    experts: ExpertMLP, rows: Float[Array, "R D"], chosen: Int[Array, "R k"], shares: Float[Array, "R k"], count: int
+    experts: ExpertMLP,
+    rows: Float[Array, "R D"],
+    chosen: Int[Array, "R k"],
+    shares: Float[Array, "R k"],
+    count: int,
+    scale_inputs: bool,
 ) -> Float[Array, "R D"]:
-    """Returns the sum over those of each row's experts that are 0 .. count - 1, of share times output."""
-    active = chosen.shape[1]
+    """Returns the mixture of those of each row's experts that are 0 .. count - 1."""
     inside = (chosen >= 0) & (chosen < count)
     order, sizes = by_expert(jnp.where(inside, chosen, count), count)  # rows of others are sorted behind
     here = jnp.take(inside.reshape(-1), order)[:, None]
     expert = jnp.clip(jnp.take(chosen.reshape(-1), order), 0, count - 1)
     # A ragged product leaves rows of no group undefined: they are cut off on both sides, so in gradients, too.
-    given = jnp.where(here, jnp.take(rows, order // active, axis=0), 0)
+    given = jnp.where(here, rows_of_choices(rows, shares, order, scale_inputs), 0)
     out = jnp.where(here, experts(given, expert, sizes), 0)
-    out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*chosen.shape, -1)  # [R, k, D]
-    return jnp.sum(out * shares[..., None].astype(out.dtype), axis=1)
+    return sum_of_choices(out, shares, order, scale_inputs)
 
 
 def expert_parallel(model: T, mesh: Mesh, *, axis: str = "experts", rows: tuple[str, ...] = ()) -> T:

@@ -40,6 +40,7 @@ class ExpertsConfig:
         selection_bias: whether there is a bias that counts for the choice of experts alone.
         router_bias: whether the router has one.
         bias: whether the experts' products have one.
+        scale_inputs: whether shares multiply what experts read, in place of their outputs (Llama 4).
         shared: F of the expert that every token goes through; 0: there is none.
         shared_gate: whether the shared expert's output is multiplied by a sigmoid of the token's own.
         clip: limit and alpha of `clipped_swiglu`, in place of the activation; None: the activation.
@@ -60,6 +61,7 @@ class ExpertsConfig:
     selection_bias: bool = False
     router_bias: bool = False
     bias: bool = False
+    scale_inputs: bool = False
     shared: int = 0
     shared_gate: bool = False
     clip: tuple[float, float] | None = None
@@ -193,7 +195,7 @@ class Experts(nnx.Module):
         if self.placement is None:
             y = self._mixture(rows, chosen, shares)
         else:
-            y = self.placement.mixture(self.experts, rows, chosen, shares)
+            y = self.placement.mixture(self.experts, rows, chosen, shares, c.scale_inputs)
         if c.balance_loss or c.z_loss:
             y = attach_loss(y, self._losses(logits, chosen))
         if self.shared is not None:
@@ -204,11 +206,10 @@ class Experts(nnx.Module):
         return y.reshape(x.shape)
 
     def _mixture(self, rows: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
-        active = self.config.active
         order, sizes = by_expert(chosen, self.config.count)
-        out = self.experts(jnp.take(rows, order // active, axis=0), jnp.take(chosen.reshape(-1), order), sizes)
-        out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*chosen.shape, -1)  # [R, k, D]
-        return jnp.sum(out * shares[..., None].astype(out.dtype), axis=1)
+        given = rows_of_choices(rows, shares, order, self.config.scale_inputs)
+        out = self.experts(given, jnp.take(chosen.reshape(-1), order), sizes)
+        return sum_of_choices(out, shares, order, self.config.scale_inputs)
 
     def _losses(self, logits: jax.Array, chosen: jax.Array) -> jax.Array:
         wide = logits.astype(accumulation_dtype(logits.dtype))
@@ -218,3 +219,19 @@ class Experts(nnx.Module):
         else:
             scores = jax.nn.softmax(wide, axis=-1)
         return self.config.balance_loss * balance(scores, chosen) + self.config.z_loss * router_z_loss(wide)
+
+
+def rows_of_choices(
+    rows: Float[Array, "R D"], shares: Float[Array, "R k"], order: Int[Array, " Rk"], scale_inputs: bool
+) -> Float[Array, "Rk D"]:
+    """Returns what experts read: the row of each choice in turn; choices are sorted by expert, see `by_expert`."""
+    given = jnp.take(rows, order // shares.shape[1], axis=0)
+    return given * jnp.take(shares.reshape(-1), order)[:, None].astype(given.dtype) if scale_inputs else given
+
+
+def sum_of_choices(
+    out: Float[Array, "Rk D"], shares: Float[Array, "R k"], order: Int[Array, " Rk"], scale_inputs: bool
+) -> Float[Array, "R D"]:
+    """Returns of each row the sum of its choices' outputs, by their shares unless those have scaled the inputs."""
+    out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*shares.shape, -1)  # [R, k, D]
+    return jnp.sum(out if scale_inputs else out * shares[..., None].astype(out.dtype), axis=1)

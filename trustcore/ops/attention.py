@@ -157,6 +157,7 @@ def cached_attention(
     start: Int[Array, " B"],
     *,
     window: int | None = None,
+    chunk: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     slopes: Float[Array, " N"] | None = None,
@@ -171,6 +172,7 @@ def cached_attention(
         cache: what came before.
         start: tokens each row holds already, int32.
         window: keys a query sees, itself included; None: all before it.
+        chunk: positions fall into chunks of so many, and a query sees its own one alone; None: it sees all.
         scale: None is `H ** -0.5`.
         soft_cap: `soft_cap * tanh(score / soft_cap)`; None applies none.
         slopes, sinks: see `kernels_pallas.attention`; "native" has none.
@@ -191,7 +193,7 @@ def cached_attention(
     refusal = _native_refusal(query, value, cache, slopes, sinks) if implementation in (None, "native") else "-"
     if implementation == "native" and refusal:
         raise ImplementationError(f"cached_attention: 'native' cannot compute this call: {refusal}")
-    options = (window, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
+    options = (window, chunk, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
     more = functools.partial(_decode, slopes=slopes, sinks=sinks, implementation=implementation)
     run = cast("Callable[..., tuple[jax.Array, LayerCache]]", more if refusal else _native)
     if cache.packed:
@@ -233,7 +235,7 @@ def _decode(
     sinks: jax.Array | None = None,
     implementation: str | None = "xla",
 ) -> tuple[jax.Array, LayerCache]:
-    window, scale, soft_cap = options
+    window, chunk, scale, soft_cap = options
     key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
     kind = cache.keys.dtype
     key_scale, value_scale = cache.key_scale, cache.value_scale
@@ -252,6 +254,7 @@ def _decode(
         key_scale=cache.key_scale,
         value_scale=cache.value_scale,
         window=window,
+        chunk=chunk,
         scale=scale,
         soft_cap=soft_cap,
         slopes=slopes,
@@ -306,10 +309,11 @@ def _hadamard(x: jax.Array) -> jax.Array:
 def _native(
     options: Any, query: jax.Array, key: jax.Array, value: jax.Array, cache: LayerCache, start: jax.Array
 ) -> tuple[jax.Array, LayerCache]:
-    window, scale, soft_cap = options
+    window, chunk, scale, soft_cap = options
     q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
     parts = [part for part in cache if part is not None]
-    out, *parts = cpu.cached_attention(q, k, v, start, parts, scale=scale, soft_cap=soft_cap or 0.0, window=window or 0)
+    seen = {"window": window or 0, "chunk": chunk or 0}
+    out, *parts = cpu.cached_attention(q, k, v, start, parts, scale=scale, soft_cap=soft_cap or 0.0, **seen)
     return out.astype(query.dtype), LayerCache(*parts)
 
 

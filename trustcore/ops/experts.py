@@ -51,9 +51,9 @@ def route(
     """
     wide = logits.astype(accumulation_dtype(logits.dtype))
     scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "chosen": lambda x: x}[scoring](wide)
-    ranked = scores
+    ranked = scores if active_groups < groups else wide  # logits, which rank alike, do not saturate
     if selection_bias is not None:
-        ranked = ranked + jnp.broadcast_to(selection_bias.astype(wide.dtype), wide.shape)
+        ranked = scores + jnp.broadcast_to(selection_bias.astype(wide.dtype), wide.shape)
     if active_groups < groups:
         by_group = ranked.reshape(ranked.shape[0], groups, -1)  # [R, G, E / G]
         best = jax.lax.top_k(by_group, 2 if group_score == "top2" else 1)[0].sum(-1)

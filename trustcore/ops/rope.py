@@ -108,8 +108,8 @@ class RopeConfig:
         if self.scaling == "llama3":
             assert self.original_context is not None
             turns = self.original_context * plain / (2 * math.pi)  # within the original context
-            smooth = (turns - self.low_frequency) / (self.high_frequency - self.low_frequency)
-            smooth = np.clip(smooth, 0, 1)
+            width = self.high_frequency - self.low_frequency  # 0 in Llama 4: no pair lies between
+            smooth = np.clip((turns - self.low_frequency) / width, 0, 1) if width else turns > self.low_frequency
             return (1 - smooth) * plain / self.factor + smooth * plain
         return plain
 

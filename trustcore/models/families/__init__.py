@@ -12,7 +12,7 @@ from typing import Any
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
-from trustcore.models.families import deepseek, experts, gemma, gpt, llama
+from trustcore.models.families import deepseek, experts, gemma, gpt, llama, llama4
 from trustcore.models.families.family import Family, Gguf
 from trustcore.models.families.fields import magnitude
 from trustcore.models.values import Values
@@ -21,7 +21,7 @@ from trustcore.ops.rope import RopeConfig
 __all__ = ["FAMILIES", "Family", "Gguf", "gguf_of", "read_gguf", "read_hugging_face"]
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for file in (llama, gemma, experts, deepseek, gpt) for family in file.FAMILIES
+    family.name: family for file in (llama, gemma, experts, llama4, deepseek, gpt) for family in file.FAMILIES
 }
 
 

@@ -150,6 +150,14 @@ def over_layers(layers: int, holds: Callable[[int], bool]) -> tuple[bool, ...] |
     return None if all(found) else found
 
 
+def positioned_of(values: Values, layers: int) -> tuple[bool, ...] | None:
+    """Returns which layers have positions; None: all of them. `no_rope_layers` has a 1 where there are some."""
+    every = values.integer("no_rope_layer_interval", 4)
+    over_layers(layers, lambda i: True)
+    given = values.sequence("no_rope_layers", int, layers) if values.get("no_rope_layers") else None
+    return over_layers(layers, lambda i: bool(given[i]) if given else (i + 1) % every != 0)
+
+
 def window_of(values: Values, layers: int, holds: Callable[[int], bool] = lambda i: True) -> dict[str, Any]:
     """Returns `window` and `windowed`: by `layer_types`, or where the file has none by `holds(layer)`."""
     window = values.integer("sliding_window", 0, least=0) or None

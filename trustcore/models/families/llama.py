@@ -6,13 +6,14 @@ StableLM and Cohere (layer norms, parallel blocks)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trustcore.models.config import DecoderConfig
 from trustcore.models.families.described import described, window
 from trustcore.models.families.family import Family
-from trustcore.models.families.fields import SCALINGS, common, over_layers, window_of
+from trustcore.models.families.fields import SCALINGS, common, positioned_of, window_of
 from trustcore.models.families.gguf import gguf
 from trustcore.models.families.gguf_layer_norm import COMMAND_R, STABLELM
 from trustcore.models.name_map import Rule, fused, kernel, linear, norm, plain, stacked
@@ -34,8 +35,10 @@ QK_NORM = (
     plain("attention.query_norm.weight", "self_attn.q_norm.weight"),
     plain("attention.key_norm.weight", "self_attn.k_norm.weight"),
 )
-OUTPUT = (kernel("output.kernel", "lm_head.weight"),)
-NOT_WEIGHTS = ("*.rotary_emb.inv_freq",)
+OUTPUT = (dataclasses.replace(kernel("output.kernel", "lm_head.weight"), others=("language_model.lm_head.weight",)),)
+# What is computed, and what models that see have besides their text model.
+SEEING = ("vision_model.*", "vision_tower.*", "multi_modal_projector.*")
+NOT_WEIGHTS = ("*.rotary_emb.inv_freq", *SEEING, *(f"model.{name}" for name in SEEING))
 NORMS = (*norm("attention_norm", "input_layernorm"), *norm("mlp_norm", "post_attention_layernorm"))
 
 
@@ -80,12 +83,8 @@ def read_qwen3(values: Values) -> dict[str, Any]:
 
 def _read_smollm3(values: Values) -> Mapping[str, Any]:
     fields = _read_qwen(values)
-    every = values.integer("no_rope_layer_interval", 4)
-    over_layers(fields["layers"], lambda i: True)
-    given = values.sequence("no_rope_layers", int, fields["layers"])  # 1 where there are positions
-    positioned = over_layers(fields["layers"], lambda i: bool(given[i]) if given else (i + 1) % every != 0)
     tied = values.flag("tie_word_embeddings", True)
-    return {**fields, "positioned": positioned, "tied": tied}
+    return {**fields, "positioned": positioned_of(values, fields["layers"]), "tied": tied}
 
 
 def _read_granite(values: Values) -> Mapping[str, Any]:

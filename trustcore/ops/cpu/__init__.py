@@ -145,6 +145,7 @@ def cached_attention(
     scale: float,
     soft_cap: float,
     window: int,
+    chunk: int,
 ) -> tuple[jax.Array, ...]:
     """Returns the attention output `[B, T, N, H]` and the extended cache; see attention.cc for the layout.
 
@@ -157,7 +158,7 @@ def cached_attention(
             their scales.
         scale: of the scores.
         soft_cap: 0 for none.
-        window: 0 for none.
+        window, chunk: 0 for none.
 
     Under vmap the batch is folded into B. Not differentiable by itself.
     """
@@ -170,7 +171,8 @@ def cached_attention(
         # Results lie over their operands: a donated cache is extended in place.
         aliases = {4 + i: 1 + i for i in range(len(cache))}
         target = jax.ffi.ffi_call("trustcore_cached_attention", shapes, input_output_aliases=aliases)
-        attributes = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap), "window": np.int64(window)}
+        attributes = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap)}
+        attributes |= {"window": np.int64(window), "chunk": np.int64(chunk)}
         return tuple(target(query, key, value, start, *cache, **attributes))
 
     @call.def_vmap

@@ -50,7 +50,13 @@ struct Call {
   const void* value_scale;
   const int32_t* start;
   float scale, soft_cap;
-  int64_t window;
+  int64_t window, chunk;  // 0: none
+
+  // The first slot that a query at this position sees; it never falls as positions grow.
+  int64_t first_seen(int64_t position) const {
+    const int64_t near = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
+    return chunk > 0 ? std::max(near, position / chunk * chunk) : near;
+  }
 };
 
 // e ** x for x <= 0: 2 ** round(x / ln 2) times a polynomial on [-ln 2 / 2, ln 2 / 2] (relative error below 2e-7).
@@ -266,9 +272,8 @@ void attend(const Call& c, int64_t head, int64_t rows, const int64_t* position, 
       float* scores = tile.scores.data() + r * kKeys;
       if (c.soft_cap > 0)
         for (int64_t i = 0; i < count; ++i) scores[i] = c.soft_cap * std::tanh(scores[i] / c.soft_cap);
-      // Visible: from window slots before the row's own position up to it.
       const int64_t end = std::min(count, position[r] + 1 - s);
-      const int64_t begin = c.window > 0 ? std::max<int64_t>(0, position[r] - c.window + 1 - s) : 0;
+      const int64_t begin = std::max<int64_t>(0, c.first_seen(position[r]) - s);
       if (begin >= end) {
         std::fill(scores, scores + kKeys, 0.0f);
         continue;
@@ -348,7 +353,7 @@ void attend_all(const Call& c) {
       tile.top[r] = -std::numeric_limits<float>::infinity();
       tile.total[r] = 0;
     }
-    int64_t first = c.window > 0 ? std::max<int64_t>(0, position[0] - c.window + 1) / kKeys * kKeys : 0;
+    int64_t first = c.first_seen(position[0]) / kKeys * kKeys;
     int64_t last = std::min<int64_t>(c.S, position[count - 1] + 1);
     if (spans > 1) {
       first = std::max(first, part % spans * span);
@@ -493,7 +498,8 @@ void run(Call& c, const float* key, const float* value, void* const* data) {
 // cache again, which XLA places over the operands; where it does not, the cache is copied first.
 ffi::Error CachedAttention(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key, ffi::Buffer<ffi::F32> value,
                            ffi::Buffer<ffi::S32> start, ffi::RemainingArgs cache, ffi::Result<ffi::Buffer<ffi::F32>> out,
-                           ffi::RemainingRets updated, float scale, float soft_cap, int64_t window) {
+                           ffi::RemainingRets updated, float scale, float soft_cap, int64_t window,
+                           int64_t chunk) {
   const auto dims = query.dimensions(), kv = key.dimensions();
   if (dims.size() != 4 || kv.size() != 4 || (cache.size() != 2 && cache.size() != 4) || updated.size() != cache.size())
     return ffi::Error::InvalidArgument("cached_attention: operands do not fit");
@@ -526,6 +532,7 @@ ffi::Error CachedAttention(ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> ke
   c.scale = scale;
   c.soft_cap = soft_cap;
   c.window = window;
+  c.chunk = chunk;
   const float *k = key.typed_data(), *v = value.typed_data();
   switch (first->element_type()) {
     case ffi::F32: run<Store::kF32>(c, k, v, data); break;
@@ -554,4 +561,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(trustcore_cached_attention, tc::CachedAttention,
                                   .RemainingRets()
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("chunk"));
