@@ -62,6 +62,10 @@ CONFIGS |= {
     },
 }  # fmt: skip
 CONFIGS |= {
+    "llama4": {
+        **SHAPE, "model_type": "llama4_text", "num_hidden_layers": 5, "head_dim": 32, "intermediate_size_mlp": 48,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "attention_chunk_size": 8192,
+    },
     "smollm3": {**SHAPE, "model_type": "smollm3", "num_hidden_layers": 5},
     "granite": {
         **SHAPE, "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4,

@@ -77,7 +77,7 @@ def _qwen3(values: Values, fields: Fields) -> Fields:
 
 
 def _smollm3(values: Values, fields: Fields) -> Fields:
-    return {"positioned": _three_of_four(fields["layers"])}
+    return {"positioned": three_of_four(fields["layers"])}
 
 
 def _granite(values: Values, fields: Fields) -> Fields:
@@ -127,7 +127,8 @@ def every_other(layers: int) -> tuple[bool, ...] | None:
     return over_layers(layers, lambda i: i % 2 == 0)
 
 
-def _three_of_four(layers: int) -> tuple[bool, ...] | None:
+def three_of_four(layers: int) -> tuple[bool, ...] | None:
+    """Returns the pattern of positions in all layers but every fourth."""
     return over_layers(layers, lambda i: i % 4 != 3)
 
 
@@ -152,7 +153,7 @@ def _gpt2(values: Values, fields: Fields) -> Fields:
 
 
 def _write_smollm3(config: DecoderConfig) -> Fields:
-    if config.window is not None or config.positioned != _three_of_four(config.layers):
+    if config.window is not None or config.positioned != three_of_four(config.layers):
         raise ModelError("GGUF files of smollm3 know no window, and positions in all layers but every fourth.")
     return {}
 

@@ -25,6 +25,7 @@ from trustcore.models.families.gguf import (
     Fields,
     every_other,
     gguf_names,
+    three_of_four,
 )
 from trustcore.models.name_map import Rule, column, fused, headed, kernel, linear, norm, plain, stacked
 from trustcore.models.names import Names
@@ -59,6 +60,8 @@ _CHOICE = plain("mlp.selection_bias", "exp_probs_b.bias")
 
 _SCORINGS = {1: "softmax", 2: "sigmoid"}
 _CLIP = (7.0, 1.702)  # gpt-oss
+_CHUNK, _TEMPERATURE = 8192, (8192.0, 0.1)  # Llama 4
+_WITHOUT_NORMS = 128  # experts by which llama.cpp knows the Llama 4 whose heads are not normalized
 _LOG_SCALE = 0.1  # with which files multiply what YaRN's logarithm is multiplied with
 
 
@@ -97,6 +100,23 @@ def _gpt_oss(values: Values, fields: Fields) -> Fields:
         "sinks": True,
         "windowed": None if fields["window"] is None else every_other(fields["layers"]),
         "experts": experts,
+    }
+
+
+def _llama4(values: Values, fields: Fields) -> Fields:
+    """Chunks, and what queries are scaled by, are known by the architecture's name."""
+    hidden = values.integer("expert_feed_forward_length")
+    count, step = values.integer("expert_count"), values.integer("interleave_moe_layer_step", 1)
+    positioned = three_of_four(fields["layers"])
+    return {
+        "window": None,
+        "positioned": positioned,
+        "chunk": _CHUNK,
+        "chunked": positioned,
+        "qk_norm": None if count == _WITHOUT_NORMS else "turned",
+        "temperature": _TEMPERATURE,
+        "experts": _experts(values, hidden, scoring="sigmoid", scale_inputs=True, shared=hidden),
+        "expert_layers": over_layers(fields["layers"], lambda i: (i + 1) % step == 0),
     }
 
 
@@ -197,6 +217,26 @@ def _write_gpt_oss(config: DecoderConfig) -> Fields:
     return {**_described(config, "gpt-oss", known), "expert_feed_forward_length": c.hidden}
 
 
+def _write_llama4(config: DecoderConfig) -> Fields:
+    c, layers = config.experts, config.expert_layers or (True,) * config.layers
+    assert c is not None
+    known = ExpertsConfig(c.count, c.active, c.hidden, scoring="sigmoid", scale_inputs=True, shared=c.hidden)
+    described = _described(config, "llama4", known)
+    step = layers.index(True) + 1 if True in layers else config.layers + 1
+    usual = three_of_four(config.layers)
+    normalized = None if c.count == _WITHOUT_NORMS else "turned"
+    if over_layers(config.layers, lambda i: (i + 1) % step == 0) != config.expert_layers:
+        raise ModelError("GGUF files of llama4 cannot say that other layers than every n-th one have experts.")
+    given = (config.positioned, config.chunked, config.chunk, config.temperature, config.qk_norm)
+    if given != (usual, usual, _CHUNK, _TEMPERATURE, normalized):
+        raise ModelError(
+            f"GGUF files of llama4 hold models with chunks of {_CHUNK} and positions in all layers but every fourth, "
+            f"with queries scaled there (floor_scale {_TEMPERATURE[0]:.0f}, attn_scale {_TEMPERATURE[1]}), and with "
+            f"heads that are normalized unless there are {_WITHOUT_NORMS} experts. Save a folder of safetensors."
+        )
+    return {**described, "expert_feed_forward_length": c.hidden, "interleave_moe_layer_step": step}
+
+
 def _write_deepseek(config: DecoderConfig) -> Fields:
     c, latent, rope = config.experts, config.latent, config.rope
     assert c is not None and latent is not None and rope is not None
@@ -285,6 +325,14 @@ GPT_OSS = Gguf(
     write=_write_gpt_oss,
     experts=True,
     whole_pairs=False,
+)
+LLAMA4 = Gguf(
+    "llama4",
+    gguf_names(*NORMS, *QKV, *OUT, *_DENSE, *_EXPERTS, *_SHARED),
+    interleaved=True,
+    read=_llama4,
+    write=_write_llama4,
+    experts=True,
 )
 DEEPSEEK_V2 = Gguf(
     "deepseek2",

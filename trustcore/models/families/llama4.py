@@ -12,6 +12,7 @@ from typing import Any
 
 from trustcore.errors import ModelError
 from trustcore.models.config import DecoderConfig
+from trustcore.models.families import gguf_experts
 from trustcore.models.families.described import described
 from trustcore.models.families.experts import shared_expert
 from trustcore.models.families.family import Family
@@ -106,5 +107,6 @@ FAMILIES = (
         _describe,
         llama_names((*NORMS, *QKV, *OUT, *_DENSE, *_EXPERTS)),
         interleaved=True,
+        gguf=gguf_experts.LLAMA4,
     ),
 )
