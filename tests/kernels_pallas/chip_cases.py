@@ -13,7 +13,7 @@ DECODING: dict[str, tuple] = {
     "decode int4, float32, tails": (2, 3, 6, 2, 80, 1000, "int4", None, "float32", {"slopes": (6,), "sinks": (6,)}),
     "decode pages": (4, 2, 32, 8, 128, 4096, "float", 128, "bfloat16", {"window": 300, "soft_cap": 20.0}),
     "decode pages of int4": (4, 2, 32, 8, 128, 4096, "int4", 128, "bfloat16", {"sinks": (32,)}),
-    "prompt": (2, 700, 8, 2, 64, 1000, "int8", None, "bfloat16", {}),
+    "prompt, chunks": (2, 700, 8, 2, 64, 1000, "int8", None, "bfloat16", {"chunk": 300}),
 }
 _HALVES, _BYTES = (Plane("codes", 4, 16),), (Plane("codes", 8),)
 _TABLE = tuple(float(i) for i in range(16))
