@@ -227,6 +227,7 @@ MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_siz
 MAMBA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 20}
 DEBERTA = {"max_position_embeddings": 24, "relative_attention": True, "layer_norm_eps": 1e-7}
+SMALL_DEBERTA = {**DEBERTA, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "type_vocab_size": 0}
 SHORT = {"max_position_embeddings": 20}
 LABELS = {0: "bad", 1: "fair", 2: "good"}
 SMALL_DISTILBERT = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 20}
@@ -284,6 +285,11 @@ CASES: dict[str, Callable[[], Recorded]] = {
     "modernbert-labels": lambda: headed("modernbert", "SequenceClassification", classifier_pooling="mean", **MODERN),
     "modernbert-tokens": lambda: headed("modernbert", "TokenClassification", id2label=LABELS, **MODERN),
     "modernbert-spans": lambda: headed("modernbert", "QuestionAnswering", classifier_bias=True, **MODERN),
+    "deberta-masked": lambda: headed("deberta-v2", "MaskedLM", **SMALL_DEBERTA),
+    "deberta-own-masked": lambda: headed("deberta-v2", "MaskedLM", legacy=False, **SMALL_DEBERTA),
+    "deberta-labels": lambda: headed("deberta-v2", "SequenceClassification", id2label=LABELS, **SMALL_DEBERTA),
+    "deberta-tokens": lambda: headed("deberta-v2", "TokenClassification", id2label=LABELS, **SMALL_DEBERTA),
+    "deberta-spans": lambda: headed("deberta-v2", "QuestionAnswering", **SMALL_DEBERTA),
     "t5": lambda: seq2seq("t5", **T5),
     "t5-gated": lambda: seq2seq("t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5),
     "bart": lambda: seq2seq("bart", **BART, **SHORT),

@@ -20,7 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from trustcore.errors import ModelError
-from trustcore.models.model import TextEncoder, key_mask, run
+from trustcore.models.heads import Head, HeadConfig, HeadedEncoder, HeadNames, Task, labels_of, task_of
+from trustcore.models.model import key_mask, run
 from trustcore.models.name_map import conv, linear, norm, plain
 from trustcore.models.names import Names, under
 from trustcore.models.registry import Family
@@ -62,6 +63,8 @@ class DebertaConfig:
         activation: of the feed-forward layer.
         norm_eps: epsilon of the norms.
         family: config.json's `model_type`.
+        head: for a task; None: there is none.
+        bert_names: whether a head for masked tokens has the names of BERT's, and the width of the embeddings.
     """
 
     vocab_size: int
@@ -86,6 +89,8 @@ class DebertaConfig:
     activation: str = "gelu"
     norm_eps: float = 1e-7
     family: str = "deberta-v2"
+    head: HeadConfig | None = None
+    bert_names: bool = True
 
     def __post_init__(self) -> None:
         if self.features % self.heads:
@@ -117,7 +122,6 @@ class DebertaConfig:
         Raises:
             ModelError: a value is missing, impossible, or asks for what is not supported.
         """
-        del names
         values = Values(config, "config.json")
         parts = values.get("pos_att_type") or []
         parts = [part.strip() for part in parts.lower().split("|")] if isinstance(parts, str) else parts
@@ -128,10 +132,12 @@ class DebertaConfig:
         features = values.integer("hidden_size", 1536)
         norms = [part.strip() for part in values.text("norm_rel_ebd", "none").lower().split("|")]
         relative = values.flag("relative_attention", False)
+        embedded = values.integer("embedding_size", features)
+        bert_names = not any(name.startswith("lm_predictions.") for name in names)
         return cls(
             vocab_size=values.integer("vocab_size", 128100),
             features=features,
-            embedded=values.integer("embedding_size", features),
+            embedded=embedded,
             layers=values.integer("num_hidden_layers", 24),
             heads=values.integer("num_attention_heads", 24),
             hidden=values.integer("intermediate_size", 6144),
@@ -150,7 +156,28 @@ class DebertaConfig:
             conv_activation=values.text("conv_act", "tanh"),
             activation=values.text("hidden_act", "gelu"),
             norm_eps=values.number("layer_norm_eps", 1e-7),
+            head=_head(values, config, names, features, embedded if bert_names else features, bert_names),
+            bert_names=bert_names,
         )
+
+
+def _head(
+    values: Values, config: Mapping[str, Any], names: Collection[str], features: int, width: int, bert_names: bool
+) -> HeadConfig | None:
+    task = task_of(config, names, _heads(bert_names))
+    if task is None:
+        return None
+    labels = labels_of(config, task)
+    if task == "masked":
+        act, eps = values.text("hidden_act", "gelu"), values.number("layer_norm_eps", 1e-7)
+        tied = values.flag("tie_word_embeddings", True) or not bert_names
+        return HeadConfig(task, labels, width, activation=act, normed=True, norm_eps=eps, tied=tied)
+    if task != "labels":
+        return HeadConfig(task, labels)
+    pooled = values.integer("pooler_hidden_size", features)
+    if pooled != features:
+        raise ModelError(f"config.json: pooler_hidden_size is {pooled}; states of {features} channels are pooled.")
+    return HeadConfig(task, labels, features, activation=values.text("pooler_hidden_act", "gelu"))
 
 
 def relative_rows(length: int, config: DebertaConfig) -> np.ndarray:
@@ -240,7 +267,7 @@ class Block(nnx.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
-class Deberta(TextEncoder):
+class Deberta(HeadedEncoder):
     """A DeBERTa v2 or v3.
 
     Args:
@@ -269,6 +296,8 @@ class Deberta(TextEncoder):
             make = lambda rngs: Conv(features, features, (config.conv_size,), rngs=rngs, **options)  # noqa: E731
             self.conv = nnx.data(made_module(make, rngs))
             self.conv_norm = nnx.data(LayerNorm(features, eps=config.norm_eps, **made))
+        words = (config.vocab_size, width)
+        self.head = None if config.head is None else Head(features, words, config.head, **made)
 
     def __call__(
         self, tokens: Int[Array, "B T"], mask: Any = None, token_types: Int[Array, "B T"] | None = None
@@ -327,6 +356,18 @@ _BLOCK = under(
 )
 
 
+def _heads(bert_names: bool) -> Mapping[Task, HeadNames]:
+    """What heads are called; that for masked tokens as BERT's, or as DeBERTa's authors have it."""
+    at, own = "cls.predictions", "lm_predictions.lm_head"
+    masked = HeadNames(f"{at}.transform.dense", f"{at}.transform.LayerNorm", f"{at}.decoder", f"{at}.bias")
+    return {
+        "masked": masked if bert_names else HeadNames(f"{own}.dense", f"{own}.LayerNorm", bias=f"{own}.bias"),
+        "labels": HeadNames(dense="pooler.dense", output="classifier"),
+        "tokens": HeadNames(output="classifier"),
+        "spans": HeadNames(output="qa_outputs"),
+    }
+
+
 def names(config: DebertaConfig) -> Names:
     """Returns the names of the weights in checkpoints."""
     unused = () if config.position_table else ("embeddings.position_embeddings.weight",)
@@ -343,12 +384,13 @@ def names(config: DebertaConfig) -> Names:
             *norm("conv_norm", "encoder.conv.LayerNorm"),
         ),
         _BLOCK,
+        head=() if config.head is None else _heads(config.bert_names)[config.head.task].rules,
         prefixes=("deberta.",),
-        ignored=(*_HEADS, *unused),
+        ignored=(*_UNREAD, *unused),
     )
 
 
-_HEADS = (
+_UNREAD = (
     *("cls.*", "lm_head.*", "lm_predictions.*", "mask_predictions.*", "pooler.*", "classifier.*", "qa_outputs.*"),
     "*.position_ids",
 )
