@@ -18,6 +18,7 @@ from trustcore.generation import generate_tokens
 from trustcore.memory import Shelf
 from trustcore.models import random_model, spill_layers, unscan_layers
 from trustcore.models.model import parameters_of
+from trustcore.nn import ShelvedStack
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
@@ -93,6 +94,15 @@ def test_packed_layers_and_layers_of_several_kinds() -> None:
     assert (spilled.blocks.periods, spilled.blocks.repeats) == ((2, 1), (2, 1))
     np.testing.assert_array_equal(spilled(TOKENS), model(TOKENS))
     assert generated(spilled) == generated(model)
+
+
+def test_encoder_and_decoder_lie_on_disk_both(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 2}
+    model = random_model({"model_type": "t5", **sizes})
+    tc.save(model, tmp_path / "model")
+    spilled = tc.load(tmp_path / "model", spill=True, dtype="float32")
+    assert isinstance(spilled.blocks, ShelvedStack) and isinstance(spilled.decoder, ShelvedStack)
+    np.testing.assert_array_equal(spilled(*spilled.example()), model(*model.example()))
 
 
 def test_weights_are_constants_to_derivatives() -> None:

@@ -1,6 +1,7 @@
 """Scanned layers: the same numbers as a list of them, in programs that do not grow with depth."""
 
 import dataclasses
+import operator
 import re
 
 import jax
@@ -111,32 +112,64 @@ def test_a_scanned_model_is_saved_as_its_list_is(tmp_path):
     assert (tmp_path / "scanned" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-ENCODERS = {
-    "bert": {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-             "intermediate_size": 24},
-    "vit": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,
-            "image_size": 16, "patch_size": 8},
-    "mamba": {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4},
+SHAPE = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+IMAGES = {**SHAPE, "image_size": 16, "patch_size": 8}
+BART = {
+    "vocab_size": 32, "d_model": 16, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
 }  # fmt: skip
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 2}
+# config.json, and the repeats of the groups of each of its lists of blocks.
+OTHERS = {
+    "bert": (SHAPE, [(3,)]),
+    "modernbert": ({**SHAPE, "num_hidden_layers": 7}, [(1, 2)]),
+    "deberta-v2": ({**SHAPE, "relative_attention": True, "conv_kernel_size": 3}, [(1, 2)]),
+    "vit": (IMAGES, [(3,)]),
+    "mamba": ({**SHAPE, "state_size": 4}, [(3,)]),
+    "t5": (T5, [(1, 2), (1, 2)]),
+    "umt5": (T5, [(3,), (3,)]),
+    "bart": (BART, [(3,), (3,)]),
+    "whisper": ({**BART, "num_mel_bins": 8, "max_source_positions": 8}, [(3,), (3,)]),
+    "clip": ({"text_config": SHAPE, "vision_config": IMAGES}, [(3,), (3,)]),
+}
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", OTHERS)
 def test_other_models_that_run_their_blocks_in_turn(family):
-    model = random_model({"model_type": family, **ENCODERS[family]})
-    rng = np.random.default_rng(0)
-    given = jnp.asarray(rng.standard_normal((2, 16, 16, 3)), jnp.float32) if family == "vit" else some_tokens() % 32
-    scanned = scan_layers(model)
-    assert scanned.blocks.repeats == (3,)
-    found, expected = scanned(given), model(given)
+    config, repeats = OTHERS[family]
+    model = random_model({"model_type": family, **config})
+    given, scanned = model.example(), scan_layers(model)
+    assert [operator.attrgetter(place)(scanned).repeats for place in model.stacks] == repeats
+    call = jax.jit(lambda model, given: model(*given), compiler_options=QUICK)
+    found, expected = call(scanned, given), call(model, given)
     if family == "mamba":
         (found, states), (expected, theirs) = found, expected
-        again, more = scanned(given[:, :1], states)[0], model(given[:, :1], theirs)[0]
+        again, more = (m(given[0][:, :1], s)[0] for m, s in ((scanned, states), (model, theirs)))
         np.testing.assert_allclose(again, more, atol=1e-5)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(unscan_layers(scanned)), strict=True):
+        np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("family", ("t5", "bart"))
+def test_a_scanned_decoder_writes_token_by_token(family):
+    config, (_, repeats) = OTHERS[family]
+    model = random_model({"model_type": family, **config})
+    scanned, source = scan_layers(model), some_tokens() % 32
+    memory = model.encode(source)
+    written = source[:, :4]
+    expected = model.decode(written, model.start(memory, slots=6))[0]
+    state = scanned.start(memory, slots=6)
+    assert state.slots == 6 and len(state.layers) == len(repeats)
+    first, state = scanned.decode(written[:, :2], state)
+    np.testing.assert_allclose(first, expected[:, :2], atol=1e-5)
+    for t in (2, 3):
+        row, state = scanned.decode(written[:, t : t + 1], state)
+        np.testing.assert_allclose(row[:, 0], expected[:, t], atol=1e-5)
 
 
 def test_what_cannot_be_scanned():
-    with pytest.raises(ModelError, match="a dict has no list of blocks that follow each other; pass a Decoder"):
+    with pytest.raises(ModelError, match="a dict has no list of blocks that follow each other; pass a decoder"):
         scan_layers({})
     with pytest.raises(ModelError, match="a step of 0 repeats"):
         scan_layers(random_decoder(), unroll=0)

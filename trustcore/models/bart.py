@@ -37,6 +37,7 @@ from trustcore.nn.module import made_module
 from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
 from trustcore.nn.positions import sinusoids
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 from trustcore.ops.log_mel import HOP, log_mel
 
@@ -194,6 +195,7 @@ class Bart(Model):
     """
 
     chooses_cache = False
+    stacks = ("blocks", "decoder")
 
     def __init__(self, config: BartConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
@@ -213,8 +215,12 @@ class Bart(Model):
         after, last = family in _NORM_BEHIND_EMBEDDING, family in _NORM_FIRST
         self.embedding_norm = LayerNorm(features, **made) if after else None
         self.decoder_embedding_norm = LayerNorm(features, **made) if after else None
-        self.blocks = nnx.List([Block(config, cross=False, **made) for _ in range(config.layers)])
-        self.decoder = nnx.List([Block(config, cross=True, **made) for _ in range(config.decoder_layers)])
+        self.blocks: nnx.List[Any] | Stack = nnx.List(
+            [Block(config, cross=False, **made) for _ in range(config.layers)]
+        )
+        self.decoder: nnx.List[Any] | Stack = nnx.List(
+            [Block(config, cross=True, **made) for _ in range(config.decoder_layers)]
+        )
         self.norm = LayerNorm(features, **made) if last else None
         self.decoder_norm = LayerNorm(features, **made) if last else None
         row = (1, config.vocab_size)
@@ -260,8 +266,7 @@ class Bart(Model):
         x = x + self._places(self.positions, jnp.zeros((), jnp.int32), length)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         visible = key_mask(mask)
-        for block in self.blocks:
-            x = run(block, x, visible)
+        x, _ = run_blocks(self.blocks, lambda block, x, _: (run(block, x, visible), None), x)
         return x if self.norm is None else self.norm(x)
 
     @property
@@ -328,22 +333,18 @@ class Bart(Model):
         config = self.config
         size = config.features // config.decoder_heads
         empty = empty_layer(memory.shape[0], slots, config.decoder_heads, size, self.dtype)
-        views = tuple(block.cross.keys_values(memory) for block in self.decoder if block.cross is not None)
-        return DecoderState((empty,) * config.decoder_layers, views, key_mask(mask), jnp.zeros((), jnp.int32))
+        return DecoderState.of_blocks(self.decoder, empty, memory, key_mask(mask))
 
     def decode(self, tokens: Int[Array, "B T"], state: DecoderState) -> tuple[Float[Array, "B T V"], DecoderState]:
         """Returns float32 logits behind each token, and the state; tokens follow those that the state has seen."""
         x = self._words(tokens) + self._places(self.decoder_positions, state.length, tokens.shape[1])
         x = x if self.decoder_embedding_norm is None else self.decoder_embedding_norm(x)
-        layers = []
-        for block, layer, memory in zip(self.decoder, state.layers, state.memory, strict=True):
-            x, layer = _step(block, x, layer, memory, state.mask, state.length)
-            layers.append(layer)
+        x, layers = state.through(self.decoder, lambda block, *given: _step(block, *given, state.mask, state.length), x)
         x = x if self.decoder_norm is None else self.decoder_norm(x)
         logits = self.words.unembed(x).astype(jnp.float32)
         if self.logits_bias is not None:
             logits = logits + self.logits_bias.get_value().astype(jnp.float32)[None]
-        return logits, state._replace(layers=tuple(layers), length=state.length + tokens.shape[1])
+        return logits, state._replace(layers=layers, length=state.length + tokens.shape[1])
 
     def _embedded(self, inputs: jax.Array) -> jax.Array:
         if self.conv1 is None or self.conv2 is None:

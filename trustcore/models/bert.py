@@ -184,6 +184,8 @@ class Bert(HeadedEncoder):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    stacks = ("blocks",)
+
     def __init__(self, config: BertConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}

@@ -30,6 +30,7 @@ from trustcore.nn.embedding import Embedding
 from trustcore.nn.linear import Linear
 from trustcore.nn.norm import LayerNorm
 from trustcore.nn.parameter import parameter
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 
 
@@ -135,7 +136,7 @@ class TextTower(nnx.Module):
         self.positions = Embedding(config.context, config.features, **made)
         shape = (config.features, config.heads, config.hidden)
         options = {"activation": config.activation, "norm_eps": config.norm_eps, **made}
-        self.blocks = nnx.List([Block(*shape, **options) for _ in range(config.layers)])
+        self.blocks: nnx.List[Any] | Stack = nnx.List([Block(*shape, **options) for _ in range(config.layers)])
         self.norm = LayerNorm(config.features, eps=config.norm_eps, **made)
         self.head = None if causal else Linear(config.features, config.projected, bias=True, **made)
         self.config, self.causal, self.dtype = config, causal, jnp.dtype(dtype)
@@ -151,9 +152,7 @@ class TextTower(nnx.Module):
         if self.causal:
             past = causal_mask(jnp.zeros((), jnp.int32), length, length)
             visible = past if visible is None else past & visible
-        for block in self.blocks:
-            x = run(block, x, visible)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, lambda block, x, _: (run(block, x, visible), None), x)[0])
 
     def pool(self, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B _"]:
         """Returns one vector a text, before CLIP's projection."""
@@ -172,6 +171,8 @@ class Clip(Model):
         dtype: of activations, and of the parameters that `rngs` draws.
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
+
+    stacks = ("text.blocks", "image.blocks")
 
     def __init__(self, config: ClipConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)

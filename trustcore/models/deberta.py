@@ -33,6 +33,7 @@ from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.module import made_module
 from trustcore.nn.norm import LayerNorm
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 from trustcore.ops.masked_attention import masked_attention
 
@@ -250,10 +251,13 @@ def _gather(scores: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each added to the stream before a norm."""
+    """One layer: attention and feed-forward, each added to the stream before a norm; the first may be `convolved`."""
 
-    def __init__(self, config: DebertaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self, config: DebertaConfig, *, convolved: bool, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+    ):
         made = {"dtype": dtype, "rngs": rngs}
+        self.convolved = convolved
         self.attention = DisentangledAttention(config, **made)
         self.attention_norm = LayerNorm(config.features, eps=config.norm_eps, **made)
         self.mlp = MLP(config.features, config.hidden, activation=config.activation, **made)
@@ -276,6 +280,8 @@ class Deberta(HeadedEncoder):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    stacks = ("blocks",)
+
     def __init__(self, config: DebertaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}
@@ -285,7 +291,8 @@ class Deberta(HeadedEncoder):
         self.types = Embedding(config.token_types, width, **made) if config.token_types else None
         self.widen = Linear(width, features, **made) if width != features else None
         self.norm = LayerNorm(features, eps=config.norm_eps, **made)
-        self.blocks = nnx.List([Block(config, **made) for _ in range(config.layers)])
+        beside = (config.conv_size > 0 and i == 0 for i in range(config.layers))
+        self.blocks: nnx.List[Any] | Stack = nnx.List([Block(config, convolved=own, **made) for own in beside])
         self.relative = Embedding(2 * config.span, features, **made) if config.relative else None
         normed = config.relative and config.relative_norm
         self.relative_norm = LayerNorm(features, eps=config.norm_eps, **made) if normed else None
@@ -329,13 +336,15 @@ class Deberta(HeadedEncoder):
         if table is not None and self.relative_norm is not None:
             table = self.relative_norm(table)
         rows, visible = jnp.asarray(relative_rows(length, self.config)), key_mask(mask)
-        before = x
-        for i, block in enumerate(self.blocks):
-            x = run(block, x, table, rows, visible)
-            if i == 0 and self.conv is not None and self.conv_norm is not None:
-                y = self.conv(before) * counts[..., None]
-                x = self.conv_norm(x + activation(self.config.conv_activation)(y)) * counts[..., None]
-        return x
+
+        def call(block: Any, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            after = run(block, x, table, rows, visible)
+            if block.convolved and self.conv is not None and self.conv_norm is not None:
+                y = self.conv(x) * counts[..., None]
+                after = self.conv_norm(after + activation(self.config.conv_activation)(y)) * counts[..., None]
+            return after, None
+
+        return run_blocks(self.blocks, call, x)[0]
 
 
 _BLOCK = under(

@@ -137,6 +137,8 @@ class Decoder(Model):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    stacks = ("blocks",)
+
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}

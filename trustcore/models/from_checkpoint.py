@@ -81,7 +81,7 @@ def model_from_checkpoint(
         loaded = each(lambda match: _values(match, dtype is not None, compute), found.matches)
         for match, values in zip(found.matches, loaded, strict=True):
             for path, value in zip(match.rule.paths, values, strict=True):
-                if shelf is not None and path.startswith("blocks."):
+                if shelf is not None and path.startswith(tuple(f"{place}." for place in model.stacks)):
                     shelved[path] = shelf.put(value)
                     value = shelf.shapes(shelved[path])
                 parameters[path].set_value(value)

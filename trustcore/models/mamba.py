@@ -172,6 +172,7 @@ class MambaModel(Model):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    stacks = ("blocks",)
     reads: Reads = "prompt"
     chooses_cache = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,10 @@ class Model(nnx.Module):
         prefix: of the names in that file, see `Names`; None: the usual one.
         input_scales: (path, scale) of matrices whose checkpoint has a static scale for quantized inputs. Products do
             not use them; they are kept for whoever does.
+        stacks: paths of its lists of blocks that follow each other, which `run_blocks` runs and `scan_layers` stacks.
     """
+
+    stacks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, dtype: Any):
         self.config = config

@@ -28,6 +28,7 @@ from trustcore.nn.embedding import Embedding
 from trustcore.nn.encoder_attention import EncoderAttention
 from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import LayerNorm
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 from trustcore.ops.rope import RopeConfig, angles
 
@@ -177,6 +178,7 @@ class Block(nnx.Module):
             **made,
         )
         self.mlp_norm = LayerNorm(config.features, **normed)
+        self.local = local
         mlp = {"activation": config.activation, "gated": True, "bias": config.mlp_bias, **made}
         self.mlp = MLP(config.features, config.hidden, **mlp)
 
@@ -196,13 +198,15 @@ class ModernBert(HeadedEncoder):
         rngs: None leaves the parameters abstract, for a loader to fill.
     """
 
+    stacks = ("blocks",)
+
     def __init__(self, config: ModernBertConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
         made = {"dtype": dtype, "rngs": rngs}
         normed = {"eps": config.norm_eps, "bias": config.norm_bias, **made}
         self.words = Embedding(config.vocab_size, config.features, **made)
         self.embedding_norm = LayerNorm(config.features, **normed)
-        self.blocks = nnx.List(
+        self.blocks: nnx.List[Any] | Stack = nnx.List(
             [Block(config, local=local, first=i == 0, **made) for i, local in enumerate(config.local)]
         )
         self.norm = LayerNorm(config.features, **normed)
@@ -225,9 +229,11 @@ class ModernBert(HeadedEncoder):
         close = near if visible is None else near & visible
         turns = {local: angles(place, config.local_rope if local else config.global_rope) for local in (True, False)}
         x = self.embedding_norm(self.words(tokens).astype(self.dtype))
-        for block, local in zip(self.blocks, config.local, strict=True):
-            x = run(block, x, close if local else visible, turns[local])
-        return self.norm(x)
+
+        def call(block: Any, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return run(block, x, close if block.local else visible, turns[block.local]), None
+
+        return self.norm(run_blocks(self.blocks, call, x)[0])
 
 
 _BLOCK = under(

@@ -11,8 +11,9 @@ stack then: `quantize` packs matrices, and leaves stacks of them alone.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -20,19 +21,20 @@ from flax import nnx
 
 from trustcore.errors import ModelError
 from trustcore.memory import Shelf
-from trustcore.models.decoder import Decoder
-from trustcore.models.model import parameters_of
+from trustcore.models.model import Model, parameters_of
 from trustcore.nn.shelved import ShelvedStack
 from trustcore.nn.stack import Remat, Stack
 
 M = TypeVar("M", bound=nnx.Module)
+Make = Callable[[str, Any], Any]
 
 
 def scan_layers(model: M, *, remat: Remat = False, unroll: int = 1) -> M:
     """Returns the model with its blocks stacked, to be run by `jax.lax.scan`; the one given stays as it is.
 
     Args:
-        model: a decoder, a Mamba, a text encoder of BERT's shape or a vision transformer; arrays or shapes.
+        model: of any family but convolutional networks: a decoder, an encoder, both, or a pair of towers; arrays or
+            shapes.
         remat: whether activations within a repeat are computed again in the backward pass in place of being kept; or a
             policy of `jax.checkpoint_policies`.
         unroll: repeats that one step of the loop runs: a larger program that may run faster.
@@ -52,7 +54,7 @@ def scan_layers(model: M, *, remat: Remat = False, unroll: int = 1) -> M:
     """
     if unroll < 1:
         raise ModelError(f"scan_layers: a step of {unroll} repeats; unroll must be positive.")
-    return _with_blocks(model, "scan_layers", lambda blocks: Stack(list(blocks), remat=remat, unroll=unroll))
+    return _with_blocks(model, "scan_layers", lambda _, blocks: Stack(list(blocks), remat=remat, unroll=unroll))
 
 
 def unscan_layers(model: M) -> M:
@@ -61,7 +63,7 @@ def unscan_layers(model: M) -> M:
     Raises:
         ModelError: the model does not run its blocks one after the other.
     """
-    return _with_blocks(model, "unscan_layers", lambda blocks: nnx.List(list(blocks)))
+    return _with_blocks(model, "unscan_layers", lambda _, blocks: nnx.List(list(blocks)))
 
 
 def spill_layers(model: M, folder: str | os.PathLike[str] | None = None) -> M:
@@ -80,7 +82,7 @@ def spill_layers(model: M, folder: str | os.PathLike[str] | None = None) -> M:
     `trustcore.load(spill=True)` makes such a model of one that never was in memory.
     """
     shelf = Shelf(folder)
-    return _with_blocks(model, "spill_layers", lambda blocks: ShelvedStack(shelf, [shelf.put(b) for b in blocks]))
+    return _with_blocks(model, "spill_layers", lambda _, blocks: ShelvedStack(shelf, [shelf.put(b) for b in blocks]))
 
 
 def put_on_shelf(model: Any, shelf: Shelf, shelved: Mapping[str, int]) -> None:
@@ -90,26 +92,31 @@ def put_on_shelf(model: Any, shelf: Shelf, shelved: Mapping[str, int]) -> None:
         ModelError: the model does not run its blocks one after the other.
     """
 
-    def made(blocks: Any) -> ShelvedStack:
+    def made(place: str, blocks: Any) -> ShelvedStack:
         numbers = []
         for i, block in enumerate(blocks):
-            own = [shelved[f"blocks.{i}.{path}"] for path in parameters_of(block)]
+            own = [shelved[f"{place}.{i}.{path}"] for path in parameters_of(block)]
             numbers.append(shelf.join(jax.tree.structure(block), own))
         return ShelvedStack(shelf, numbers)
 
-    model.blocks = _with_blocks(model, "spill", made).blocks
+    _set_blocks(model, "spill", made)
 
 
-def _with_blocks(model: Any, caller: str, make: Any) -> Any:
-    from trustcore.models.bert import Bert  # families are imported when they are used
-    from trustcore.models.mamba import MambaModel
-    from trustcore.models.vit import Vit
-
-    if not isinstance(model, Decoder | Bert | MambaModel | Vit):
-        raise ModelError(
-            f"{caller}: a {type(model).__name__} has no list of blocks that follow each other; pass a Decoder, a "
-            "Mamba, a text encoder of BERT's shape or a vision transformer."
-        )
+def _with_blocks(model: Any, caller: str, make: Make) -> Any:
     copy = jax.tree.map(lambda leaf: leaf, model)
-    copy.blocks = make(model.blocks)
+    _set_blocks(copy, caller, make)
     return copy
+
+
+def _set_blocks(model: Any, caller: str, make: Make) -> None:
+    """Puts what `make` gives for a list of blocks, and the list's place, in the place of each such list."""
+    if not isinstance(model, Model) or not model.stacks:
+        raise ModelError(
+            f"{caller}: a {type(model).__name__} has no list of blocks that follow each other; pass a decoder, an "
+            "encoder, an encoder-decoder or a pair of towers."
+        )
+    for place in model.stacks:
+        *path, name = place.split(".")
+        owner = functools.reduce(getattr, path, model)
+        if len(getattr(owner, name)):
+            setattr(owner, name, make(place, getattr(owner, name)))

@@ -11,7 +11,7 @@ table of relative positions); with an encoder alone, a text encoder. Raffel et a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from trustcore.nn.linear import Linear
 from trustcore.nn.mlp import MLP
 from trustcore.nn.norm import RMSNorm
 from trustcore.nn.positions import RelativeBias
+from trustcore.nn.stack import Stack, run_blocks
 from trustcore.ops.activate import activation
 
 MOST = 1 << 20  # tokens of a row: what no memory holds
@@ -195,6 +196,7 @@ class T5(TextEncoder):
 
     reads: Reads = "text"
     chooses_cache = False
+    stacks = ("blocks", "decoder")
 
     def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None):
         super().__init__(config, dtype)
@@ -206,9 +208,9 @@ class T5(TextEncoder):
             biased = (i == 0 or config.each_layer for i in range(count))
             return nnx.List([Block(config, biased=own, cross=cross, **made) for own in biased])
 
-        self.blocks = stack(config.layers, False)
+        self.blocks: nnx.List[Any] | Stack = stack(config.layers, False)
         self.norm = RMSNorm(config.features, eps=config.norm_eps, **made)
-        self.decoder = stack(config.decoder_layers, True)
+        self.decoder: nnx.List[Any] | Stack = stack(config.decoder_layers, True)
         whole = config.decoder_layers > 0
         self.decoder_norm = RMSNorm(config.features, eps=config.norm_eps, **made) if whole else None
         own = whole and config.own_output
@@ -241,11 +243,16 @@ class T5(TextEncoder):
         x = self.words(tokens).astype(self.dtype)
         places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         visible = key_mask(mask)
-        bias: Any = None
-        for block in self.blocks:
-            bias = bias if block.relative_bias is None else block.relative_bias(places, places)
-            x = run(block, x, visible, bias)
+        bias = self._bias(self.blocks, places, places)
+        x, _ = run_blocks(self.blocks, lambda block, x, _: (run(block, x, visible, bias(block)), None), x)
         return self.norm(x)
+
+    def _bias(self, blocks: Any, queries: jax.Array, keys: jax.Array) -> Callable[[Any], jax.Array]:
+        """What gives the bias of a block's scores: that of the first block, or of each its own."""
+        if self.config.each_layer:
+            return lambda block: block.relative_bias(queries, keys)
+        shared = next(iter(blocks)).relative_bias(queries, keys)
+        return lambda block: shared
 
     def start(self, memory: Float[Array, "B S D"], mask: Any = None, *, slots: int) -> DecoderState:
         """Returns the state of a decoder that has written nothing yet.
@@ -262,8 +269,7 @@ class T5(TextEncoder):
         if not config.decoder_layers:
             raise ModelError("this checkpoint has an encoder alone; it writes nothing.")
         empty = empty_layer(memory.shape[0], slots, config.heads, config.head_dim, self.dtype)
-        views = tuple(block.cross.keys_values(memory) for block in self.decoder if block.cross is not None)
-        return DecoderState((empty,) * config.decoder_layers, views, key_mask(mask), jnp.zeros((), jnp.int32))
+        return DecoderState.of_blocks(self.decoder, empty, memory, key_mask(mask))
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -291,16 +297,17 @@ class T5(TextEncoder):
         x = self.words(tokens).astype(self.dtype)
         places = state.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         slots = jnp.arange(state.slots, dtype=jnp.int32)
-        layers, bias = [], None
-        for block, layer, memory in zip(self.decoder, state.layers, state.memory, strict=True):
-            bias = bias if block.relative_bias is None else block.relative_bias(places, slots)
-            x, layer = _step(block, x, layer, memory, state.mask, state.length, bias)
-            layers.append(layer)
+        bias = self._bias(self.decoder, places, slots)
+
+        def step(block: Any, *given: Any) -> tuple[jax.Array, Any]:
+            return _step(block, *given, state.mask, state.length, bias(block))
+
+        x, layers = state.through(self.decoder, step, x)
         x = self.decoder_norm(x)
         if self.config.scaled_output:
             x = x * jnp.asarray(self.config.features**-0.5, x.dtype)
         logits = self.words.unembed(x) if self.output is None else self.output(x)
-        after = state._replace(layers=tuple(layers), length=state.length + tokens.shape[1])
+        after = state._replace(layers=layers, length=state.length + tokens.shape[1])
         return logits.astype(jnp.float32), after
 
 

@@ -5,21 +5,23 @@ Slot s holds the token at position s; all rows have the same length. The encoder
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from trustcore.nn.encoder_attention import EncoderAttention, KeysValues
+from trustcore.nn.stack import run_blocks
 
 
 class DecoderState(NamedTuple):
     """A pytree.
 
     Attributes:
-        layers: keys and values `[B, slots, N, H]` of each layer's own tokens.
-        memory: keys and values `[B, S, N, H]` of each layer's view of the encoder's states.
+        layers: keys and values `[B, slots, N, H]` of each layer's own tokens; of a `Stack`, those of a group in one.
+        memory: keys and values `[B, S, N, H]` of each layer's view of the encoder's states; alike.
         mask: bool `[B, 1, 1, S]`, which of the encoder's states count; None: all.
         length: int32, tokens the decoder has seen.
     """
@@ -32,7 +34,31 @@ class DecoderState(NamedTuple):
     @property
     def slots(self) -> int:
         """Tokens there is room for."""
-        return self.layers[0][0].shape[1]
+        return self.layers[0][0].shape[-3]
+
+    @classmethod
+    def of_blocks(cls, blocks: Any, empty: KeysValues, memory: jax.Array, mask: jax.Array | None) -> DecoderState:
+        """Returns the state of a decoder of these blocks that has written nothing yet.
+
+        Args:
+            blocks: a list or a `Stack`; each has its cross-attention as `cross`.
+            empty: keys and values of one layer, see `empty_layer`.
+            memory: states of the encoder, `[B, S, D]`.
+            mask: see above.
+        """
+        _, states = run_blocks(blocks, lambda block, x, _: (x, (empty, block.cross.keys_values(x))), memory)
+        layers, views = (tuple(state[i] for state in states) for i in range(2))
+        return cls(layers, views, mask, jnp.zeros((), jnp.int32))
+
+    def through(self, blocks: Any, step: Callable[..., Any], x: jax.Array) -> tuple[jax.Array, tuple[KeysValues, ...]]:
+        """Returns x behind all blocks, and their own keys and values after it; `step(block, x, layer, memory)`."""
+
+        def call(block: Any, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+            x, layer = step(block, x, *state)
+            return x, (layer, state[1])
+
+        x, after = run_blocks(blocks, call, x, tuple(zip(self.layers, self.memory, strict=True)))
+        return x, tuple(layer for layer, _ in after)
 
 
 def empty_layer(batch: int, slots: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> KeysValues:
