@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +14,9 @@ from kernels_pallas.attention import ATTENTION, attention, tpu, triton, xla
 from kernels_pallas.attention.oracle import attention_oracle
 from kernels_pallas.attention.tunable import _call
 from kernels_pallas.cross_entropy import cross_entropy
+from kernels_pallas.decode import decode_attention
 from kernels_pallas.glu import glu
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.norm import rms_norm
 from kernels_pallas.tuning import Tunable
 from trustcore import tune
@@ -33,6 +37,9 @@ CALLS = {
     "activation_forward": "R=20,D=96",
     "activation_backward": "R=20,D=96,operands=bias of_y x,results=bias x",
     "packed_product": "R=3,K=128,N=640,format=int4:g32",
+    "decode_attention_forward": "B=2,T=2,S=192,N=4,K=2,H=16,cache=uint8,page=32,window=90,more=sinks slopes",
+    "grouped_matmul_rows": "R=96,E=3,K=24,N=40,transposed=true",
+    "grouped_matmul_sums": "R=96,E=3,K=24,N=40",
 }  # fmt: skip
 PINS = {
     "attention_forward": {"implementation": "xla", "block_q": 64, "block_k": 128},
@@ -41,6 +48,9 @@ PINS = {
     "cross_entropy_one_pass": {"implementation": "xla", "chunk": 256},
     "cross_entropy_backward": {"implementation": "xla", "chunk": 512},
     "packed_product": {"implementation": "stream", "unroll": 2},
+    "decode_attention_forward": {"implementation": "xla", "split": 64},
+    "grouped_matmul_rows": {"implementation": "xla", "piece": 8},
+    "grouped_matmul_sums": {"implementation": "xla", "piece": 8},
 }
 
 
@@ -129,6 +139,56 @@ def test_tuned_blocks_of_a_gpu_and_a_tpu_are_computed_right():
         near(rms_norm(x, implementation="triton", interpret=True), rms_norm(x))
     with tune.pinned("activation_forward", {"implementation": "mosaic_tpu", "rows": 16, "columns": 512}):
         near(glu(x, x, implementation="mosaic_tpu", interpret=True), glu(x, x))
+
+
+KERNELS = {
+    "decode_attention_forward": {
+        "triton": {"slots": 32, "splits": 2, "warps": 4, "stages": 1}, "mosaic_tpu": {"slots": 128},
+    },
+    "grouped_matmul_rows": {
+        "triton": {"rows": 16, "deep": 32, "wide": 32, "warps": 4, "stages": 2},
+        "mosaic_tpu": {"rows": 64, "deep": 256, "wide": 128},
+    },
+    "grouped_matmul_sums": {
+        "triton": {"rows": 16, "deep": 32, "wide": 32, "warps": 4, "stages": 2},
+        "mosaic_tpu": {"rows": 64, "deep": 256, "wide": 128},
+    },
+}  # fmt: skip
+_PLAIN = {
+    "decode_attention_forward": "B=2,T=1,S=300,N=4,K=2,H=16,window=180",
+    "grouped_matmul_rows": "R=96,E=3,K=24,N=40",
+}
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("name", ["triton", "mosaic_tpu"])
+def test_tuned_kernels_over_caches_and_groups_are_computed_right(op, name):
+    tunable, facts = tune.declared(op), tune.best(op, _PLAIN.get(op, CALLS[op])).facts
+    operands = tunable.operands(facts)
+    with tune.pinned(op, {"implementation": name, **KERNELS[op][name]}):
+        if op == "decode_attention_forward":
+            result = decode_attention(**operands[0], window=180, implementation=name, interpret=True)
+        elif op == "grouped_matmul_rows":
+            result = grouped_matmul(*operands, implementation=name, interpret=True)
+        else:
+            x, cotangent, sizes = operands
+            product = functools.partial(grouped_matmul, x, sizes=sizes, implementation=name, interpret=True)
+            (result,) = jax.vjp(product, jnp.zeros((3, 24, 40)))[1](cotangent)
+    near(tunable.checked(facts, result), tunable.oracle(facts, operands), tunable.reduction(facts))
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("device", [GPU, TPU], ids=["gpu", "tpu"])
+def test_candidates_of_caches_and_groups(op, device):
+    """Every one that is tried comes to blocks of its own, and those of the chip's kernels are among them."""
+    large = {"decode_attention_forward": "B=8,T=1,S=8192,N=32,K=8,H=128,dtype=bfloat16"}
+    shape = large.get(op, "R=8192,E=8,K=2048,N=4096,dtype=bfloat16")
+    tunable, facts = tune.declared(op), tune.best(op, shape, device=device).facts
+    listed = tune.candidates(tunable, device, facts)
+    name = "triton" if device is GPU else "mosaic_tpu"
+    assert len([v for v in listed.tried if v["implementation"] == name]) > 3
+    made = [tunable.resolved(device.target, facts, v) for v in listed.tried]
+    assert len(set(made)) == len(made)
 
 
 def test_tuned_blocks_are_cut_to_the_call():

@@ -18,7 +18,9 @@ from kernels_pallas.tuning import Tunable
 from trustcore.errors import TuningError
 
 # A family stands for all of its ops, whose names begin with its own.
-FAMILIES: tuple[str, ...] = ("attention", "cross_entropy", "norm", "activation", "packed_product")
+FAMILIES: tuple[str, ...] = (
+    "attention", "cross_entropy", "norm", "activation", "packed_product", "decode_attention", "grouped_matmul",
+)  # fmt: skip
 _registered: dict[str, Tunable] = {}
 
 
@@ -74,6 +76,10 @@ def _family(family: str) -> dict[str, Tunable]:
         from kernels_pallas.cross_entropy import tunable as home
     elif family == "packed_product":
         from trustcore.quant import tunable as home
+    elif family == "decode_attention":
+        from kernels_pallas.decode import tunable as home
+    elif family == "grouped_matmul":
+        from kernels_pallas.grouped_matmul import tunable as home
     else:
         from kernels_pallas import row_tunables as home
     return {t.op: t for t in home.TUNABLES if t.op.startswith(family)}
