@@ -205,6 +205,25 @@ def test_tuned_blocks_are_cut_to_the_call():
     assert xla.plan_of(made.ops, "cpu", {"block_q": 16, "block_k": 1024}).block_k == 40
 
 
+def test_tuned_blocks_of_mosaic_gpu_reach_its_kernels():
+    facts = tune.best("attention_forward", B=1, T=300, N=2, H=64, dtype="bfloat16", device=GPU).facts
+    listed = tune.candidates(tune.declared("attention_forward"), GPU, facts, most=200)
+    ours = [v for v in (*listed.tried, *(c.values for c in listed.cut)) if v["implementation"] == "mosaic_gpu"]
+    assert {v.get("length") for v in ours} == {None, 64, 128, 192, 256}
+    wide = tune.best("attention_forward", B=1, T=4096, N=2, H=256, dtype="bfloat16", device=GPU).facts
+    cut = tune.candidates(tune.declared("attention_forward"), GPU, wide).cut
+    assert any(c.values.get("length") == 128 and "bytes of shared memory" in c.reason for c in cut)
+    q = jax.ShapeDtypeStruct((1, 300, 2, 64), jnp.bfloat16)
+
+    def text(values):
+        with kernels_pallas.abstract_device("NVIDIA H200", "gpu"), tune.pinned("attention_forward", values):
+            run = jax.jit(lambda q: attention(q, q, q, implementation="mosaic_gpu"))
+            return run.trace(q).lower(lowering_platforms=("cuda",)).as_text()
+
+    values = {"implementation": "mosaic_gpu", "length": 64, "stages": 2}
+    assert text(values) != text({}) and text({**values, "length": 128, "stages": 3}) == text({})
+
+
 def test_the_tuned_implementation_is_taken_where_it_is_able():
     facts = tune.best("attention_forward", B=1, T=256, N=2, H=64, dtype="bfloat16").facts
     call, chip = _call(facts), Target("cuda", "9.0")
@@ -233,7 +252,8 @@ def test_what_does_not_fit_a_chip_is_cut_before_anything_runs(device):
     facts = tune.best("attention_forward", B=1, T=8192, N=16, H=256, dtype="bfloat16", device=device).facts
     listed = tune.candidates(tune.declared("attention_forward"), device, facts)
     cut = [c for c in listed.cut if "bytes of" in c.reason]
-    assert cut and all(c.values["implementation"] == ("triton" if device is GPU else "mosaic_tpu") for c in cut)
+    kernels = {"triton", "mosaic_gpu"} if device is GPU else {"mosaic_tpu"}
+    assert {c.values["implementation"] for c in cut} == kernels
     biggest = {"triton": {"queries": 256, "keys": 128}, "mosaic_tpu": {"queries": 1024, "keys": 2048}}
     for name, values in biggest.items():
         if any(v["implementation"] == name for v in listed.tried):

@@ -51,8 +51,13 @@ def known(op: str) -> Tunable | None:
     """Returns the declaration of an op; None where it declares nothing."""
     if op in _registered:
         return _registered[op]
-    family = next((f for f in FAMILIES if op.startswith(f)), None)
-    return None if family is None else _family(family).get(op)
+    family = family_of(op)
+    return _family(family).get(op) if family else None
+
+
+def family_of(op: str) -> str:
+    """Returns the family that an op's name begins with, "" for an op of your own."""
+    return next((f for f in FAMILIES if op.startswith(f)), "")
 
 
 def members(name: str) -> tuple[Tunable, ...]:
