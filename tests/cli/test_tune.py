@@ -70,7 +70,7 @@ def test_a_model_is_tuned_in_pieces(cli, own_tables: Path, tmp_path: Path, monke
     monkeypatch.setattr(command.interrupts, "check", pressed)
     stopped = cli(*words)
     assert stopped.status == 130
-    said = "trustcore: stopped: 1 calls tuned and kept; the same command goes on from there\n"
+    said = "trustcore: stopped: 1 call tuned and kept; the same command goes on from there\n"
     assert stopped.err == said
     known = len(table.read(table.path_of(tune.this_device())))
     assert 1 == known < calls and len(list(own_tables.glob("*.json"))) == 1

@@ -90,7 +90,7 @@ class _State:
 
     def stopped(self) -> str:
         """One line that says what is kept."""
-        kept = [f"{len(self.found)} calls tuned and kept"] if self.found else []
+        kept = [f"{len(self.found)} call{'s' * (len(self.found) > 1)} tuned and kept"] if self.found else []
         kept += [f"{self.known} known before"] if self.known else []
         if self.current is not None:
             from trustcore.tune import declared, this_device
@@ -99,7 +99,7 @@ class _State:
 
             op, facts = self.current
             count = measured(this_device(), declared(op), facts)
-            kept += [f"of {op} {text_of(facts)} {count} candidates measured and kept"] if count else []
+            kept += [f"of {op} {text_of(facts)} {count} candidate{'s' * (count > 1)} measured and kept"] if count else []
         if not kept:
             return "stopped before anything was measured; nothing is lost"
         return f"stopped: {', '.join(kept)}; the same command goes on from there"
