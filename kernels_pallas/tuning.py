@@ -98,7 +98,7 @@ class Tunable:
         op: the name under which `values` is asked.
         sources: names of modules (or functions) whose text decides what a candidate computes and how fast: a change of
             it makes results stale.
-        calls: between so many calls the time of compiling is divided, and counts with theirs; 0: it does not count.
+        calls: of facts, between how many calls the time of compiling is divided, to count with theirs; 0: it does not.
         revision: raised by hand where measurements of earlier sources mislead; read-only tables go by it.
         grids: implementation -> parameter -> the values to try. An implementation without parameters has {}.
         sizes: facts that are numbers and may differ between neighbours: results serve nearby sizes.
@@ -134,7 +134,7 @@ class Tunable:
     arrange: Callable[[Facts, tuple[Any, ...], Values], tuple[Any, ...]] = lambda facts, operands, given: operands
     checked: Callable[[Facts, Any], Any] = lambda facts, result: result
     reduction: Callable[[Facts], int] = lambda facts: 1
-    calls: int = 0
+    calls: Callable[[Facts], int] = lambda facts: 0
     revision: int = 1
 
 

@@ -185,8 +185,11 @@ def _constraint(target: Target, known: Facts, given: Values) -> str:
     return ""
 
 
-def _resolved(target: Target, known: Facts, given: Values) -> Any:
+def _resolved(target: Target, known: Facts, given: Values, *, backward: bool) -> Any:
     call, name = _call(known), given.get("implementation")
+    if name == "mosaic_gpu":
+        plain = mosaic_gpu.blocks_of(call, "dq" if backward else "forward")
+        return name, given.get("length", plain.length), given.get("stages", plain.stages)
     if name == "xla":
         return name, xla.plan_of(call.ops, target.platform, given)
     made = dict(given)
@@ -255,7 +258,7 @@ def _tunable(direction: str) -> Tunable:
         checked=checked,
         refusal=_refusal,
         constraint=_constraint,
-        resolved=_resolved,
+        resolved=functools.partial(_resolved, backward=backward),
         cost=functools.partial(_cost, backward=backward),
         reduction=lambda known: max(known["S"], known["T"] if backward else 1, known["H"]),
     )

@@ -35,7 +35,7 @@ def rows(target: Any, call: Any, interpret: bool) -> list[jax.Array]:
     """Returns `x[r] @ w[e]`, `[R, N]`."""
     x, w, starts, sizes = call.x, call.second, call.starts, call.sizes
     wide = _wide(x.dtype)
-    count, (length, width) = sizes.shape[0], (x.shape[0], call.width)
+    length, width = x.shape[0], call.width
     if isinstance(length, int) and length == 0:
         return [jnp.zeros((0, width), x.dtype)]
     if target.platform in NATIVE and call.parts == 1:

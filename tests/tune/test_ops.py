@@ -22,6 +22,7 @@ from kernels_pallas.tuning import Tunable
 from trustcore import tune
 from trustcore.ops.linear import linear
 from trustcore.quant import QuantizedArray
+from trustcore.tune import registry
 from trustcore.tune.device import Device
 from trustcore.tune.measure import tolerance
 
@@ -61,7 +62,8 @@ def near(ours, theirs, reduction=256):
 
 
 def test_every_op_has_a_case_here():
-    assert sorted(CALLS) == sorted(n for n in tune.names() if tune.declared(n).op == n)
+    ops = [n for family in registry.FAMILIES for n in (t.op for t in registry.members(family))]
+    assert sorted(CALLS) == sorted(ops)  # forms of models, which are registered: tests/models/test_layer_form.py
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -210,6 +212,7 @@ def test_tuned_blocks_of_mosaic_gpu_reach_its_kernels():
     listed = tune.candidates(tune.declared("attention_forward"), GPU, facts, most=200)
     ours = [v for v in (*listed.tried, *(c.values for c in listed.cut)) if v["implementation"] == "mosaic_gpu"]
     assert {v.get("length") for v in ours} == {None, 64, 128, 192, 256}
+    assert {"implementation": "mosaic_gpu", "length": 128, "stages": 3} not in listed.tried  # the defaults
     wide = tune.best("attention_forward", B=1, T=4096, N=2, H=256, dtype="bfloat16", device=GPU).facts
     cut = tune.candidates(tune.declared("attention_forward"), GPU, wide).cut
     assert any(c.values.get("length") == 128 and "bytes of shared memory" in c.reason for c in cut)

@@ -1,7 +1,7 @@
 """`trustcore tune`: measures block sizes, implementations and program forms for a model's calls, or an op's.
 
 What was found before is not measured again, so the same command goes on where it was stopped, by Ctrl-C, by the end of
-`--minutes` or from outside: a result is written when its call is done, and of the call at hand what was measured so far.
+`--minutes` or from outside: a result is written when its call is done, and of the call at hand what was measured.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class _State:
 
             op, facts = self.current
             count = measured(this_device(), declared(op), facts)
-            kept += [f"of {op} {text_of(facts)} {count} candidate{'s' * (count > 1)} measured and kept"] if count else []
+            kept += (
+                [f"of {op} {text_of(facts)} {count} candidate{'s' * (count > 1)} measured and kept"] if count else []
+            )
         if not kept:
             return "stopped before anything was measured; nothing is lost"
         return f"stopped: {', '.join(kept)}; the same command goes on from there"
@@ -127,6 +129,7 @@ def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[
     import jax
     import jax.numpy as jnp
 
+    from trustcore.models.layer_form import OP
     from trustcore.quant import QuantizedArray
     from trustcore.tune import calls_of
 
@@ -137,6 +140,8 @@ def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[
     calls += calls_of(lambda m, t, c: m(t, cache=c), model, one, cache)
     calls += calls_of(step, model, tokens) if train else []
     weights = {}
+    steps = ("token", "forward", *(("gradient",) if train else ()))
+    layers = [(OP, known, (model,)) for s in steps if (known := _layers(model, s, batch, length)) is not None]
     for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, QuantizedArray)):
         if isinstance(leaf, QuantizedArray) and leaf.ndim == 2:
             for w in (leaf, leaf.T):
@@ -150,9 +155,17 @@ def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[
             w = weights.get((facts["format"], facts["K"], facts["N"], facts["transposed"], facts["order"]))
             operands = None if w is None else (jax.random.normal(jax.random.key(0), (facts["R"], facts["K"])), w)
         work.append((op, facts, operands))
+    work += layers
     if not work:
         raise ModelError(f"{name}: none of its calls can be tuned here: its products are of floats, as XLA does them.")
     return work
+
+
+def _layers(model: Any, step: str, batch: int, length: int) -> Any:
+    """The facts of the forms of its layers; None where there is nothing to choose."""
+    from trustcore.models.layer_form import LAYERS
+
+    return LAYERS.facts(model, step=step, batch=batch, length=length)
 
 
 def _tuned(

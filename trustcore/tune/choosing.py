@@ -240,6 +240,7 @@ def _choice(tunable: Tunable, device: Device, facts: Facts, implementation: str 
         return made({}, "defaults", f"defaults: what was measured does not serve this call: {problem}")
     gain = entry.default_seconds / entry.seconds if entry.seconds > 0 else 1.0
     told = f"{entry.seconds * 1e3:.3g} ms, the defaults {entry.default_seconds * 1e3:.3g} ms ({gain:.2f}), {entry.date}"
+    told += _compiling(entry)
     sizes = text_of(entry.sizes)
     if found.packaged:
         near = "" if found.same_bucket else "the nearest, "
@@ -247,6 +248,13 @@ def _choice(tunable: Tunable, device: Device, facts: Facts, implementation: str 
     if found.same_bucket:
         return made(values, "cache", f"measured here: {sizes}: {told}")
     return made(values, "nearest", f"nearest of what was measured here: {sizes}: {told}")
+
+
+def _compiling(entry: table.Entry) -> str:
+    """What compiling takes in each implementation, where it counts."""
+    known = {n: told.get("compile_seconds") for n, told in entry.implementations.items()}
+    parts = [f"{n} {x:.3g} s" for n, x in known.items() if isinstance(x, int | float)]
+    return f"; with its share of compiling: {', '.join(parts)}" if parts else ""
 
 
 def _problem(tunable: Tunable, device: Device, facts: Facts, values: Values) -> str:

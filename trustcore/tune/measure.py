@@ -97,8 +97,13 @@ def tolerance(dtype: Any, reduction: int) -> float:
 
 
 def compiled(
-    tunable: Tunable, facts: Facts, operands: tuple[Any, ...], trials: Sequence[Trial], check: Callable[[], None],
-    *, skip: Callable[[Trial], bool] = lambda trial: False,
+    tunable: Tunable,
+    facts: Facts,
+    operands: tuple[Any, ...],
+    trials: Sequence[Trial],
+    check: Callable[[], None],
+    *,
+    skip: Callable[[Trial], bool] = lambda trial: False,
 ) -> list[Any]:
     """Returns for each trial a function without arguments that runs its program; None where it did not compile.
 
@@ -133,15 +138,15 @@ def compiled(
         try:
             began = time.perf_counter()
             program = made.compile()
-            if tunable.calls and trials[place].compiling is None:
+            if tunable.calls(facts) and trials[place].compiling is None:
                 trials[place].compiling = tracing + time.perf_counter() - began
             return functools.partial(program, *given)
         except Exception as error:
             trials[place].refused = f"it does not compile: {_one_line(error)}"
             return None
 
-    workers = 1 if tunable.calls else max(1, min(len(trials), os.cpu_count() or 1))
-    anew = _jax.compiled_anew() if tunable.calls else contextlib.nullcontext()
+    workers = 1 if tunable.calls(facts) else max(1, min(len(trials), os.cpu_count() or 1))
+    anew = _jax.compiled_anew() if tunable.calls(facts) else contextlib.nullcontext()
     with anew, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(build, place) for place in range(len(trials))]
         programs = []

@@ -22,7 +22,7 @@ import jax
 from kernels_pallas import tuning
 from kernels_pallas.tuning import Facts, Tunable, Values
 from trustcore.errors import TrustcoreError, TuningError
-from trustcore.tune import listing, measure, registry, table
+from trustcore.tune import assembling, listing, measure, registry, table
 from trustcore.tune.choosing import facts_of, text_of, tracing
 from trustcore.tune.device import Device, this_device
 from trustcore.tune.listing import Candidates, described
@@ -107,7 +107,8 @@ def search(
         raise TuningError(f"{tunable.op}: nothing is tuned inside of a trace; call it outside of jit, grad and vmap.")
     facts = facts_of(tunable, shapes, options)
     device, check, progress = this_device(), check or (lambda: None), progress or (lambda what, done, total: None)
-    listed = listing.candidates(tunable, device, facts, most=most)
+    compiled = device.platform == "cuda" and not assembling.why_not(tunable, device)
+    listed = listing.candidates(tunable, device, facts, most=most, compiled=compiled)
     trials = [Trial({}), *(Trial(values) for values in listed.tried)]
     what, steps = f"{tunable.op} {text_of(facts)}", len(trials) + 10
     unfinished = Unfinished(device, tunable, facts)
@@ -214,7 +215,8 @@ class _Race:
 
     def _share(self, place: int) -> float:
         """The time of compiling that each call counts with."""
-        return (self.trials[place].compiling or 0.0) / self.tunable.calls if self.tunable.calls else 0.0
+        calls = self.tunable.calls(self.facts)
+        return (self.trials[place].compiling or 0.0) / calls if calls else 0.0
 
 
 def _refusing(function: Callable[..., Any], *given: Any) -> Any:

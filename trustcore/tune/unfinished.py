@@ -1,6 +1,7 @@
 """What a search that was stopped had found so far: which candidates are out and why, and the samples of the others.
 
-    {"version": 1, "call": [...], "spent": seconds, "trials": [{"values", "refused", "error", "compile", "samples"}, ...]}
+    {"version": 1, "call": [...], "spent": seconds,
+     "trials": [{"values", "refused", "error", "compile", "samples"}, ...]}
 
 One small file a call in the cache folder, beside the tables, written every now and then while a search runs (whole at
 all times, as tables are) and removed at its end. A search of the same call (op, sources, release of jaxlib, facts) on
