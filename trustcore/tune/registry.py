@@ -20,6 +20,7 @@ from trustcore.errors import TuningError
 # A family stands for all of its ops, whose names begin with its own.
 FAMILIES: tuple[str, ...] = (
     "attention", "cross_entropy", "norm", "activation", "packed_product", "decode_attention", "grouped_matmul",
+    "selective_scan",
 )  # fmt: skip
 _registered: dict[str, Tunable] = {}
 
@@ -85,6 +86,8 @@ def _family(family: str) -> dict[str, Tunable]:
         from kernels_pallas.decode import tunable as home
     elif family == "grouped_matmul":
         from kernels_pallas.grouped_matmul import tunable as home
+    elif family == "selective_scan":
+        from kernels_pallas.selective_scan import tunable as home
     else:
         from kernels_pallas import row_tunables as home
     return {t.op: t for t in home.TUNABLES if t.op.startswith(family)}
