@@ -1,6 +1,6 @@
 """The selective scan for TPUs by Pallas-Mosaic, forward and backward. Oracle: `oracle.py`.
 
-    grid (B, chunks, blocks of channels), the last two in turn: the states of all channels, `[blocks, S, channels]`, stay
+    grid (B, chunks, blocks of channels), the last two in turn: states of all channels, `[blocks, S, channels]`, stay
     in VMEM from chunk to chunk
 
 A step has a chunk of tokens of some channels: x and dt `[chunk, channels]`, b and c `[chunk, S]`, which stay for all
