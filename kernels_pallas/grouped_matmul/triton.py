@@ -102,7 +102,8 @@ def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
             return total + _dot(left, right, (1, 1 if call.transposed else 0))
 
         total = jnp.zeros((blocks.rows, blocks.wide), jnp.float32)
-        total = jax.lax.fori_loop(0, jnp.where(begin < end, pl.cdiv(depth, blocks.deep), 0), step, total)
+        # Not a `where`: of two numbers it becomes a tensor, which is no bound of a loop.
+        total = jax.lax.fori_loop(0, (begin < end).astype(jnp.int32) * pl.cdiv(depth, blocks.deep), step, total)
         place = y.at[pl.ds(begin, blocks.rows), pl.ds(column, blocks.wide)]
         triton.store(place, total.astype(y.dtype), mask=own[:, None] & inside[None, :])
 

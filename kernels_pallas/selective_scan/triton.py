@@ -4,9 +4,10 @@
 
     forward    x, dt, b and c are read once, each a token ahead of the one that is computed; with `keep` the state
                before each chunk is stored
-    backward   chunk by chunk, last first. The states before each 8 tokens of a chunk are computed again from the one
-               that was stored, and stay in registers; then, 8 tokens at a time, those before each token, and the
-               gradients back through them. A chunk's operands are read three times, but once from the nearest cache
+    backward   chunk by chunk, last first. The states before every 8 tokens of a chunk (4 where S is large) are computed
+               again from the one that was stored, and stay in registers; then, 8 tokens at a time, those before each
+               token, and the gradients back through them. A chunk's operands are read from memory once, and twice more
+               from the nearest cache
 
 What a program sums over its channels, the gradients of b and c, goes to memory by block of channels,
 `[B, blocks, T, S]`, and XLA sums the blocks. Numbers beyond T, I and S are masked where they are loaded and stored: a
@@ -30,8 +31,8 @@ from kernels_pallas.dispatch import Target, no_triton
 from kernels_pallas.selective_scan.facts import direction_of, refusal_of_shapes, tuned
 
 LARGEST = 256  # S
-TOKENS = 8  # whose states are in registers at once, in the backward pass
-CHUNK = 64  # tokens, at most: a state for each 8 of them is in registers
+SMALL = 32  # S: beyond, what is summed over S goes through shared memory, and fewer tokens fit the registers
+CHUNK = 64  # tokens, at most: the states before every 4 or 8 of them are in registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,11 @@ def refusal(target: Target, call: Any) -> str:
     return ""
 
 
+def together(call: Any) -> int:
+    """Returns the tokens whose states are in registers at once, in the backward pass."""
+    return 8 if call.arrays["decay"].shape[1] <= SMALL else 4
+
+
 def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -60,7 +66,7 @@ def _power(n: int) -> int:
 def blocks_of(call: Any) -> Blocks:
     """Returns the block sizes for a call: 16 numbers of the state a thread, in the backward pass 4."""
     size = _power(call.arrays["decay"].shape[1])
-    warps, numbers = (4, 4) if direction_of(call) == "backward" else (2, 16)
+    warps, numbers = (4 if size <= SMALL else 8, 4) if direction_of(call) == "backward" else (2, 16)
     channels = max(4, 32 * warps * numbers // size)
     return Blocks(min(channels, _power(call.arrays["x"].shape[2])), warps)
 
@@ -165,7 +171,8 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
     blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     given = {n: z for n, z in _laid(call.arrays).items() if n != "state"}
     (batch, length, inner), size, chunk = given["x"].shape, given["decay"].shape[0], call.chunk
-    chunks, pieces = pl.cdiv(length, chunk), pl.cdiv(chunk, TOKENS)
+    tokens = together(call)
+    chunks, pieces = pl.cdiv(length, chunk), pl.cdiv(chunk, tokens)
     results = ("dx", "ddt", "da", "db", "dc", "dstate")
 
     def kernel(*refs: Any) -> None:
@@ -195,23 +202,23 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
             end = jnp.minimum((k + 1) * chunk, length)
             firsts = [part.state("states", part.row, k)]
             for piece in range(1, pieces):
-                start = k * chunk + (piece - 1) * TOKENS
+                start = k * chunk + (piece - 1) * tokens
                 advance = lambda i, h, start=start: _moved(h, decay, *part.token(start + i, end))  # noqa: E731
-                firsts.append(jax.lax.fori_loop(0, TOKENS, advance, firsts[-1]))
+                firsts.append(jax.lax.fori_loop(0, tokens, advance, firsts[-1]))
 
-            def eight(m: Any, carry: Any) -> Any:
+            def some(m: Any, carry: Any) -> Any:
                 piece = pieces - 1 - m
                 h = firsts[0]
                 for i, other in enumerate(firsts[1:], 1):
                     h = jnp.where(piece == i, other, h)
-                start, states = k * chunk + piece * TOKENS, [h]
-                for i in range(TOKENS - 1):
+                start, states = k * chunk + piece * tokens, [h]
+                for i in range(tokens - 1):
                     states.append(_moved(states[-1], decay, *part.token(start + i, end)))
-                for i in reversed(range(TOKENS)):
+                for i in reversed(range(tokens)):
                     carry = back(start + i, end, carry, states[i])
                 return carry
 
-            return jax.lax.fori_loop(0, pieces, eight, carry)
+            return jax.lax.fori_loop(0, pieces, some, carry)
 
         start = part.state("of_last", part.row), jnp.zeros((part.deep, part.width), jnp.float32)
         g, da = jax.lax.fori_loop(0, chunks, one, start)
@@ -219,8 +226,10 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
         part.put_state("dstate", g, part.row)
 
     by_block = (batch, pl.cdiv(inner, blocks.channels), length, size)
-    tokens, states = (batch, length, inner), (batch, size, inner)
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (tokens, tokens, states, by_block, by_block, states)]
+    all_tokens, states = (batch, length, inner), (batch, size, inner)
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in (all_tokens, all_tokens, states, by_block, by_block, states)
+    ]
     dx, ddt, da, db, dc, dstate = _run(kernel, "backward", given, shapes, blocks, interpret)
     return [dx, ddt, da.swapaxes(1, 2), jnp.sum(db, axis=1), jnp.sum(dc, axis=1), dstate.swapaxes(1, 2)]
 
