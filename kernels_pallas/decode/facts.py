@@ -14,8 +14,8 @@ MORE = ("soft_cap", "slopes", "sinks")
 def facts(call: Call) -> tuning.Facts | None:
     """Returns the facts of a call; None where a size is symbolic or an axis is empty.
 
-    S counts the slots that a row can have. `page` is the size of a page, 0: none; `window` as the call has it, 0: all;
-    `cache` the dtype of the cache, whose codes of 4 bits are uint8.
+    S counts the slots that a row can have. `page` is the size of a page, 0: none; `window` and `chunk` as the call
+    has them, 0: all; `cache` the dtype of the cache, whose codes of 4 bits are uint8.
     """
     ops, spec = call.ops, call.spec
     sizes = {
@@ -36,6 +36,7 @@ def facts(call: Call) -> tuning.Facts | None:
         "cache": {"float8": "float8_e4m3fn", "int4": "uint8"}.get(spec.kind, ops.keys.dtype.name),
         "page": 0 if ops.pages is None else call.page,
         "window": spec.window or 0,
+        "chunk": spec.chunk or 0,
         "more": " ".join(n for n in MORE if there[n] is not None),
     }
 

@@ -34,7 +34,7 @@ _POOLS = ("keys", "values", "key_scale", "value_scale")
 
 def _complete(given: dict[str, Any]) -> dict[str, Any]:
     plain = {"K": 1, "Hv": 1, "dtype": "float32", "cache": "", "more": ""}
-    rest = {n: given.get(n, 0) for n in ("page", "window")}
+    rest = {n: given.get(n, 0) for n in ("page", "window", "chunk")}
     made = completed(
         "decode_attention", {n: x for n, x in given.items() if n not in rest}, ("B", "T", "S", "N", "H"), plain
     )
@@ -49,7 +49,7 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
     if made["cache"] == "uint8" and (made["H"] % 2 or made["Hv"] % 2):
         raise ValueError("decode_attention: codes of 4 bits (cache=uint8) need an even H and Hv.")
     if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in rest.values()):
-        raise ValueError("decode_attention: page and window are numbers of slots, 0 for none.")
+        raise ValueError("decode_attention: page, window and chunk are numbers of slots, 0 for none.")
     if made["page"] and made["S"] % made["page"]:
         raise ValueError(f"decode_attention: S={made['S']} is no multiple of page={made['page']}.")
     unknown = set(made["more"].split()) - set(MORE)
@@ -61,7 +61,7 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(query: Any, keys: Any, values: Any, lengths: Any = None, **options: Any) -> Facts | None:
     lengths = jax.ShapeDtypeStruct((query.shape[0],), jnp.int32) if lengths is None else lengths
-    static = {n: options.pop(n) for n in ("window", "scale", "soft_cap") if n in options}
+    static = {n: options.pop(n) for n in ("window", "chunk", "scale", "soft_cap") if n in options}
     return facts(_checked(Operands(query, keys, values, lengths, **options), **static))
 
 
@@ -86,7 +86,7 @@ def _types(known: Facts) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _options(known: Facts) -> dict[str, Any]:
-    options: dict[str, Any] = {"window": known["window"] or None}
+    options: dict[str, Any] = {n: known[n] or None for n in ("window", "chunk")}
     return options | ({"soft_cap": 30.0} if "soft_cap" in known["more"].split() else {})
 
 
@@ -163,6 +163,7 @@ def _cost(target: Target, known: Facts, given: Values) -> Cost:
     f, name = known, given["implementation"]
     width = f["H"] + f["Hv"]
     seen = min(f["S"], f["window"] + f["T"]) if f["window"] else f["S"]
+    seen = min(seen, f["chunk"] + f["T"]) if f["chunk"] else seen
     wide = jnp.dtype(f["dtype"]).itemsize
     size = 0.5 if f["cache"] == "uint8" else jnp.dtype(f["cache"]).itemsize
     flops, moved = 2.0 * f["B"] * f["N"] * f["T"] * seen * width, f["B"] * f["K"] * seen * width * size
@@ -188,7 +189,7 @@ FORWARD = Tunable(
     op="decode_attention_forward",
     sources=tuple(f"kernels_pallas.decode.{n}" for n in ("xla", "triton", "tpu", "spec", "front")),
     grids={i.name: GRIDS[i.name] for i in DECODE.implementations},
-    sizes=("B", "T", "S", "N", "K", "window"),
+    sizes=("B", "T", "S", "N", "K", "window", "chunk"),
     complete=_complete,
     facts=_facts,
     operands=_operands,

@@ -66,7 +66,7 @@ def _power(n: int) -> int:
 def blocks_of(call: Any) -> Blocks:
     """Returns the block sizes for a call: 16 numbers of the state a thread, in the backward pass 4."""
     size = _power(call.arrays["decay"].shape[1])
-    warps, numbers = (4 if size <= SMALL else 8, 4) if direction_of(call) == "backward" else (2, 16)
+    warps, numbers = (8, 4) if direction_of(call) == "backward" else (2, 16)
     channels = max(4, 32 * warps * numbers // size)
     return Blocks(min(channels, _power(call.arrays["x"].shape[2])), warps)
 

@@ -38,7 +38,7 @@ CALLS = {
     "activation_forward": "R=20,D=96",
     "activation_backward": "R=20,D=96,operands=bias of_y x,results=bias x",
     "packed_product": "R=3,K=128,N=640,format=int4:g32",
-    "decode_attention_forward": "B=2,T=2,S=192,N=4,K=2,H=16,cache=uint8,page=32,window=90,more=sinks slopes",
+    "decode_attention_forward": "B=2,T=2,S=192,N=4,K=2,H=16,cache=uint8,page=32,window=90,chunk=70,more=sinks slopes",
     "grouped_matmul_rows": "R=96,E=3,K=24,N=40,transposed=true",
     "grouped_matmul_sums": "R=96,E=3,K=24,N=40",
     "selective_scan_forward": "B=2,T=21,I=40,S=5,chunk=8,keep=true",
