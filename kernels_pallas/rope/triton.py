@@ -58,13 +58,14 @@ def forward(target: Target, call: Any, interpret: bool) -> list[jax.Array]:
         pair = jnp.arange(deep, dtype=jnp.int32) < call.pairs
         angle = own[:, None] & pair[None, :]
         keep = angle[:, None, :] & there[None, :, None]
+        zero = row * 0  # a start that is not static: a static slice beyond the end is refused, masked or not
         at = row, pl.ds(token, tokens), pl.ds(head, wide)
         if call.interleaved:
-            places = [(*at, pl.ds(0, deep), jnp.int32(i)) for i in range(2)]
+            places = [(*at, pl.ds(zero, deep), jnp.int32(i)) for i in range(2)]
         else:
-            places = [(*at, pl.ds(start, deep)) for start in (0, call.pairs)]
+            places = [(*at, pl.ds(zero + start, deep)) for start in (0, call.pairs)]
         a, b = (triton.load(x_ref.at[p], mask=keep, other=0.0).astype(jnp.float32) for p in places)
-        turn = (*([] if of_all else [row]), pl.ds(token, tokens), pl.ds(0, deep))
+        turn = (*([] if of_all else [row]), pl.ds(token, tokens), pl.ds(zero, deep))
         cos, sin = (
             triton.load(ref.at[turn], mask=angle, other=0.0).astype(jnp.float32)[:, None, :]
             for ref in (cos_ref, sin_ref)

@@ -69,7 +69,7 @@ def selective_scan(
         ImplementationError: the named implementation cannot compute the call.
     """
     _check(x, dt, decay, b, c, state, chunk)
-    given = dict(zip(_NAMES, (x, dt, decay, b, c), strict=False))
+    given: dict[str, Any] = dict(zip(_NAMES, (x, dt, decay, b, c), strict=False))
     SELECTIVE_SCAN.check(Call(given, chunk), implementation, interpret)
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     state = jnp.zeros((x.shape[0], *decay.shape), wide) if state is None else state

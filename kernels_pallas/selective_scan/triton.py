@@ -89,7 +89,8 @@ class _Part:
         self.refs, self.width, self.deep = refs, blocks.channels, _power(size)
         self.block, self.row = pl.program_id(0), pl.program_id(1)
         first = self.block * blocks.channels
-        self.channels, self.numbers = pl.ds(first, blocks.channels), pl.ds(0, self.deep)
+        # A start that is not static: a static slice beyond the end is refused, masked or not.
+        self.channels, self.numbers = pl.ds(first, blocks.channels), pl.ds(self.block * 0, self.deep)
         self.own = first + jnp.arange(blocks.channels, dtype=jnp.int32) < inner
         self.inside = jnp.arange(self.deep, dtype=jnp.int32) < size
         self.both = self.inside[:, None] & self.own[None, :]

@@ -234,8 +234,8 @@ def test_a_broken_file_of_a_stopped_search_is_as_none(own_tables, toy, compariso
     changed["samples"] = {**told, "trials": [{**told["trials"][0], "samples": ["quick"]}]}
     path.write_text(json.dumps(changed[text]) if text in changed else text)
     comparisons.clear()
-    assert tune.search("toy", SMALL, seconds=0.05).values["form"] == "fast"
-    assert len(comparisons) == 5
+    tune.search("toy", SMALL, seconds=0.05)
+    assert len(comparisons) == 5  # all of them anew
 
 
 def test_another_call_has_nothing_of_it(own_tables, toy, comparisons):
