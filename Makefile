@@ -40,7 +40,7 @@ test: $(VENV)/.installed-test
 # libtpu and CUDA's compiler lie in folders of their own: where jax finds them, it looks for a TPU or GPU.
 aot: $(VENV)/.installed-test $(VENV)/.libtpu $(VENV)/.cuda
 	TRUSTCORE_LIBTPU=$(abspath $(VENV)/libtpu) TRUSTCORE_CUDA=$(abspath $(VENV)/cuda) \
-		$(BIN)/python -m pytest -m aot tests/kernels_pallas
+		$(BIN)/python -m pytest -m aot tests/kernels_pallas tests/tune
 
 $(VENV)/.cuda: $(VENV)/.installed-test
 	@echo "Installing CUDA's compiler into $(VENV)/cuda"

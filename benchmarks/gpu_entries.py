@@ -21,6 +21,8 @@ from kernels_pallas.glu import bias_activation, bias_activation_oracle, glu, glu
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_matmul_oracle
 from kernels_pallas.norm import layer_norm, layer_norm_oracle, rms_norm, rms_norm_oracle
 from kernels_pallas.packed import Layout, Plane, packed_matmul, packed_oracle
+from kernels_pallas.rope import rope, rope_oracle
+from kernels_pallas.selective_scan import selective_scan, selective_scan_oracle
 from kernels_pallas.softmax import softmax, softmax_oracle
 
 BFLOAT16 = jnp.bfloat16
@@ -70,6 +72,8 @@ def entries(*, dry: bool = False) -> Iterator[Entry]:
     yield from _rows(dry)
     yield from _cross_entropy(dry)
     yield from _grouped(dry)
+    yield from _scans(dry)
+    yield from _rope(dry)
     for shape in others:
         yield from _attention(shape, dry)
 
@@ -327,3 +331,55 @@ def _grouped(dry: bool) -> Iterator[Entry]:
             operands(rows, experts, size, width), operands(200, 5, 64, 128), grouped_matmul_oracle, backward=backward,
             smooth=(0, 1),
         )  # fmt: skip
+
+
+def _scans(dry: bool) -> Iterator[Entry]:
+    """Mamba's selective scan, forward and with its gradients: each operand once is the work."""
+    cases = [(1, 64, 32, 16)] if dry else [(8, 2048, 1536, 16), (2, 8192, 5120, 16), (4, 2048, 2048, 128)]
+
+    def operands(batch: int, length: int, inner: int, size: int) -> Callable[[jax.Array], tuple[Any, ...]]:
+        def make(key: jax.Array) -> tuple[Any, ...]:
+            tokens, numbers = (batch, length, inner), (batch, length, size)
+            x, dt, decay, b, c = normal(tokens, tokens, (inner, size), numbers, numbers)(key)
+            return x, jax.nn.softplus(dt - jnp.asarray(2.0, dt.dtype)), -jnp.exp(decay.astype(jnp.float32)), b, c
+
+        return make
+
+    def outputs(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return lambda *arrays: function(*arrays, **options)[0]
+
+    for batch, length, inner, size in cases:
+        for backward in (False, True):
+            times = 6 if backward else 3  # x, dt and y; then they and their gradients, the states being left out
+            yield Entry(
+                f"selective scan {'backward' if backward else 'forward'} {batch}x{length}x{inner}x{size}", "bytes",
+                2.0 * batch * length * (times * inner + (4 if backward else 2) * size),
+                {n: outputs(selective_scan, implementation=n) for n in ("triton", "xla")},
+                operands(batch, length, inner, size), operands(2, 50, 40, size), outputs(selective_scan_oracle),
+                backward=backward, smooth=(0, 1, 2, 3, 4), tolerance=2e-2,
+            )  # fmt: skip
+
+
+def _rope(dry: bool) -> Iterator[Entry]:
+    """Rotary positions of queries: x read and written once is the work."""
+    cases = [(1, 64, 2, 32, 32, False)] if dry else [(8, 4096, 32, 128, 128, False), (8, 4096, 32, 128, 64, True)]
+
+    def operands(batch: int, length: int, heads: int, size: int, turned: int) -> Callable[[jax.Array], tuple[Any, ...]]:
+        def make(key: jax.Array) -> tuple[Any, ...]:
+            turn = jnp.arange(length, dtype=jnp.float32)[:, None] * 1e4 ** -jnp.linspace(0, 1, turned // 2)[None]
+            return *normal((batch, length, heads, size))(key), jnp.cos(turn)[None], jnp.sin(turn)[None]
+
+        return make
+
+    for batch, length, heads, size, turned, interleaved in cases:
+        kind = f"{'interleaved ' if interleaved else ''}{batch}x{length}x{heads}x{size}, {turned} turned"
+        for backward in (False, True):
+            yield Entry(
+                f"rope {'backward' if backward else 'forward'} {kind}", "bytes",
+                4.0 * batch * length * heads * size,
+                {
+                    n: functools.partial(rope, implementation=n, interleaved=interleaved) for n in ("triton", "xla")
+                },
+                operands(batch, length, heads, size, turned), operands(1, 70, 3, size, turned),
+                functools.partial(rope_oracle, interleaved=interleaved), backward=backward, smooth=(0,),
+            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Compiles programs for NVIDIA GPUs that are not here, down to machine code, and says what each kernel takes.
+"""Compiles programs for NVIDIA GPUs and TPUs that are not here; of GPUs it says what each kernel takes.
 
     Report of a kernel = registers a thread, bytes spilled to memory, shared memory and threads of a block
 
@@ -7,7 +7,7 @@ jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-nvvm, which may lie in a folder of 
 finds it. What registers a kernel takes is read from the same assembler, ptxas.
 
 A compiler that fails hard ends its process: one process a program, started with `JAX_PLATFORMS=cpu` and, for kernels of
-Mosaic-GPU, `MOSAIC_GPU_DUMP_PTXAS=1`.
+Mosaic-GPU, `MOSAIC_GPU_DUMP_PTXAS=1`. For TPUs libtpu compiles, in a process with `TPU_ENVIRONMENT`.
 """
 
 from __future__ import annotations
@@ -139,6 +139,49 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arrays: Any) -> tuple
             lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
             compiled = lowered.compile(compiler_options=options)
         return compiled, [*_assembled(Path(dump), folder), *_said_of_mosaic("".join(said))]
+
+
+# Kinds of TPUs as JAX names them, and a slice of each that libtpu describes.
+TPUS: Mapping[str, str] = MappingProxyType(
+    {
+        "TPU v4": "v4:2x2x1",
+        "TPU v5 lite": "v5e:2x2",
+        "TPU v5e": "v5e:2x2",
+        "TPU v5": "v5p:4x4x4",
+        "TPU v5p": "v5p:4x4x4",
+        "TPU v6 lite": "v6e:4x4",
+        "TPU v6e": "v6e:4x4",
+    }
+)
+# What libtpu wants to know of a host that has no TPU.
+TPU_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes compile at a time
+    }
+)
+
+
+def compile_for_tpu(kind: str, function: Callable[..., Any], *arrays: Any) -> Any:
+    """Compiles `function` of arrays (trees of `jax.ShapeDtypeStruct`) for a TPU of a kind of `TPUS`.
+
+    Raises:
+        OfflineError: libtpu is not installed.
+        Exception: what the compiler raises, e.g. for a kernel that takes more VMEM than there is.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise OfflineError("compiling for an absent TPU needs the wheel libtpu on the path; write: make aot")
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[kind]).devices
+    mesh = Mesh(devices[:1], ("d",))
+    where = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
 
 
 _LAUNCH = re.compile(r"(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes")

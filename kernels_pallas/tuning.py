@@ -98,6 +98,7 @@ class Tunable:
         op: the name under which `values` is asked.
         sources: names of modules (or functions) whose text decides what a candidate computes and how fast: a change of
             it makes results stale.
+        calls: of facts, between how many calls the time of compiling is divided, to count with theirs; 0: it does not.
         revision: raised by hand where measurements of earlier sources mislead; read-only tables go by it.
         grids: implementation -> parameter -> the values to try. An implementation without parameters has {}.
         sizes: facts that are numbers and may differ between neighbours: results serve nearby sizes.
@@ -109,6 +110,7 @@ class Tunable:
         cost: of a target, facts and values.
         operands: of facts, the operands of a call.
         prepare: of facts and operands, what `run` takes, made once with the op's defaults.
+        arrange: of facts, what `prepare` gave and values, the operands of that candidate, where its form is in them.
         run: of facts, the function that is compiled and measured.
         oracle: of facts and operands, what `checked` of its result must be: plain jax, float32 and wider.
         checked: of facts and a result, what is compared with the oracle: all of it, or parts that are cheap to know.
@@ -129,8 +131,10 @@ class Tunable:
     resolved: Callable[[Target, Facts, Values], Any] = lambda target, facts, given: tuple(sorted(given.items()))
     cost: Callable[[Target, Facts, Values], Cost] | None = None
     prepare: Callable[[Facts, tuple[Any, ...]], tuple[Any, ...]] = lambda facts, operands: operands
+    arrange: Callable[[Facts, tuple[Any, ...], Values], tuple[Any, ...]] = lambda facts, operands, given: operands
     checked: Callable[[Facts, Any], Any] = lambda facts, result: result
     reduction: Callable[[Facts], int] = lambda facts: 1
+    calls: Callable[[Facts], int] = lambda facts: 0
     revision: int = 1
 
 

@@ -214,3 +214,19 @@ def written_like(eqns: Sequence[Any]) -> Any:
     for eqn in eqns:
         stack = stack + eqn.source_info.name_stack
     return source_info_util.user_context(eqns[-1].source_info.traceback, name_stack=stack)
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """In this block programs are compiled, and neither taken from the cache of compiled ones nor put into it."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    name = "jax_enable_compilation_cache"
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # whether there is one is asked once
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        compilation_cache.reset_cache()

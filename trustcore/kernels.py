@@ -26,6 +26,7 @@ from kernels_pallas import (
     grouped_matmul,
     norm,
     packed,
+    rope,
     selective_scan,
     softmax,
 )
@@ -40,6 +41,7 @@ OPS: Mapping[str, Callable[..., Explanation]] = MappingProxyType(
         "grouped_matmul": grouped_matmul.explain,
         "norm": norm.explain,
         "packed_matmul": packed.explain,
+        "rope": rope.explain,
         "selective_scan": selective_scan.explain,
         "softmax": softmax.explain,
     }

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.attention.blocks import padded
+from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import NO_KEY
 from kernels_pallas.dispatch import ANY_CHIP, Target, no_sizes
 
@@ -101,9 +102,16 @@ def blocks_of(call: Any, kernel: str) -> Blocks:
     return Blocks(64, 3 if size == 64 else 2)
 
 
+def tuned_blocks(target: Target, call: Any, direction: str) -> Blocks | None:
+    """Returns the blocks that were found for a call, of all kernels of a direction; None where none were."""
+    found = tuned(target, call, direction, "mosaic_gpu")
+    return Blocks(found["length"], found["stages"]) if "length" in found else None
+
+
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    made = _Made(call, blocks or blocks_of(call, "forward"), interpret)
+    blocks = blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward")
+    made = _Made(call, blocks, interpret)
     ops = call.ops
     shapes = [
         jax.ShapeDtypeStruct((made.batch, _eights(made.length), made.heads, made.value_size), ops.query.dtype),
@@ -126,6 +134,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key and value."""
     ops = call.ops
+    blocks = blocks or tuned_blocks(target, call, "backward")
     lse = jnp.where(jnp.isneginf(call.lse), jnp.float32(NO_KEY), call.lse * jnp.float32(LOG2E))
 
     def inputs(made: _Made) -> dict[str, jax.Array]:

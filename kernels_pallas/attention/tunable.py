@@ -13,7 +13,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention import triton, xla
+from kernels_pallas.attention import mosaic_gpu, triton, xla
 from kernels_pallas.attention.facts import MORE, facts
 from kernels_pallas.attention.front import ATTENTION, Call, _checked, attention
 from kernels_pallas.attention.oracle import attention_oracle
@@ -22,10 +22,12 @@ from kernels_pallas.dispatch import Target
 from kernels_pallas.tuning import Cost, Facts, Tunable, Values, completed
 
 GRIDS = {
+    "mosaic_gpu": {"length": (64, 128, 192, 256), "stages": (2, 3, 4)},
     "triton": {"queries": (16, 32, 64, 128, 256), "keys": (16, 32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)},
     "mosaic_tpu": {"queries": (128, 256, 512, 1024), "keys": (128, 256, 512, 1024, 2048)},
     "xla": {"block_q": (64, 128, 256, 512, 1024), "block_k": (128, 256, 512, 1024, 2048)},
 }
+_SOURCES = ("xla", "triton", "mosaic_gpu", "tpu", "blocks", "spec", "front")
 LARGEST = 2**31  # bytes of scores that the oracle may hold
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -176,8 +178,18 @@ def _backward_oracle(known: Facts, operands: tuple[Any, ...]) -> Any:
     return pull(_part(known, "out", cotangent).astype(jnp.float32))
 
 
-def _resolved(target: Target, known: Facts, given: Values) -> Any:
+def _constraint(target: Target, known: Facts, given: Values) -> str:
+    longest = max(64, 1 << (max(known["T"], known["S"]) - 1).bit_length())
+    if given.get("length", 0) > longest:
+        return f"a block of {given['length']} keys, and there are {known['S']}"
+    return ""
+
+
+def _resolved(target: Target, known: Facts, given: Values, *, backward: bool) -> Any:
     call, name = _call(known), given.get("implementation")
+    if name == "mosaic_gpu":
+        plain = mosaic_gpu.blocks_of(call, "dq" if backward else "forward")
+        return name, given.get("length", plain.length), given.get("stages", plain.stages)
     if name == "xla":
         return name, xla.plan_of(call.ops, target.platform, given)
     made = dict(given)
@@ -191,7 +203,9 @@ def _cost(target: Target, known: Facts, given: Values, *, backward: bool) -> Cos
     f, name = known, given["implementation"]
     size = jnp.dtype(f["dtype"]).itemsize
     groups = f["N"] // f["K"]
-    if name == "xla":
+    if name == "mosaic_gpu":
+        queries, keys = mosaic_gpu.WORKERS * mosaic_gpu.ROWS, min(given.get("length", 128), f["S"])
+    elif name == "xla":
         plan = xla.plan_of(_call(known).ops, target.platform, given)
         queries, keys = plan.block_q, plan.block_k
     else:
@@ -208,6 +222,9 @@ def _cost(target: Target, known: Facts, given: Values, *, backward: bool) -> Cos
     moved = tiles * keys * width * size + heads * f["T"] * width * size * (groups if name == "xla" else 1)
     stages = given.get("stages", 2)
     onchip = (stages * keys * width + queries * width) * size * (2 if backward else 1)
+    if name == "mosaic_gpu":  # a tile of queries (backward: and cotangents), the ring, and one number a row of each
+        held = queries * (width if backward or f["H"] != f["Hv"] else f["H"])
+        onchip = (held + stages * keys * width) * size + 8 * (queries + stages * keys)
     if name == "mosaic_tpu":
         onchip = 2 * (keys + queries) * width * size + queries * width * 4 + 3 * queries * keys * 4
     tile = queries * keys * groups * 4 if name == "xla" else 0
@@ -229,7 +246,7 @@ def _tunable(direction: str) -> Tunable:
 
     return Tunable(
         op=f"attention_{direction}",
-        sources=tuple(f"kernels_pallas.attention.{n}" for n in ("xla", "triton", "tpu", "blocks", "spec", "front")),
+        sources=tuple(f"kernels_pallas.attention.{n}" for n in _SOURCES),
         grids={i.name: GRIDS.get(i.name, {}) for i in ATTENTION.implementations},
         sizes=("B", "T", "S", "N", "K", "window"),
         complete=_complete,
@@ -240,7 +257,8 @@ def _tunable(direction: str) -> Tunable:
         oracle=_backward_oracle if backward else _forward_oracle,
         checked=checked,
         refusal=_refusal,
-        resolved=_resolved,
+        constraint=_constraint,
+        resolved=functools.partial(_resolved, backward=backward),
         cost=functools.partial(_cost, backward=backward),
         reduction=lambda known: max(known["S"], known["T"] if backward else 1, known["H"]),
     )

@@ -16,8 +16,10 @@ from jax.custom_derivatives import SymbolicZero
 from kernels_pallas import _compat
 from kernels_pallas.codes import as_bytes
 from kernels_pallas.decode import tpu, triton, xla
+from kernels_pallas.decode.facts import facts, tuned
 from kernels_pallas.decode.spec import Call, Operands, Results, Spec
 from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
+from kernels_pallas.tuning import Facts
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KINDS = {"int8": "int8", "float8_e4m3fn": "float8", "uint8": "int4"}
@@ -231,11 +233,16 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
 
 
 def _xla_forward(target: Target, call: Call, interpret: bool) -> Any:
-    return xla.forward(call, target.platform)
+    return xla.forward(call, target.platform, tuned(target, call, "xla"))
 
 
 def _xla_backward(target: Target, call: Call, interpret: bool) -> Any:
     return xla.backward(call, target.platform)
+
+
+def _asks(direction: str, call: Call) -> tuple[str, Facts | None]:
+    """The backward pass has one implementation, and nothing to ask."""
+    return f"decode_attention_{direction}", facts(call) if direction == "forward" else None
 
 
 DECODE = Op(
@@ -245,6 +252,7 @@ DECODE = Op(
         Implementation("mosaic_tpu", tpu.refusal, {"forward": tpu.forward}, home="tpu"),
         Implementation("xla", lambda target, call: "", {"forward": _xla_forward, "backward": _xla_backward}),
     ),
+    _asks,
 )
 _forward = primitive(DECODE, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(DECODE, "backward", _call, _backward_shapes, _folded)

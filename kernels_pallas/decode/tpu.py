@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.spec import HIDDEN, NOTHING
+from kernels_pallas.decode.facts import tuned
 from kernels_pallas.decode.spec import (
     Call,
     by_row,
@@ -66,9 +67,15 @@ def blocks_of(call: Call) -> Blocks:
     return Blocks(min(256, call.rows), min(512, call.slots))
 
 
+def tuned_blocks(target: Target, call: Call) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, "mosaic_tpu")
+    return Blocks(min(256, call.rows), min(found["slots"], call.slots)) if "slots" in found else None
+
+
 def forward(target: Target, call: Call, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     if call.ops.pages is not None:
         blocks = dataclasses.replace(blocks, slots=call.page)
     ops, parts = call.ops, call.spec.parts

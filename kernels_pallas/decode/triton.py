@@ -14,6 +14,7 @@ Not yet measured on a GPU; block sizes are not tuned.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.attention.spec import HIDDEN, NOTHING
+from kernels_pallas.decode.facts import tuned
 from kernels_pallas.decode.spec import (
     Call,
     by_row,
@@ -79,6 +81,21 @@ def blocks_of(call: Call) -> Blocks:
     return Blocks(rows, slots, splits)
 
 
+def tuned_blocks(target: Target, call: Call) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, "triton")
+    return fitting_blocks(call, found) if "slots" in found else None
+
+
+def fitting_blocks(call: Call, found: Mapping[str, Any]) -> Blocks:
+    """Returns blocks of that many slots, splits, warps and stages, cut to the call."""
+    slots = min(found["slots"], _power(call.slots))
+    if call.ops.pages is not None:
+        slots = min(slots, call.page & -call.page)
+    splits = max(1, min(found["splits"], call.slots // slots))
+    return Blocks(min(_power(call.rows), 64), slots, splits, found["warps"], found["stages"])
+
+
 def _power(n: int) -> int:
     """The power of two that holds n, at least the 16 that Triton's products want."""
     return max(16, 1 << (n - 1).bit_length())
@@ -86,7 +103,7 @@ def _power(n: int) -> int:
 
 def forward(target: Target, call: Call, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     ops, parts = call.ops, call.spec.parts
     row_blocks = pl.cdiv(call.rows, blocks.rows)
     rows = row_blocks * blocks.rows

@@ -10,7 +10,8 @@ log-sum-exp, and computes each tile again. Sums are float32, float64 of such.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,11 +35,12 @@ SPLIT = 512  # slots of a split
 TOKENS = 256  # queries of a cell
 TOGETHER = {"cpu": 2**19}  # scores of a tile up to which all heads go together
 TOGETHER_ELSEWHERE = 2**26
+_NOTHING_GIVEN: Mapping[str, Any] = MappingProxyType({})
 
 
-def forward(call: Call, platform: str) -> list[jax.Array]:
-    """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    plan = _plan(call, platform)
+def forward(call: Call, platform: str, given: Mapping[str, Any] = _NOTHING_GIVEN) -> list[jax.Array]:
+    """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`; `given`: tuned values, see `plan_of`."""
+    plan = plan_of(call, platform, given)
     wide = plan.wide
     # On the CPU narrow products are slower than float32 ones; elsewhere the matrix units take them as they are.
     narrow = wide if platform == "cpu" else call.ops.query.dtype
@@ -86,7 +88,7 @@ def forward(call: Call, platform: str) -> list[jax.Array]:
 
 def backward(call: Call, platform: str) -> list[jax.Array]:
     """Returns the gradients of `call.wanted`; those of slopes and sinks for each row of the batch, `[B, N]`."""
-    ops, spec, plan = call.ops, call.spec, _plan(call, platform)
+    ops, spec, plan = call.ops, call.spec, plan_of(call, platform)
     assert call.results is not None
     out, lse, of_out, of_lse = call.results
     wide = plan.wide
@@ -162,14 +164,15 @@ class _Tile(NamedTuple):
     slots: jax.Array  # int32 [b or 1, 1, 1, C], negative: not there
 
 
-def _plan(call: Call, platform: str) -> _Plan:
-    """Returns how the call is cut; all of it at once where sizes are symbols."""
+def plan_of(call: Call, platform: str, given: Mapping[str, Any] = _NOTHING_GIVEN) -> _Plan:
+    """Returns how the call is cut; all of it at once where sizes are symbols. `given`: {"split": slots}, or {}."""
     ops, slots = call.ops, call.slots
+    wanted = given.get("split", SPLIT)
     if not all(isinstance(n, int) for n in (*ops.query.shape, *ops.keys.shape, slots)):
         return _Plan(call, slots, 1, call.length, 1, whole=True)
-    split = min(SPLIT, slots)
+    split = min(wanted, slots)
     if ops.pages is not None:
-        split = min(max(1, SPLIT // call.page), ops.pages.shape[1]) * call.page
+        split = min(max(1, wanted // call.page), ops.pages.shape[1]) * call.page
     whole = split == slots
     if call.batch * call.kv_heads * call.rows * split <= TOGETHER.get(platform, TOGETHER_ELSEWHERE):
         return _Plan(call, split, 1, call.length, 1, whole)
@@ -341,7 +344,7 @@ def _as_tile(scale: Any, taken: Callable[[Any, int], jax.Array]) -> tuple[jax.Ar
 
 def _heads(call: Call, x: jax.Array | None) -> jax.Array | None:
     """Numbers of heads, `[N]`, as `[K, R]` in the dtype of sums."""
-    return None if x is None else by_row(call, x).astype(_plan(call, "cpu").wide)
+    return None if x is None else by_row(call, x).astype(plan_of(call, "cpu").wide)
 
 
 def _as_rows(call: Call, x: jax.Array) -> jax.Array:

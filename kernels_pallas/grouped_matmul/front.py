@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from kernels_pallas import _compat
 from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 from kernels_pallas.grouped_matmul import tpu, triton, xla
+from kernels_pallas.grouped_matmul.facts import facts
+from kernels_pallas.tuning import Facts
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -150,6 +152,10 @@ def _both(run: Any) -> dict[str, Any]:
     return {"rows": run.rows, "sums": run.sums}
 
 
+def _asks(direction: str, call: Call) -> tuple[str, Facts | None]:
+    return f"grouped_matmul_{direction}", facts(call)
+
+
 GROUPED_MATMUL = Op(
     "grouped_matmul",
     (
@@ -157,6 +163,7 @@ GROUPED_MATMUL = Op(
         Implementation("mosaic_tpu", tpu.refusal, _both(tpu), home="tpu"),
         Implementation("xla", lambda target, call: "", _both(xla)),
     ),
+    _asks,
 )
 _rows_primitive = primitive(GROUPED_MATMUL, "rows", _rows_call, _rows_shapes, _folded)
 _sums_primitive = primitive(GROUPED_MATMUL, "sums", _sums_call, _sums_shapes, _folded)

@@ -15,6 +15,7 @@ dense product of as many rows moves. Compiled by libtpu; not measured on a TPU, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.dispatch import Target, no_mosaic_tpu
+from kernels_pallas.grouped_matmul.facts import tuned
 from kernels_pallas.grouped_matmul.visits import covered, refusal_of_shapes, visits
 
 DEEPEST = 16384  # K: a matrix's block of 128 columns is then 8 MB of float32
@@ -53,9 +55,22 @@ def blocks_of(call: Any) -> Blocks:
     return Blocks(min(rows, 128), depth, min(width, wide, 1024))
 
 
+def tuned_blocks(target: Target, call: Any) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, "mosaic_tpu")
+    return fitting_blocks(call, found) if "rows" in found else None
+
+
+def fitting_blocks(call: Any, found: Mapping[str, Any]) -> Blocks:
+    """Returns blocks of those sizes, cut to the call; rows of K numbers are whole where they are multiplied."""
+    rows, depth, width = call.x.shape[0], call.x.shape[1], call.width
+    deep = min(depth, found["deep"]) if call.direction == "sums" else depth
+    return Blocks(min(rows, found["rows"]), deep, min(width, found["wide"]))
+
+
 def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns `x[r] @ w[e]`, `[R, N]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     (length, depth), width = call.x.shape, call.width
     made = visits(call.starts, call.sizes, length, blocks.rows, empty=False)
     matrices = call.second.shape[0]
@@ -97,7 +112,7 @@ def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
 
 def sums(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the sum over the rows of each segment of `x[r] y[r]^T`, `[S, K, N]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     (length, depth), width, count = call.x.shape, call.width, call.sizes.shape[0]
     made = visits(call.starts, call.sizes, length, blocks.rows, empty=True)
     shape = (blocks.deep, blocks.wide)

@@ -14,6 +14,7 @@ Lowered for cuda and rocm; not measured on a GPU, and block sizes are not tuned.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.dispatch import Target, no_triton
+from kernels_pallas.grouped_matmul.facts import tuned
 from kernels_pallas.grouped_matmul.visits import covered, refusal_of_shapes
 
 
@@ -52,9 +54,21 @@ def blocks_of(call: Any) -> Blocks:
     return Blocks(rows, 32, 128 if rows < 128 else 64, warps=4)
 
 
+def tuned_blocks(target: Target, call: Any) -> Blocks | None:
+    """Returns the block sizes that were found for a call; None where none were."""
+    found = tuned(target, call, "triton")
+    return fitting_blocks(call, found) if "rows" in found else None
+
+
+def fitting_blocks(call: Any, found: Mapping[str, Any]) -> Blocks:
+    """Returns blocks of those sizes, cut to the call."""
+    depth, width = (max(16, 1 << (n - 1).bit_length()) for n in (call.x.shape[1], call.width))
+    return Blocks(found["rows"], min(found["deep"], depth), min(found["wide"], width), found["warps"], found["stages"])
+
+
 def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns `x[r] @ w[e]`, `[R, N]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     (length, depth), width = call.x.shape, call.width
     count, matrices = call.sizes.shape[0], call.second.shape[0]
     pieces = -(-call.sizes // blocks.rows)
@@ -88,7 +102,8 @@ def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
             return total + _dot(left, right, (1, 1 if call.transposed else 0))
 
         total = jnp.zeros((blocks.rows, blocks.wide), jnp.float32)
-        total = jax.lax.fori_loop(0, jnp.where(begin < end, pl.cdiv(depth, blocks.deep), 0), step, total)
+        # Not a `where`: of two numbers it becomes a tensor, which is no bound of a loop.
+        total = jax.lax.fori_loop(0, (begin < end).astype(jnp.int32) * pl.cdiv(depth, blocks.deep), step, total)
         place = y.at[pl.ds(begin, blocks.rows), pl.ds(column, blocks.wide)]
         triton.store(place, total.astype(y.dtype), mask=own[:, None] & inside[None, :])
 
@@ -105,7 +120,7 @@ def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
 
 def sums(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the sum over the rows of each segment of `x[r] y[r]^T`, `[S, K, N]`."""
-    blocks = blocks or blocks_of(call)
+    blocks = blocks or tuned_blocks(target, call) or blocks_of(call)
     depth, width, count = call.x.shape[1], call.width, call.sizes.shape[0]
     triton = _compat.triton()
 

@@ -19,12 +19,15 @@ On GPUs and TPUs XLA has ragged products of its own, which are taken there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_NATIVE = ("cuda", "rocm", "tpu")
+from kernels_pallas.grouped_matmul.facts import tuned
+
+NATIVE = ("cuda", "rocm", "tpu")
 _ROWS, _SUMS = 128, 256  # most rows of a piece
 
 
@@ -32,14 +35,14 @@ def rows(target: Any, call: Any, interpret: bool) -> list[jax.Array]:
     """Returns `x[r] @ w[e]`, `[R, N]`."""
     x, w, starts, sizes = call.x, call.second, call.starts, call.sizes
     wide = _wide(x.dtype)
-    count, (length, width) = sizes.shape[0], (x.shape[0], call.width)
+    length, width = x.shape[0], call.width
     if isinstance(length, int) and length == 0:
         return [jnp.zeros((0, width), x.dtype)]
-    if target.platform in _NATIVE and call.parts == 1:
+    if target.platform in NATIVE and call.parts == 1:
         matrices = jnp.swapaxes(w, 1, 2) if call.transposed else w
         y = jax.lax.ragged_dot(x, matrices, sizes, preferred_element_type=wide).astype(x.dtype)
         return [jnp.where(_covered(length, sizes)[:, None], y, jnp.zeros((), y.dtype))]
-    piece = _piece(length, count, _ROWS)
+    piece = piece_of(call, tuned(target, call, "xla"))
     pieces = -(-sizes // piece)  # of each segment
     last = jnp.cumsum(pieces)
     given = jnp.pad(x, ((0, piece - 1), (0, 0)))
@@ -66,12 +69,12 @@ def sums(target: Any, call: Any, interpret: bool) -> list[jax.Array]:
     over = (((0,), (0,)), ((), ()))
     if isinstance(length, int) and length == 0:
         return [jnp.zeros((count, x.shape[1], y.shape[1]), x.dtype)]
-    if target.platform in _NATIVE and call.parts == 1:
+    if target.platform in NATIVE and call.parts == 1:
         inside = _covered(length, sizes)[:, None]
         x, y = (jnp.where(inside, z, jnp.zeros((), z.dtype)) for z in (x, y))
         dims = jax.lax.RaggedDotDimensionNumbers(over, [0], [])
         return [jax.lax.ragged_dot_general(x, y, sizes, dims, preferred_element_type=wide).astype(x.dtype)]
-    piece = _piece(length, count, _SUMS)
+    piece = piece_of(call, tuned(target, call, "xla"))
     x, y = (jnp.pad(z, ((0, piece - 1), (0, 0))) for z in (x, y))
     shape = x.shape[1], y.shape[1]
 
@@ -95,10 +98,14 @@ def _wide(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def _piece(rows: Any, count: Any, most: int) -> int:
-    """A power of two, at most the mean number of rows a segment."""
+def piece_of(call: Any, given: Mapping[str, Any]) -> int:
+    """Returns the rows of a piece: those given, or a power of two, at most the mean number of rows a segment."""
+    rows, count = call.x.shape[0], call.sizes.shape[0]
     if not (isinstance(rows, int) and isinstance(count, int)):
         return 32
+    if "piece" in given:
+        return min(given["piece"], rows)
+    most = _SUMS if call.direction == "sums" else _ROWS
     return min(most, 1 << (max(1, rows // max(1, count)).bit_length() - 1))
 
 

@@ -16,7 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
 from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
-from kernels_pallas.selective_scan import xla
+from kernels_pallas.selective_scan import tpu, triton, xla
+from kernels_pallas.selective_scan.facts import facts
+from kernels_pallas.tuning import Facts
 
 _NAMES = ("x", "dt", "decay", "b", "c", "state")
 
@@ -48,6 +50,7 @@ def selective_scan(
     *,
     chunk: int = 32,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns y and the state after the last token as `selective_scan_oracle` does.
 
@@ -57,29 +60,39 @@ def selective_scan(
     Args:
         x, dt, decay, b, c, state: see `selective_scan_oracle`.
         chunk: tokens between the states that are kept for the backward pass.
-        implementation: "xla", which is the only one, or None.
+        implementation: "triton", "mosaic_tpu", "xla"; None takes the first that can compute the call where it runs,
+            forward and backward each by itself. A name is taken for both, or raises.
+        interpret: runs the named implementation in Pallas' interpreter, on any platform and slowly.
 
     Raises:
         ValueError: the shapes do not fit each other.
-        ImplementationError: there is no implementation of that name.
+        ImplementationError: the named implementation cannot compute the call.
     """
     _check(x, dt, decay, b, c, state, chunk)
-    if implementation is not None:
-        SELECTIVE_SCAN.named(implementation)
+    given: dict[str, Any] = dict(zip(_NAMES, (x, dt, decay, b, c), strict=False))
+    SELECTIVE_SCAN.check(Call(given, chunk), implementation, interpret)
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     state = jnp.zeros((x.shape[0], *decay.shape), wide) if state is None else state
     arrays = dict(zip(_NAMES, _compat.vary_alike([x, dt, decay, b, c, state]), strict=True))
-    found: Any = _scan((chunk, implementation), arrays)
+    found: Any = _scan((chunk, implementation, interpret), arrays)
     return found[0], found[1]
 
 
 def explain(
-    x: Any, dt: Any, decay: Any, b: Any, c: Any, *, platform: str | None = None, architecture: str | None = None
+    x: Any,
+    dt: Any,
+    decay: Any,
+    b: Any,
+    c: Any,
+    *,
+    chunk: int = 32,
+    platform: str | None = None,
+    architecture: str | None = None,
 ) -> Explanation:
     """Returns for each implementation whether a scan of these operands (or their types) takes it, and why not."""
-    _check(x, dt, decay, b, c, None, 1)
+    _check(x, dt, decay, b, c, None, chunk)
     platform = platform or _compat.default_platform()
-    call = Call(dict(zip(_NAMES, (x, dt, decay, b, c), strict=False)), 1)
+    call = Call(dict(zip(_NAMES, (x, dt, decay, b, c), strict=False)), chunk)
     return SELECTIVE_SCAN.explain(Target(platform, architecture or _compat.device_kind(platform)), call)
 
 
@@ -149,15 +162,30 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
     return [z.reshape(count, -1, *z.shape[1:]) for z in found], [0] * len(found)
 
 
-_XLA = Implementation("xla", lambda target, call: "", {"forward": xla.forward, "backward": xla.backward})
-SELECTIVE_SCAN = Op("selective_scan", (_XLA,))
+def _asks(direction: str, call: Call) -> tuple[str, Facts | None]:
+    return f"selective_scan_{direction}", facts(call)
+
+
+def _both(run: Any) -> dict[str, Any]:
+    return {"forward": run.forward, "backward": run.backward}
+
+
+SELECTIVE_SCAN = Op(
+    "selective_scan",
+    (
+        Implementation("triton", triton.refusal, _both(triton), home="cuda"),
+        Implementation("mosaic_tpu", tpu.refusal, _both(tpu), home="tpu"),
+        Implementation("xla", lambda target, call: "", _both(xla)),
+    ),
+    _asks,
+)
 _forward = primitive(SELECTIVE_SCAN, "forward", _call, _forward_shapes, _folded)
 _backward = primitive(SELECTIVE_SCAN, "backward", _call, _backward_shapes, _folded)
 
 
 def _bind(made: Any, static: Any, arrays: dict[str, jax.Array], **params: Any) -> Any:
-    chunk, implementation = static
-    params = {"chunk": chunk, "implementation": implementation, "interpret": False, **params}
+    chunk, implementation, interpret = static
+    params = {"chunk": chunk, "implementation": implementation, "interpret": interpret, **params}
     return made.bind(*arrays.values(), fields=tuple(arrays), **params)
 
 

@@ -4,7 +4,8 @@ Two forms of one recurrence, `h[t] = keep[t] h[t - 1] + take[t]`:
 
     cpu, others        token by token: what a token needs is computed on the spot, the state `[B, S, I]` stays in the
                        cache and no array of all tokens and states is made
-    cuda, rocm, tpu    an associative scan within a chunk, for a loop over tokens would launch one kernel for each
+    cuda, rocm, tpu    an associative scan within a chunk, for a loop over tokens would launch one kernel for each;
+                       taken where neither kernel (`triton.py`, `tpu.py`) can
 
 The backward pass goes from chunk to chunk, last first: the states of a chunk are computed again from the one before
 it, then g[t] = c[t] dy[t] + keep[t + 1] g[t + 1], the gradient of h[t], runs backward through it. With p = keep[t]
@@ -26,15 +27,18 @@ five calls taken in turn; temporaries of the compiled program, among them the op
 In chunks of 32, the default, 31 MB. B=1, T=32768, I=1536: 0.4 GB forward, 0.9 GB with gradients, of which x, dt, y and
 their gradients by tokens are 0.2 GB each; all states would be 3.2 GB.
 
-Unrolling the loop by 2 or 4 did not help.
+Unrolling the loop by 2 or 4 did not help there; `tunable.py` tries it elsewhere.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.selective_scan.facts import tuned
 
 _PARALLEL = ("cuda", "rocm", "tpu")
 
@@ -44,9 +48,11 @@ def forward(target: Any, call: Any, interpret: bool) -> list[jax.Array]:
     wide = call.wide
     x, dt, a, b, c, h = (call.arrays[n] for n in ("x", "dt", "decay", "b", "c", "state"))
     a, h = a.astype(wide).T, h.astype(wide).swapaxes(1, 2)  # [S, I], [B, S, I]
-    one = _associative if target.platform in _PARALLEL else _by_token
+    unroll = tuned(target, call, "xla").get("unroll", 1)
+    by_token = functools.partial(_by_token, unroll=unroll)
+    one = _associative if target.platform in _PARALLEL else by_token
     tokens = x, dt, b, c
-    if one is _by_token and not call.keep:
+    if one is by_token and not call.keep:
         h, y = one(h, a, tuple(z.swapaxes(0, 1) for z in tokens), wide)
         y, states = y.swapaxes(0, 1), None
     else:
@@ -67,7 +73,8 @@ def backward(target: Any, call: Any, interpret: bool) -> list[jax.Array]:
     arrays = call.arrays
     a = arrays["decay"].astype(wide).T
     length = arrays["x"].shape[1]
-    one = _associative_gradients if target.platform in _PARALLEL else _gradients_by_token
+    by_token = functools.partial(_gradients_by_token, unroll=tuned(target, call, "xla").get("unroll", 1))
+    one = _associative_gradients if target.platform in _PARALLEL else by_token
 
     def chunk(carry: Any, part: Any) -> Any:
         return one(carry, a, part[0], part[1:], wide)
@@ -81,7 +88,7 @@ def backward(target: Any, call: Any, interpret: bool) -> list[jax.Array]:
     return [dx, ddt, da.swapaxes(1, 2), db, dc, g.swapaxes(1, 2)]
 
 
-def _by_token(h: jax.Array, a: jax.Array, tokens: Any, wide: Any) -> tuple[jax.Array, jax.Array]:
+def _by_token(h: jax.Array, a: jax.Array, tokens: Any, wide: Any, *, unroll: int) -> tuple[jax.Array, jax.Array]:
     """The state after tokens `[t, B, ...]`, and their y."""
 
     def step(h: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
@@ -90,15 +97,15 @@ def _by_token(h: jax.Array, a: jax.Array, tokens: Any, wide: Any) -> tuple[jax.A
         h = keep * h + take
         return h, jnp.sum(h * c.astype(wide)[:, :, None], axis=1)
 
-    return jax.lax.scan(step, h, tokens)
+    return jax.lax.scan(step, h, tokens, unroll=unroll)
 
 
-def _gradients_by_token(carry: Any, a: jax.Array, before: jax.Array, tokens: Any, wide: Any) -> Any:
+def _gradients_by_token(carry: Any, a: jax.Array, before: jax.Array, tokens: Any, wide: Any, *, unroll: int) -> Any:
     def again(h: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
         keep, take = _rates(a, token, wide)
         return keep * h + take, h
 
-    _, states = jax.lax.scan(again, before, tokens[:3])
+    _, states = jax.lax.scan(again, before, tokens[:3], unroll=unroll)
 
     def step(carry: Any, token: Any) -> Any:
         g, da = carry
@@ -117,7 +124,7 @@ def _gradients_by_token(carry: Any, a: jax.Array, before: jax.Array, tokens: Any
         )
         return (g * keep, da + of_rate * dt[:, None]), found
 
-    return jax.lax.scan(step, carry, (states, *tokens), reverse=True)
+    return jax.lax.scan(step, carry, (states, *tokens), reverse=True, unroll=unroll)
 
 
 def _associative(h: jax.Array, a: jax.Array, tokens: Any, wide: Any) -> tuple[jax.Array, jax.Array]:

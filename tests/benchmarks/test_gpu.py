@@ -52,6 +52,18 @@ def test_a_dry_run_checks_and_times_what_the_cpu_has(script: Any, tmp_path: Path
     assert "| timed" not in (tmp_path / "gpu.md").read_text() and "refused" in (tmp_path / "gpu.md").read_text()
 
 
+def test_scans_and_rotary_positions(script: Any, tmp_path: Path) -> None:
+    found = run(script, tmp_path, "--only", "selective scan", "rope")
+    assert [e["name"].split()[:3] for e in found["entries"]] == [
+        ["selective", "scan", "forward"], ["selective", "scan", "backward"], ["rope", "forward", "1x64x2x32,"],
+        ["rope", "backward", "1x64x2x32,"],
+    ]  # fmt: skip
+    for entry in found["entries"]:
+        ours = entry["contenders"]
+        assert ours["xla"]["status"] == "timed" and ours["xla"]["error"] < 2e-2 and ours["xla"]["share"] > 0
+        assert ours["triton"]["status"] == "refused" and "cuda" in ours["triton"]["why"]
+
+
 def test_packed_products_decoding_and_experts(script: Any, tmp_path: Path) -> None:
     found = run(script, tmp_path, "--only", "product of", "decoding", "grouped", "softmax forward")
     assert len(found["entries"]) == 18 + 2 + 2 + 1

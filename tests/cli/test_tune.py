@@ -69,7 +69,9 @@ def test_a_model_is_tuned_in_pieces(cli, own_tables: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(command.interrupts, "check", pressed)
     stopped = cli(*words)
-    assert (stopped.status, stopped.err) == (130, "")
+    assert stopped.status == 130
+    said = "trustcore: stopped: 1 call tuned and kept; the same command goes on from there\n"
+    assert stopped.err == said
     known = len(table.read(table.path_of(tune.this_device())))
     assert 1 == known < calls and len(list(own_tables.glob("*.json"))) == 1
     monkeypatch.setattr(command.interrupts, "check", real)
@@ -101,6 +103,8 @@ def test_ctrl_c_leaves_a_whole_table(own_tables: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "left" not in out
+    assert err.splitlines()[-1].startswith("trustcore: stopped: ")
+    assert err.endswith("the same command goes on from there\n")
     assert 1 <= len(table.read(path)) < len(lengths)
     assert all(table.parsed(path.read_text()) for path in own_tables.glob("*.json"))
     assert not list(own_tables.glob("*.part"))

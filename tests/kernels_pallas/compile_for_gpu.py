@@ -10,6 +10,7 @@ memory, or the error's first lines. A compiler that fails hard ends the process:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -26,9 +27,16 @@ from chip_cases import more_cases
 from kernels_pallas import offline
 from kernels_pallas.attention import attention
 from kernels_pallas.glu import bias_activation, glu
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.norm import layer_norm, rms_norm
+from kernels_pallas.rope import rope
+from kernels_pallas.selective_scan import selective_scan
+from kernels_pallas.softmax import softmax
 
-OURS = ("attention_", "norm_", "activation_", "decode_", "packed_")  # how names of our kernels begin
+# how names of our kernels begin
+OURS = (
+    "attention_", "norm_", "activation_", "decode_", "packed_", "softmax_", "grouped_", "selective_scan_", "rope",
+)  # fmt: skip
 _INT, _FLOAT = jnp.int32, jnp.float32
 EVERYTHING: dict[str, Any] = {
     "window": 130, "soft_cap": 30.0, "query_positions": ((2, 700), _INT), "key_positions": ((2, 700), _INT),
@@ -93,11 +101,50 @@ def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
                 arrays = arrays_of(*heads, h, "bfloat16", OPTIONS[kind])
                 name = f"mosaic_gpu bfloat16 {h} {kind}, {'gradient' if gradient else 'forward'}"
                 found[name] = attend("mosaic_gpu", OPTIONS[kind], gradient=gradient), arrays
+    found |= further()
     for name, (function, shapes) in more_cases("triton").items():
         arrays = {x: jax.ShapeDtypeStruct(*v) for x, v in shapes.items()}
         dtype = arrays["query" if "query" in arrays else "x"].dtype
         found[f"triton {dtype} {name}"] = function, arrays
     return found
+
+
+def further() -> dict[str, tuple[Callable[[Any], Any], Any]]:
+    """Softmax, grouped products, the selective scan and rotary positions, with their gradients."""
+    found: dict[str, tuple[Callable[[Any], Any], Any]] = {}
+
+    def typed(*types: Any) -> tuple[Any, ...]:
+        return tuple(jax.ShapeDtypeStruct(*t) for t in types)
+
+    def product(x: Any, w: Any, sizes: Any) -> Any:
+        return grouped_matmul(x, w, sizes, implementation="triton")
+
+    for dtype in ("bfloat16", "float32"):
+        x, mask = ((2048, 4096), dtype), ((2048, 4096), "bool")
+        found[f"triton {dtype} softmax"] = pulled(lambda x, m: softmax(x, m, implementation="triton")), typed(x, mask)
+        for groups, k, n in ((8, 2048, 4096), (64, 1024, 768)):
+            types = typed(((4096, k), dtype), ((groups, k, n), dtype), ((groups,), "int32"))
+            found[f"triton {dtype} {groups} experts"] = pulled(product, 2), types
+        for size, inner in ((16, 1536), (64, 1000), (128, 5120)):
+            tokens, numbers = ((2, 700, inner), dtype), ((2, 700, size), dtype)
+            types = typed(tokens, tokens, ((inner, size), "float32"), numbers, numbers)
+            scan = functools.partial(selective_scan, implementation="triton")
+            found[f"triton {dtype} scan of {size}"] = pulled(scan, 5), types
+        for heads, size, turned, interleaved in ((32, 128, 128, False), (7, 80, 40, True)):
+            turn = functools.partial(rope, interleaved=interleaved, implementation="triton")
+            types = typed(((2, 1000, heads, size), dtype), *(((1, 1000, turned // 2), "float32"),) * 2)
+            found[f"triton {dtype} rope of {turned}"] = pulled(turn), types
+    return found
+
+
+def pulled(function: Callable[..., Any], count: int = 1) -> Callable[[Any], Any]:
+    """The function and its gradient in the first operands."""
+
+    def both(arrays: Any) -> Any:
+        y, pull = jax.vjp(lambda *smooth: function(*smooth, *arrays[count:]), *arrays[:count])
+        return y, pull(jax.tree.map(lambda z: jnp.sin(z.astype(jnp.float32)).astype(z.dtype), y))
+
+    return both
 
 
 def over_rows(op: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -122,9 +169,7 @@ def main(chip: str, names: list[str]) -> None:
         try:
             jax.clear_caches()
             _, reports = offline.compile_for(offline.CHIPS[chip], function, arrays)
-            kernels = [
-                r for r in reports if r.kernel.startswith(("attention_", "norm_", "activation_", "decode_", "packed_"))
-            ]
+            kernels = [r for r in reports if r.kernel.startswith(OURS)]
             found["kernels"] = [dataclasses.asdict(r) for r in kernels]
         except Exception as error:
             found.update(ok=False, error=str(error)[:800])
@@ -136,7 +181,8 @@ def table(paths: list[str]) -> str:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in (json.loads(line) for path in paths for line in Path(path).read_text().splitlines()):
         for k in row.get("kernels", ()):
-            name = k["kernel"].removesuffix("_mosaic_gpu_kernel").partition("_")[2]
+            name = k["kernel"].removesuffix("_mosaic_gpu_kernel")
+            name = name if name == "rope" else name.partition("_")[2]
             shared = f", {k['shared'] / 1024:.3g}" if k["shared"] else ""
             spilled = f", spills {k['spilled']} bytes" if k["spilled"] else ""
             cells.setdefault((row["case"], name), {})[row["chip"]] = f"{k['registers']}{shared}{spilled}"

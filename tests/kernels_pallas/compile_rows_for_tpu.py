@@ -1,10 +1,13 @@
-"""Compiles grouped products, softmax and norms with codes for a TPU that is not here; as `compile_for_tpu.py` does.
+"""Compiles grouped products, softmax, norms with codes, the selective scan and rotary positions for an absent TPU.
 
-python tests/kernels_pallas/compile_rows_for_tpu.py v5e:2x2
+    python tests/kernels_pallas/compile_rows_for_tpu.py v5e:2x2
+
+As `compile_for_tpu.py` does. The first operand of rotary positions is donated: they are turned where they lie.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -21,6 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.norm import norm_quantized
+from kernels_pallas.rope import rope
+from kernels_pallas.selective_scan import selective_scan
 from kernels_pallas.softmax import softmax
 
 
@@ -30,6 +35,21 @@ def total(y: jax.Array) -> jax.Array:
 
 
 PRODUCT = jax.grad(lambda x, w, sizes: total(grouped_matmul(x, w, sizes)), (0, 1))
+SCAN = jax.grad(lambda *arrays: sum(map(total, selective_scan(*arrays))), (0, 1, 2, 3, 4))
+PAIRS = functools.partial(rope, interleaved=True)
+
+
+def UNTURNED(dy: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The gradient of x."""
+    return jax.vjp(lambda x: rope(x, cos, sin), jnp.zeros_like(dy))[1](dy)[0]
+
+
+def scanned(b: int, t: int, i: int, s: int, dtype: str) -> tuple[Any, ...]:
+    """Types of x, dt, decay, b and c."""
+    tokens, numbers = ((b, t, i), dtype), ((b, t, s), dtype)
+    return tokens, tokens, ((i, s), "float32"), numbers, numbers
+
+
 ROWS, GAIN = ((3000, 4096), "bfloat16"), ((4096,), "bfloat16")
 # A function, the types of its operands, and the kernels that its program has.
 CASES: dict[str, tuple[Any, tuple[Any, ...], int]] = {
@@ -39,6 +59,12 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], int]] = {
     "float32, tails": (PRODUCT, (((1000, 200), "float32"), ((5, 200, 300), "float32"), ((5,), "int32")), 3),
     "softmax": (jax.grad(lambda x, mask: total(softmax(x, mask))), (ROWS, ((3000, 4096), "bool")), 2),
     "norm, int8": (lambda x, w: norm_quantized(x, w, residual=x), (ROWS, GAIN), 1),
+    "scan": (SCAN, scanned(2, 700, 1536, 16, "bfloat16"), 2),
+    "scan, tails": (SCAN, scanned(1, 1000, 1000, 20, "float32"), 2),
+    "scan, large states": (SCAN, scanned(1, 2048, 5120, 128, "bfloat16"), 2),
+    "rope": (rope, (((2, 4096, 32, 128), "bfloat16"), *(((1, 4096, 64), "float32"),) * 2), 1),
+    "rope, backward": (UNTURNED, (((2, 4096, 32, 128), "bfloat16"), *(((1, 4096, 64), "float32"),) * 2), 1),
+    "rope of a part, interleaved": (PAIRS, (((3, 700, 3, 256), "float32"), *(((3, 700, 48), "float32"),) * 2), 1),
     "norm, float8": (lambda x, w: norm_quantized(x, w, dtype=jnp.float8_e4m3fn), (ROWS, GAIN), 1),
 }
 
@@ -53,7 +79,10 @@ def main(topology: str) -> None:
         found = {"topology": topology, "case": name, "ok": True}
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                compiled = jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+                donated = 0 if name.startswith("rope") else ()
+                traced = jax.jit(function, donate_argnums=donated).trace(*arrays)
+                compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+            found["temporary"] = compiled.memory_analysis().temp_size_in_bytes
             found["kernels"] = compiled.as_text().count('custom_call_target="tpu_custom_call"')
             found["ok"] = found["kernels"] == kernels
         except Exception as error:

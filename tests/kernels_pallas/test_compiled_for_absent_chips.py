@@ -47,10 +47,14 @@ def test_kernels_for_tpus(topology: str) -> None:
 @pytest.mark.aot
 @pytest.mark.skipif(not PLACE and importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v6e:4x4"])
-def test_grouped_products_and_ops_over_rows_for_tpus(topology: str) -> None:
+def test_grouped_products_scans_rope_and_ops_over_rows_for_tpus(topology: str) -> None:
     found = compiled("rows_for_tpu", PLACE, topology)
     assert [line for line in found if not line["ok"]] == []
-    assert len(found) == 7
+    assert len(found) == 13
+    # Turned where they lie: XLA's own form of the first has three arrays of x's size for temporaries.
+    assert all(line["temporary"] == 0 for line in found if line["case"].startswith("rope")), found
+    every = 2048 * 5120 * 128 * 4  # bytes of all states
+    assert all(line["temporary"] < every / 8 for line in found if line["case"].startswith("scan")), found
 
 
 @pytest.mark.slow

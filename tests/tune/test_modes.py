@@ -80,6 +80,38 @@ def test_a_mode_for_the_whole_process(own_tables, product):
     assert turns(product, x, w) > 0
 
 
+def test_single_ops_have_modes_of_their_own(own_tables, product, searches):
+    tune.search("toy", SMALL, seconds=0.05)
+    x, w = operands()
+    with tune.using("cached", toy="off"):
+        assert turns(product, x, w) > 0 and tune.current_mode("toy") == "off" != tune.current_mode()
+    with tune.using("off", toy="cached"):
+        assert turns(product, x, w) == 0
+    with tune.using("off", attention="first_use", attention_backward="cached"):
+        modes = [tune.current_mode(op) for op in ("attention_forward", "attention_backward", "norm_forward")]
+        assert modes == ["first_use", "cached", "off"] and turns(product, x, w) > 0
+    with tune.using("off", toy="off"):
+        assert tuning.CHOOSER.value is None  # as if nothing was asked for
+    searches.clear()
+    with tune.using("first_use", attention="off"):
+        from kernels_pallas.attention import attention
+
+        attention(*[jnp.ones((1, 40, 2, 8))] * 3)
+    assert searches == []
+    tune.set_mode("off", toy="cached")
+    try:
+        assert turns(product, x, w) == 0
+    finally:
+        tune.set_mode("off")
+
+
+def test_switches_name_what_is_known(toy):
+    with pytest.raises(TuningError, match="'beads' is no op that can be tuned, and no family; choose of attention, "):
+        tune.using("cached", beads="off")
+    with pytest.raises(TuningError, match="mode 'on' is not known"):
+        tune.using("cached", attention="on")
+
+
 def test_a_mode_entered_after_a_search_reads_what_it_found(own_tables, product):
     x, w = operands()
     function = jax.jit(product)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,12 +14,15 @@ from kernels_pallas.attention import ATTENTION, attention, tpu, triton, xla
 from kernels_pallas.attention.oracle import attention_oracle
 from kernels_pallas.attention.tunable import _call
 from kernels_pallas.cross_entropy import cross_entropy
+from kernels_pallas.decode import decode_attention
 from kernels_pallas.glu import glu
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.norm import rms_norm
 from kernels_pallas.tuning import Tunable
 from trustcore import tune
 from trustcore.ops.linear import linear
 from trustcore.quant import QuantizedArray
+from trustcore.tune import registry
 from trustcore.tune.device import Device
 from trustcore.tune.measure import tolerance
 
@@ -33,6 +38,11 @@ CALLS = {
     "activation_forward": "R=20,D=96",
     "activation_backward": "R=20,D=96,operands=bias of_y x,results=bias x",
     "packed_product": "R=3,K=128,N=640,format=int4:g32",
+    "decode_attention_forward": "B=2,T=2,S=192,N=4,K=2,H=16,cache=uint8,page=32,window=90,chunk=70,more=sinks slopes",
+    "grouped_matmul_rows": "R=96,E=3,K=24,N=40,transposed=true",
+    "grouped_matmul_sums": "R=96,E=3,K=24,N=40",
+    "selective_scan_forward": "B=2,T=21,I=40,S=5,chunk=8,keep=true",
+    "selective_scan_backward": "B=1,T=21,I=24,S=5,chunk=8",
 }  # fmt: skip
 PINS = {
     "attention_forward": {"implementation": "xla", "block_q": 64, "block_k": 128},
@@ -41,6 +51,11 @@ PINS = {
     "cross_entropy_one_pass": {"implementation": "xla", "chunk": 256},
     "cross_entropy_backward": {"implementation": "xla", "chunk": 512},
     "packed_product": {"implementation": "stream", "unroll": 2},
+    "decode_attention_forward": {"implementation": "xla", "split": 64},
+    "grouped_matmul_rows": {"implementation": "xla", "piece": 8},
+    "grouped_matmul_sums": {"implementation": "xla", "piece": 8},
+    "selective_scan_forward": {"implementation": "xla", "unroll": 2},
+    "selective_scan_backward": {"implementation": "xla", "unroll": 4},
 }
 
 
@@ -51,7 +66,8 @@ def near(ours, theirs, reduction=256):
 
 
 def test_every_op_has_a_case_here():
-    assert sorted(CALLS) == sorted(n for n in tune.names() if tune.declared(n).op == n)
+    ops = [n for family in registry.FAMILIES for n in (t.op for t in registry.members(family))]
+    assert sorted(CALLS) == sorted(ops)  # forms of models, which are registered: tests/models/test_layer_form.py
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -131,6 +147,57 @@ def test_tuned_blocks_of_a_gpu_and_a_tpu_are_computed_right():
         near(glu(x, x, implementation="mosaic_tpu", interpret=True), glu(x, x))
 
 
+KERNELS = {
+    "decode_attention_forward": {
+        "triton": {"slots": 32, "splits": 2, "warps": 4, "stages": 1}, "mosaic_tpu": {"slots": 128},
+    },
+    "grouped_matmul_rows": {
+        "triton": {"rows": 16, "deep": 32, "wide": 32, "warps": 4, "stages": 2},
+        "mosaic_tpu": {"rows": 64, "deep": 256, "wide": 128},
+    },
+    "grouped_matmul_sums": {
+        "triton": {"rows": 16, "deep": 32, "wide": 32, "warps": 4, "stages": 2},
+        "mosaic_tpu": {"rows": 64, "deep": 256, "wide": 128},
+    },
+}  # fmt: skip
+_PLAIN = {
+    "decode_attention_forward": "B=2,T=1,S=300,N=4,K=2,H=16,window=180",
+    "grouped_matmul_rows": "R=96,E=3,K=24,N=40",
+}
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("name", ["triton", "mosaic_tpu"])
+def test_tuned_kernels_over_caches_and_groups_are_computed_right(op, name):
+    tunable, facts = tune.declared(op), tune.best(op, _PLAIN.get(op, CALLS[op])).facts
+    operands = tunable.operands(facts)
+    with tune.pinned(op, {"implementation": name, **KERNELS[op][name]}):
+        if op == "decode_attention_forward":
+            result = decode_attention(**operands[0], window=180, implementation=name, interpret=True)
+        elif op == "grouped_matmul_rows":
+            result = grouped_matmul(*operands, implementation=name, interpret=True)
+        else:
+            x, cotangent, sizes = operands
+            product = functools.partial(grouped_matmul, x, sizes=sizes, implementation=name, interpret=True)
+            (result,) = jax.vjp(product, jnp.zeros((3, 24, 40)))[1](cotangent)
+    near(tunable.checked(facts, result), tunable.oracle(facts, operands), tunable.reduction(facts))
+
+
+@pytest.mark.parametrize("op", [*KERNELS, "selective_scan_forward", "selective_scan_backward"])
+@pytest.mark.parametrize("device", [GPU, TPU], ids=["gpu", "tpu"])
+def test_candidates_of_caches_and_groups(op, device):
+    """Every one that is tried comes to blocks of its own, and those of the chip's kernels are among them."""
+    large = {"decode_attention_forward": "B=8,T=1,S=8192,N=32,K=8,H=128,dtype=bfloat16"}
+    large |= dict.fromkeys(("selective_scan_forward", "selective_scan_backward"), "B=4,T=2048,I=2048,S=16")
+    shape = large.get(op, "R=8192,E=8,K=2048,N=4096,dtype=bfloat16")
+    tunable, facts = tune.declared(op), tune.best(op, shape, device=device).facts
+    listed = tune.candidates(tunable, device, facts)
+    name = "triton" if device is GPU else "mosaic_tpu"
+    assert len([v for v in listed.tried if v["implementation"] == name]) > 2
+    made = [tunable.resolved(device.target, facts, v) for v in listed.tried]
+    assert len(set(made)) == len(made)
+
+
 def test_tuned_blocks_are_cut_to_the_call():
     facts = tune.best("attention_forward", B=1, T=40, N=2, H=16, device=GPU).facts
     made, gpu, chip = _call(facts), Target("cuda", "9.0"), Target("tpu", "TPU v5e")
@@ -143,6 +210,26 @@ def test_tuned_blocks_are_cut_to_the_call():
         assert tpu.tuned_blocks(chip, made, "backward") == tpu.Blocks(40, 40)
     assert triton.tuned_blocks(gpu, made, "forward") is None
     assert xla.plan_of(made.ops, "cpu", {"block_q": 16, "block_k": 1024}).block_k == 40
+
+
+def test_tuned_blocks_of_mosaic_gpu_reach_its_kernels():
+    facts = tune.best("attention_forward", B=1, T=300, N=2, H=64, dtype="bfloat16", device=GPU).facts
+    listed = tune.candidates(tune.declared("attention_forward"), GPU, facts, most=200)
+    ours = [v for v in (*listed.tried, *(c.values for c in listed.cut)) if v["implementation"] == "mosaic_gpu"]
+    assert {v.get("length") for v in ours} == {None, 64, 128, 192, 256}
+    assert {"implementation": "mosaic_gpu", "length": 128, "stages": 3} not in listed.tried  # the defaults
+    wide = tune.best("attention_forward", B=1, T=4096, N=2, H=256, dtype="bfloat16", device=GPU).facts
+    cut = tune.candidates(tune.declared("attention_forward"), GPU, wide).cut
+    assert any(c.values.get("length") == 128 and "bytes of shared memory" in c.reason for c in cut)
+    q = jax.ShapeDtypeStruct((1, 300, 2, 64), jnp.bfloat16)
+
+    def text(values):
+        with kernels_pallas.abstract_device("NVIDIA H200", "gpu"), tune.pinned("attention_forward", values):
+            run = jax.jit(lambda q: attention(q, q, q, implementation="mosaic_gpu"))
+            return run.trace(q).lower(lowering_platforms=("cuda",)).as_text()
+
+    values = {"implementation": "mosaic_gpu", "length": 64, "stages": 2}
+    assert text(values) != text({}) and text({**values, "length": 128, "stages": 3}) == text({})
 
 
 def test_the_tuned_implementation_is_taken_where_it_is_able():
@@ -173,7 +260,8 @@ def test_what_does_not_fit_a_chip_is_cut_before_anything_runs(device):
     facts = tune.best("attention_forward", B=1, T=8192, N=16, H=256, dtype="bfloat16", device=device).facts
     listed = tune.candidates(tune.declared("attention_forward"), device, facts)
     cut = [c for c in listed.cut if "bytes of" in c.reason]
-    assert cut and all(c.values["implementation"] == ("triton" if device is GPU else "mosaic_tpu") for c in cut)
+    kernels = {"triton", "mosaic_gpu"} if device is GPU else {"mosaic_tpu"}
+    assert {c.values["implementation"] for c in cut} == kernels
     biggest = {"triton": {"queries": 256, "keys": 128}, "mosaic_tpu": {"queries": 1024, "keys": 2048}}
     for name, values in biggest.items():
         if any(v["implementation"] == name for v in listed.tried):

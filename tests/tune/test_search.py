@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from kernels_pallas.tuning import Cost
 from trustcore import tune
 from trustcore.errors import TuningError
-from trustcore.tune import listing, measure
+from trustcore.tune import listing, measure, searching, unfinished
 from trustcore.tune.device import Device, limits
 
 SMALL = {"R": 64, "D": 64}
@@ -123,17 +124,14 @@ def test_programs_take_turns_and_what_is_far_behind_leaves():
     now, order = [0.0], []
 
     def program(name, seconds):
-        def run(x):
+        def run():
             order.append(name)
             now[0] += seconds
-            return x
 
         return run
 
     programs = [program("a", 1.0), program("b", 1.25), program("c", 2.0), program("d", 9.0)]
-    samples = measure.raced(
-        programs, (jnp.zeros(()),), seconds=50.0, check=lambda: None, fewest=3, clock=lambda: now[0]
-    )  # fmt: skip
+    samples = measure.raced(programs, seconds=50.0, check=lambda: None, fewest=3, clock=lambda: now[0])
     assert [set(times) for times in samples] == [{1.0}, {1.25}, {2.0}, {9.0}]
     assert len(samples[3]) == 1  # hopeless after its warm-up
     assert len(samples[2]) == 3 and len(samples[0]) == len(samples[1]) > 10
@@ -141,16 +139,111 @@ def test_programs_take_turns_and_what_is_far_behind_leaves():
     assert timed.startswith("abc" + "bca" + "cab")  # each begins in its turn
 
 
-def test_a_check_ends_a_search_and_nothing_is_kept(own_tables, toy):
+def stopped_after(checks):
+    """A check that ends a search at that one of its calls."""
     count = itertools.count()
 
     def check():
-        if next(count) == 8:
+        if next(count) == checks:
             raise KeyboardInterrupt
 
+    return check
+
+
+def stopped(own_tables):
+    """What the one file of a search that was stopped tells of candidates, by their form."""
+    (path,) = (own_tables / "unfinished").glob("*.json")
+    told = json.loads(path.read_text())
+    return path, {t["values"].get("form", "plain" if t["values"] else "defaults"): t for t in told["trials"]}
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    """Forms whose results were compared with the oracle's, in order."""
+    made, real = [], measure.checked
+
+    def counted(tunable, facts, program, expected, trial):
+        made.append(trial.values.get("form", "defaults"))
+        return real(tunable, facts, program, expected, trial)
+
+    monkeypatch.setattr(measure, "checked", counted)
+    return made
+
+
+def test_a_search_that_was_stopped_goes_on(own_tables, toy, comparisons):
+    oracles = []
+    declared = toy(oracle=lambda known, made: oracles.append(1) or jnp.matmul(*made, precision="highest"))
     with pytest.raises(KeyboardInterrupt):
-        tune.search(toy(), SMALL, seconds=5, check=check)
-    assert tune.best("toy", SMALL).source == "defaults"
+        tune.search(declared, SMALL, seconds=5, check=stopped_after(60))
+    assert tune.best("toy", SMALL).source == "defaults"  # nothing has won yet
+    path, told = stopped(own_tables)
+    assert "it is not traced" in told["broken"]["refused"] and "is wrong" in told["wrong"]["refused"]
+    before = len(told["fast"]["samples"])
+    assert before >= 2 and not told["wrong"]["samples"]
+    assert sorted(comparisons) == ["defaults", "fast", "nan", "slow", "wrong"]
+    comparisons.clear()
+    result = tune.search(declared, SMALL, seconds=0.05)
+    assert comparisons == [] and len(oracles) == 1  # no program that was confirmed, or was wrong, is asked again
+    assert result.values["form"] == "fast" and {t["values"]["form"] for t in result.entry.wrong} == {"wrong", "nan"}
+    assert forms(result)["fast"].summary.samples >= measure.FINAL
+    assert not path.exists()  # it is over
+
+
+def test_samples_of_a_search_that_was_stopped_count(own_tables, toy, monkeypatch):
+    monkeypatch.setattr(measure, "BEHIND", 1e6)  # nothing leaves, however busy the machine is
+    monkeypatch.setattr(measure, "HOPELESS", 1e6)
+    monkeypatch.setattr(searching._Race, "defaults_stand", lambda *_: True)  # the last measurement is always anew
+    quick = toy(grids={"plain": {"form": ("slow",), "turns": (190, 210)}})
+    with pytest.raises(KeyboardInterrupt):
+        tune.search(quick, SMALL, seconds=60, check=stopped_after(70))
+    path, told = stopped(own_tables)
+    before = len(told["defaults"]["samples"])
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"spent": 60.0}))  # all of its time was used
+    result = tune.search(quick, SMALL, seconds=60)
+    assert result.trials[0].summary.samples == before >= measure.FEWEST
+
+
+@pytest.mark.parametrize("stop", [0, 4, 9])
+def test_a_search_can_be_stopped_anywhere(own_tables, toy, stop):
+    with pytest.raises(KeyboardInterrupt):
+        tune.search(toy(), SMALL, seconds=5, check=stopped_after(stop))
+    assert tune.search("toy", SMALL, seconds=0.05).values["form"] == "fast"
+
+
+def test_what_was_found_is_written_while_a_search_runs(own_tables, toy, monkeypatch):
+    """A process that is killed loses what came after the last writing."""
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    seen = []
+
+    def check():
+        files = list((own_tables / "unfinished").glob("*.json"))
+        seen.append(sum(len(t["samples"]) for t in json.loads(files[0].read_text())["trials"]) if files else 0)
+
+    tune.search(toy(), SMALL, seconds=0.1, check=check)
+    assert seen[0] == 0 and max(seen) >= 4
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', "other call", "samples", "negative"])
+def test_a_broken_file_of_a_stopped_search_is_as_none(own_tables, toy, comparisons, text):
+    with pytest.raises(KeyboardInterrupt):
+        tune.search(toy(), SMALL, seconds=5, check=stopped_after(60))
+    path, _ = stopped(own_tables)
+    told = json.loads(path.read_text())
+    changed = {"other call": {**told, "call": ["x"]}, "negative": {**told, "spent": -1}}
+    changed["samples"] = {**told, "trials": [{**told["trials"][0], "samples": ["quick"]}]}
+    path.write_text(json.dumps(changed[text]) if text in changed else text)
+    comparisons.clear()
+    tune.search("toy", SMALL, seconds=0.05)
+    assert len(comparisons) == 5  # all of them anew
+
+
+def test_another_call_has_nothing_of_it(own_tables, toy, comparisons):
+    with pytest.raises(KeyboardInterrupt):
+        tune.search(toy(), SMALL, seconds=5, check=stopped_after(60))
+    comparisons.clear()
+    tune.search("toy", {"R": 32, "D": 64}, seconds=0.02)
+    assert len(comparisons) == 5 and len(list((own_tables / "unfinished").glob("*.json"))) == 1
 
 
 def test_never_inside_of_a_trace(own_tables, toy):
@@ -178,7 +271,7 @@ def test_facts_come_as_operands_as_words_and_by_name(toy):
 @pytest.mark.parametrize(
     ("op", "facts", "complaint"),
     [
-        ("toys", "R=1", r"'toys' is no op that can be tuned; choose of attention_forward, .*packed_product, toy\."),
+        ("toys", "R=1", r"'toys' is no op that can be tuned; choose of attention_forward, .*packed_product, .*toy\."),
         ("toy", "R=1", "toy: it needs D; it takes R, D, dtype"),
         ("toy", "R=1,D=2,Z=3", "toy: it does not know Z"),
         ("toy", "R=0,D=2", "toy: R is 0 and must be a number of at least 1"),

@@ -1,11 +1,12 @@
 """`trustcore tune`: measures block sizes, implementations and program forms for a model's calls, or an op's.
 
-What was found before is not measured again, so the same command goes on where it was stopped. A result is written when
-its call is done: Ctrl-C, or the end of `--minutes`, loses the call at hand and nothing else.
+What was found before is not measured again, so the same command goes on where it was stopped, by Ctrl-C, by the end of
+`--minutes` or from outside: a result is written when its call is done, and of the call at hand what was measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Annotated, Any
@@ -43,6 +44,18 @@ def tune(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure what is fastest on this machine, and keep it for the modes that read it (see docs/tuning.md)."""
+    state = _State()
+    try:
+        _tune(what, shapes, batch, length, train, minutes, seconds, most, again, show, dtype, as_json, state)
+    except KeyboardInterrupt:
+        console.err().print(f"trustcore: {state.stopped()}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _tune(
+    what: str, shapes: list[str] | None, batch: int, length: int, train: bool, minutes: float | None, seconds: float,
+    most: int, again: bool, show: bool, dtype: options.FloatType | None, as_json: bool, state: _State,
+) -> None:  # fmt: skip
     from trustcore.tune import best
 
     began = time.monotonic()
@@ -53,7 +66,8 @@ def tune(
         _print(json.dumps(told, indent=2) if as_json else "\n".join(map(str, choices)))
         return
     deadline = None if minutes is None else began + 60 * minutes
-    found, known, failed, stopped = _tuned(work, deadline, seconds, most, again, quiet=as_json)
+    in_time = _tuned(work, deadline, seconds, most, again, state, quiet=as_json)
+    found, known, failed = state.found, state.known, state.failed
     left = len(work) - len(found) - known - len(failed)
     if failed and not found and not known:
         raise TuningError(failed[0][1])
@@ -62,7 +76,35 @@ def tune(
         print(json.dumps({"tuned": results, "known": known, "failed": dict(failed), "left": left}, indent=2))
         return
     end = f"{len(found)} tuned, {known} known before, {len(failed)} failed, {left} left"
-    _print(f"{end}; out of time: the same command goes on from there" if stopped else end)
+    _print(end if in_time else f"{end}; out of time: the same command goes on from there")
+
+
+@dataclasses.dataclass
+class _State:
+    """What came of a command so far: results, calls that were known or failed (and why), the call at hand."""
+
+    found: list[Any] = dataclasses.field(default_factory=list)
+    known: int = 0
+    failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    current: tuple[str, Any] | None = None
+
+    def stopped(self) -> str:
+        """One line that says what is kept."""
+        kept = [f"{len(self.found)} call{'s' * (len(self.found) > 1)} tuned and kept"] if self.found else []
+        kept += [f"{self.known} known before"] if self.known else []
+        if self.current is not None:
+            from trustcore.tune import declared, this_device
+            from trustcore.tune.choosing import text_of
+            from trustcore.tune.unfinished import measured
+
+            op, facts = self.current
+            count = measured(this_device(), declared(op), facts)
+            kept += (
+                [f"of {op} {text_of(facts)} {count} candidate{'s' * (count > 1)} measured and kept"] if count else []
+            )
+        if not kept:
+            return "stopped before anything was measured; nothing is lost"
+        return f"stopped: {', '.join(kept)}; the same command goes on from there"
 
 
 def _work(
@@ -87,6 +129,7 @@ def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[
     import jax
     import jax.numpy as jnp
 
+    from trustcore.models.layer_form import OP
     from trustcore.quant import QuantizedArray
     from trustcore.tune import calls_of
 
@@ -97,6 +140,8 @@ def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[
     calls += calls_of(lambda m, t, c: m(t, cache=c), model, one, cache)
     calls += calls_of(step, model, tokens) if train else []
     weights = {}
+    steps = ("token", "forward", *(("gradient",) if train else ()))
+    layers = [(OP, known, (model,)) for s in steps if (known := _layers(model, s, batch, length)) is not None]
     for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, QuantizedArray)):
         if isinstance(leaf, QuantizedArray) and leaf.ndim == 2:
             for w in (leaf, leaf.T):
@@ -110,21 +155,26 @@ def _calls(name: str, model: Any, batch: int, length: int, train: bool) -> list[
             w = weights.get((facts["format"], facts["K"], facts["N"], facts["transposed"], facts["order"]))
             operands = None if w is None else (jax.random.normal(jax.random.key(0), (facts["R"], facts["K"])), w)
         work.append((op, facts, operands))
+    work += layers
     if not work:
         raise ModelError(f"{name}: none of its calls can be tuned here: its products are of floats, as XLA does them.")
     return work
 
 
+def _layers(model: Any, step: str, batch: int, length: int) -> Any:
+    """The facts of the forms of its layers; None where there is nothing to choose."""
+    from trustcore.models.layer_form import LAYERS
+
+    return LAYERS.facts(model, step=step, batch=batch, length=length)
+
+
 def _tuned(
-    work: list[tuple[str, Any, Any]], deadline: float | None, seconds: float, most: int, again: bool, *, quiet: bool
-) -> tuple[list[Any], int, list[tuple[str, str]], bool]:
-    """Results, how many were known, calls that failed and why, and whether time ran out."""
+    work: list[tuple[str, Any, Any]], deadline: float | None, seconds: float, most: int, again: bool, state: _State,
+    *, quiet: bool,
+) -> bool:  # fmt: skip
+    """Whether all was done in time; what came of it is in the state."""
     from trustcore.tune import best, search
     from trustcore.tune.choosing import text_of
-
-    found: list[Any] = []
-    failed: list[tuple[str, str]] = []
-    known = 0
 
     def check() -> None:
         interrupts.check()
@@ -134,8 +184,9 @@ def _tuned(
     with console.progress_bar("steps") as report:
         for place, (op, facts, operands) in enumerate(work):
             if not again and best(op, facts).source == "cache":
-                known += 1
+                state.known += 1
                 continue
+            state.current = op, facts
 
             def step(what: str, done: int, total: int, place: int = place) -> None:
                 report("tuning", place * _STEPS + _STEPS * done // total, len(work) * _STEPS)
@@ -146,15 +197,16 @@ def _tuned(
                     op, dict(facts), seconds=seconds, most=most, operands=operands, progress=step, check=check
                 )
             except _OutOfTime:
-                return found, known, failed, True
+                return False
             except TuningError as error:
-                failed.append((f"{op} {text_of(facts)}", str(error)))
+                state.failed.append((f"{op} {text_of(facts)}", str(error)))
                 console.err().print(f"not tuned: {error}", markup=False, soft_wrap=True)
                 continue
-            found.append(result)
+            state.found.append(result)
+            state.current = None
             if not quiet:
                 _print(str(result))
-    return found, known, failed, False
+    return True
 
 
 def _print(text: str) -> None:

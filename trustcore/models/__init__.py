@@ -4,6 +4,7 @@ from trustcore.models.config import DecoderConfig
 from trustcore.models.decoder import Decoder
 from trustcore.models.from_checkpoint import decoder_from_checkpoint, model_from_checkpoint
 from trustcore.models.importance import importance_by_path, importance_by_tensor
+from trustcore.models.layer_form import tuned_layers
 from trustcore.models.links import decoder_links, decoder_stream, untie
 from trustcore.models.model import Model, TextEncoder
 from trustcore.models.peft import load_adapters, save_adapters
@@ -28,6 +29,7 @@ __all__ = [
     "save_adapters",
     "scan_layers",
     "spill_layers",
+    "tuned_layers",
     "unscan_layers",
     "untie",
 ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -117,54 +118,79 @@ def text_of(facts: Facts) -> str:
     return ",".join(f"{n}={str(x).lower() if isinstance(x, bool) else x}" for n, x in facts.items() if x != "")
 
 
-def using(mode: Mode) -> Any:
+def using(mode: Mode, **ops: Mode) -> Any:
     """Returns a context in which ops ask in that mode: `with tc.tune.using("cached"): ...`.
 
+    Args:
+        mode: of all ops.
+        ops: the modes of single ops or families, in place of it: `using("first_use", attention="cached")`. An op's own
+            name counts before its family's.
+
     Raises:
-        TuningError: there is no such mode.
+        TuningError: there is no such mode or op.
     """
-    return tuning.CHOOSER(_chooser(mode))
+    return tuning.CHOOSER(_chooser(mode, ops))
 
 
-def set_mode(mode: Mode) -> None:
+def set_mode(mode: Mode, **ops: Mode) -> None:
     """Lets the ops of this process ask in that mode, wherever `using` says nothing else.
 
+    Args:
+        mode: of all ops.
+        ops: the modes of single ops or families, as in `using`.
+
     Raises:
-        TuningError: there is no such mode.
+        TuningError: there is no such mode or op.
     """
-    tuning.CHOOSER.set_global(_chooser(mode))
+    tuning.CHOOSER.set_global(_chooser(mode, ops))
 
 
-def current_mode() -> str:
-    """Returns the mode in which ops ask here; "pinned" where a search gives them their values."""
+def current_mode(op: str | None = None) -> str:
+    """Returns the mode in which ops ask here, or the one in which an op does; "pinned" where a search gives values."""
     chooser = tuning.CHOOSER.value
-    return "off" if chooser is None else chooser.mode if isinstance(chooser, Tables) else "pinned"
+    if chooser is None:
+        return "off"
+    if not isinstance(chooser, Tables):
+        return "pinned"
+    return chooser.mode if op is None else chooser.mode_of(op)
 
 
-def _chooser(mode: str) -> Tables | None:
-    if mode not in MODES:
-        raise TuningError(f"tune: mode {mode!r} is not known; choose of {', '.join(MODES)}.")
-    return None if mode == "off" else Tables(mode, table.stamp(this_device()))
+def _chooser(mode: str, ops: Mapping[str, str]) -> Tables | None:
+    for given in (mode, *ops.values()):
+        if given not in MODES:
+            raise TuningError(f"tune: mode {given!r} is not known; choose of {', '.join(MODES)}.")
+    for op in ops:
+        if not registry.members(op):
+            known = ", ".join((*registry.FAMILIES, *registry.names()))
+            raise TuningError(f"tune: {op!r} is no op that can be tuned, and no family; choose of {known}.")
+    if all(given == "off" for given in (mode, *ops.values())):
+        return None
+    return Tables(mode, table.stamp(this_device()), tuple(sorted(ops.items())))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The chooser that reads tables; `stamp` is what the device's one was when it was made."""
+    """The chooser that reads tables; `stamp` is what the device's one was when it was made, `ops` modes of some ops."""
 
     mode: str
     stamp: tuple[int, int]
+    ops: tuple[tuple[str, str], ...] = ()
+
+    def mode_of(self, op: str) -> str:
+        """The mode of an op: its own, its family's, that of all."""
+        return dict(self.ops).get(op) or dict(self.ops).get(registry.family_of(op), self.mode)
 
     def values(self, op: str, target: Target, facts: Facts, implementation: str | None) -> Values:
         """See `kernels_pallas.tuning.Chooser`."""
         tunable, device = registry.known(op), _device_for(target)
-        if tunable is None or device is None:
+        if tunable is None or device is None or self.mode_of(op) == "off":
             return tuning.NO_VALUES
         return _choice(tunable, device, facts, implementation).values
 
     def before(self, op: str, target: Target, facts: Facts) -> None:
         """See `kernels_pallas.tuning.Chooser`: on first use, tunes."""
         tunable, device = registry.known(op), _device_for(target)
-        if self.mode != "first_use" or tunable is None or device is None or device != this_device() or tracing():
+        if self.mode_of(op) != "first_use" or tunable is None or device is None or device != this_device() or tracing():
             return
         with _turn:
             exact, sizes = table.split(tunable, facts)
@@ -214,6 +240,7 @@ def _choice(tunable: Tunable, device: Device, facts: Facts, implementation: str 
         return made({}, "defaults", f"defaults: what was measured does not serve this call: {problem}")
     gain = entry.default_seconds / entry.seconds if entry.seconds > 0 else 1.0
     told = f"{entry.seconds * 1e3:.3g} ms, the defaults {entry.default_seconds * 1e3:.3g} ms ({gain:.2f}), {entry.date}"
+    told += _compiling(entry)
     sizes = text_of(entry.sizes)
     if found.packaged:
         near = "" if found.same_bucket else "the nearest, "
@@ -221,6 +248,13 @@ def _choice(tunable: Tunable, device: Device, facts: Facts, implementation: str 
     if found.same_bucket:
         return made(values, "cache", f"measured here: {sizes}: {told}")
     return made(values, "nearest", f"nearest of what was measured here: {sizes}: {told}")
+
+
+def _compiling(entry: table.Entry) -> str:
+    """What compiling takes in each implementation, where it counts."""
+    known = {n: told.get("compile_seconds") for n, told in entry.implementations.items()}
+    parts = [f"{n} {x:.3g} s" for n, x in known.items() if isinstance(x, int | float)]
+    return f"; with its share of compiling: {', '.join(parts)}" if parts else ""
 
 
 def _problem(tunable: Tunable, device: Device, facts: Facts, values: Values) -> str:

@@ -1,7 +1,8 @@
 """What is worth trying for a call: the grid of a declaration, without what cannot be, the likeliest first.
 
 Whatever is cut is kept with its reason: an implementation that refuses the call, values that a constraint forbids, more
-shared memory or VMEM than the device has, values that come to the same as others. Nothing of this runs anything.
+shared memory or VMEM than the device has, values that come to the same as others, and where a chip's compiler is asked
+(`assembling.py`), what does not compile for it or spills registers. Nothing of this runs anything.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 from kernels_pallas import tuning
 from kernels_pallas.tuning import Cost, Facts, Tunable, Values
+from trustcore.tune import assembling
 from trustcore.tune.device import Device, Limits, limits
 
 MOST = 12  # candidates that are compiled and measured, the defaults not counted
@@ -39,7 +41,9 @@ class Candidates:
     cut: tuple[Cut, ...]
 
 
-def candidates(tunable: Tunable, device: Device, facts: Facts, *, most: int = MOST) -> Candidates:
+def candidates(
+    tunable: Tunable, device: Device, facts: Facts, *, most: int = MOST, compiled: bool = False
+) -> Candidates:
     """Returns the candidates of a call on a device.
 
     Args:
@@ -47,12 +51,17 @@ def candidates(tunable: Tunable, device: Device, facts: Facts, *, most: int = MO
         device: where they are to run.
         facts: of the call.
         most: how many are kept; each implementation's defaults are always.
+        compiled: whether the chip's compiler is asked, which needs no chip: what it refuses, and what spills more than
+            the defaults of its implementation, is cut, and the next in the order takes its place.
+
+    Raises:
+        TuningError: that compiler is not here, or the op or the device is none that it is asked about.
     """
     with tuning.CHOOSER(None):  # defaults are meant as they are without a table
-        return _listed(tunable, device, facts, most)
+        return _listed(tunable, device, facts, most, compiled)
 
 
-def _listed(tunable: Tunable, device: Device, facts: Facts, most: int) -> Candidates:
+def _listed(tunable: Tunable, device: Device, facts: Facts, most: int, compiled: bool) -> Candidates:
     offers = limits(device)
     cut: list[Cut] = []
     seen: dict[object, Values] = {}
@@ -77,9 +86,26 @@ def _listed(tunable: Tunable, device: Device, facts: Facts, most: int) -> Candid
             continue
         seen[made] = values
         kept.append((estimate, len(kept), values))
-    kept.sort()
+    kept = _in_turn(kept)
+    if compiled:
+        ranked = [values for _, _, values in kept]
+        tried, refused = assembling.sifted(tunable, device, facts, defaults, ranked, most)
+        done = len(tried) + len(refused)
+        cut += [Cut(values, reason) for values, reason in refused]
+        cut += [Cut(values, f"ranked {i + 1} of {len(kept)} by cost") for i, values in enumerate(ranked) if i >= done]
+        return Candidates((*defaults, *tried), tuple(cut))
     cut += [Cut(values, f"ranked {i + 1} of {len(kept)} by cost") for i, (_, _, values) in enumerate(kept) if i >= most]
     return Candidates((*defaults, *(values for _, _, values in kept[:most])), tuple(cut))
+
+
+def _in_turn(kept: list[tuple[float, int, Values]]) -> list[tuple[float, int, Values]]:
+    """The likeliest of each implementation, then the second of each: one estimate says little of another's form."""
+    places: dict[str, int] = {}
+    ordered = []
+    for estimated, number, values in sorted(kept, key=lambda k: k[:2]):
+        place = places[values["implementation"]] = places.get(values["implementation"], -1) + 1
+        ordered.append((place, estimated, number, values))
+    return [(estimated, number, values) for _, estimated, number, values in sorted(ordered, key=lambda k: k[:3])]
 
 
 def _grid(tunable: Tunable, able: set[str]) -> Iterator[Values]:

@@ -9,7 +9,9 @@ a few rounds leaves.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import Target, tuning
 from kernels_pallas.tuning import Facts, Tunable, Values
+from trustcore import _jax
 
 SAMPLE = 2e-3  # seconds of a sample at least: a call that is shorter is repeated
 WARM_UP = 3  # calls before any is timed: pages, caches, clocks
@@ -75,6 +78,7 @@ class Trial:
         refused: why it is out: it did not compile or run, or its result is wrong; "" if it is right.
         error: how far its result lies from the oracle, relative to the largest number there; None: it has none.
         summary: its time; None if it was not timed.
+        compiling: seconds of compiling it, where they count.
         same_as: the place of the trial that is the same program.
     """
 
@@ -82,6 +86,7 @@ class Trial:
     refused: str = ""
     error: float | None = None
     summary: Summary | None = None
+    compiling: float | None = None
     same_as: int | None = None
 
 
@@ -92,22 +97,36 @@ def tolerance(dtype: Any, reduction: int) -> float:
 
 
 def compiled(
-    tunable: Tunable, facts: Facts, operands: tuple[Any, ...], trials: Sequence[Trial], check: Callable[[], None]
+    tunable: Tunable,
+    facts: Facts,
+    operands: tuple[Any, ...],
+    trials: Sequence[Trial],
+    check: Callable[[], None],
+    *,
+    skip: Callable[[Trial], bool] = lambda trial: False,
 ) -> list[Any]:
-    """Returns the program of each trial; None, and a reason in the trial, where it did not compile.
+    """Returns for each trial a function without arguments that runs its program; None where it did not compile.
 
-    A trial whose program is that of one before it is compiled once, and says which (`same_as`).
+    Why it did not is in the trial. A trial whose program is that of one before it is compiled once, and says which
+    (`same_as`). Those to `skip` are only compared. Where the time of compiling counts, it is measured: one at a time,
+    and from no cache.
     """
     lowered: list[Any] = []
     texts: dict[str, int] = {}
     for trial in trials:
         check()
+        if trial.refused:  # by a search that was stopped
+            lowered.append(None)
+            continue
         try:
+            given = tunable.arrange(facts, operands, trial.values)
+            began = time.perf_counter()
             with pinned(tunable.op, trial.values):
-                made = jax.jit(tunable.run(facts)).lower(*operands)
+                made = jax.jit(tunable.run(facts)).lower(*given)
+            tracing = time.perf_counter() - began
             first = texts.setdefault(made.as_text(), len(lowered))
             trial.same_as = first if first < len(lowered) else None
-            lowered.append(made if trial.same_as is None else None)
+            lowered.append((made, given, tracing) if trial.same_as is None and not skip(trial) else None)
         except Exception as error:  # a candidate may fail in any way: that is what is being found out
             trial.refused = f"it is not traced: {_one_line(error)}"
             lowered.append(None)
@@ -115,14 +134,20 @@ def compiled(
     def build(place: int) -> Any:
         if lowered[place] is None:
             return None
+        made, given, tracing = lowered[place]
         try:
-            return lowered[place].compile()
+            began = time.perf_counter()
+            program = made.compile()
+            if tunable.calls(facts) and trials[place].compiling is None:
+                trials[place].compiling = tracing + time.perf_counter() - began
+            return functools.partial(program, *given)
         except Exception as error:
             trials[place].refused = f"it does not compile: {_one_line(error)}"
             return None
 
-    workers = max(1, min(len(trials), os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool:
+    workers = 1 if tunable.calls(facts) else max(1, min(len(trials), os.cpu_count() or 1))
+    anew = _jax.compiled_anew() if tunable.calls(facts) else contextlib.nullcontext()
+    with anew, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(build, place) for place in range(len(trials))]
         programs = []
         try:
@@ -135,12 +160,10 @@ def compiled(
     return programs
 
 
-def checked(
-    tunable: Tunable, facts: Facts, program: Any, operands: tuple[Any, ...], expected: Any, trial: Trial
-) -> bool:
+def checked(tunable: Tunable, facts: Facts, program: Callable[[], Any], expected: Any, trial: Trial) -> bool:
     """Returns whether a program's result is right; says in the trial how far off it is, or what failed."""
     try:
-        found = jax.block_until_ready(tunable.checked(facts, program(*operands)))
+        found = jax.block_until_ready(tunable.checked(facts, program()))
     except Exception as error:
         trial.refused = f"it does not run: {_one_line(error)}"
         return False
@@ -166,48 +189,57 @@ def _distance(ours: jax.Array, theirs: jax.Array) -> float:
 
 
 def raced(
-    programs: Sequence[Any],
-    operands: tuple[Any, ...],
+    programs: Sequence[Callable[[], Any]],
     *,
     seconds: float,
     check: Callable[[], None],
     fewest: int = FEWEST,
+    offsets: Sequence[float] | None = None,
+    before: Sequence[list[float]] | None = None,
     report: Callable[[float], None] = lambda share: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Returns seconds of a call of each program, measured in turn for about that many seconds in all.
 
     Args:
-        programs: compiled, of the same operands; the first stays to the end.
-        operands: of all of them.
+        programs: compiled, with their operands; the first stays to the end.
         seconds: in all.
         check: called between samples; raises to stop.
         fewest: rounds at least; from then on what is far behind leaves.
+        offsets: seconds of each program that every sample of it has more: its share of compiling.
+        before: samples of an earlier race, to which those of this one are added; what had left it does not run again.
         report: told which share of the time is over.
         clock: in seconds.
     """
-    warm = []
-    for program in programs:
+    more = offsets or [0.0] * len(programs)
+    samples: list[list[float]] = [[] for _ in programs] if before is None else list(before)
+    rounds = min(len(samples[0]), fewest) if samples[0] else 0
+    able = [p for p in range(len(programs)) if p == 0 or len(samples[p]) >= len(samples[0]) - 1]
+    warm = [math.inf] * len(programs)
+    for place in able:
         calls = []
         for _ in range(WARM_UP):
             check()
             began = clock()
-            jax.block_until_ready(program(*operands))
+            jax.block_until_ready(programs[place]())
             calls.append(clock() - began)
-        warm.append(min(calls))  # one that was interrupted does not condemn a candidate
-    repeats = [max(1, min(1000, math.ceil(SAMPLE / max(last, 1e-7)))) for last in warm]
-    running = [place for place, last in enumerate(warm) if place == 0 or last <= HOPELESS * min(warm)]
-    samples = [[] if place in running else [last] for place, last in enumerate(warm)]
-    began, rounds = clock(), 0
+        warm[place] = min(calls)  # one that was interrupted does not condemn a candidate
+    begun = [last + offset for last, offset in zip(warm, more, strict=True)]
+    repeats = [max(1, min(1000, math.ceil(SAMPLE / max(last, 1e-7)))) if last < math.inf else 0 for last in warm]
+    running = [place for place in able if place == 0 or begun[place] <= HOPELESS * min(begun)]
+    for place in able:
+        if place not in running and not samples[place]:
+            samples[place].append(begun[place])
+    began = clock()
     while rounds < fewest or clock() < began + seconds:
         turn = rounds % len(running)
         for place in running[turn:] + running[:turn]:
             check()
             start = clock()
             for _ in range(repeats[place]):
-                result = programs[place](*operands)
+                result = programs[place]()
             jax.block_until_ready(result)
-            samples[place].append((clock() - start) / repeats[place])
+            samples[place].append((clock() - start) / repeats[place] + more[place])
         rounds += 1
         if rounds >= fewest:
             best = min(statistics.median(samples[place]) for place in running)

@@ -18,7 +18,10 @@ from kernels_pallas.tuning import Tunable
 from trustcore.errors import TuningError
 
 # A family stands for all of its ops, whose names begin with its own.
-FAMILIES: tuple[str, ...] = ("attention", "cross_entropy", "norm", "activation", "packed_product")
+FAMILIES: tuple[str, ...] = (
+    "attention", "cross_entropy", "norm", "activation", "packed_product", "decode_attention", "grouped_matmul",
+    "selective_scan",
+)  # fmt: skip
 _registered: dict[str, Tunable] = {}
 
 
@@ -49,8 +52,13 @@ def known(op: str) -> Tunable | None:
     """Returns the declaration of an op; None where it declares nothing."""
     if op in _registered:
         return _registered[op]
-    family = next((f for f in FAMILIES if op.startswith(f)), None)
-    return None if family is None else _family(family).get(op)
+    family = family_of(op)
+    return _family(family).get(op) if family else None
+
+
+def family_of(op: str) -> str:
+    """Returns the family that an op's name begins with, "" for an op of your own."""
+    return next((f for f in FAMILIES if op.startswith(f)), "")
 
 
 def members(name: str) -> tuple[Tunable, ...]:
@@ -74,6 +82,12 @@ def _family(family: str) -> dict[str, Tunable]:
         from kernels_pallas.cross_entropy import tunable as home
     elif family == "packed_product":
         from trustcore.quant import tunable as home
+    elif family == "decode_attention":
+        from kernels_pallas.decode import tunable as home
+    elif family == "grouped_matmul":
+        from kernels_pallas.grouped_matmul import tunable as home
+    elif family == "selective_scan":
+        from kernels_pallas.selective_scan import tunable as home
     else:
         from kernels_pallas import row_tunables as home
     return {t.op: t for t in home.TUNABLES if t.op.startswith(family)}

@@ -3,6 +3,9 @@
 The op's defaults are a candidate like any other, measured in turn with them. The fastest then meets the defaults alone:
 it takes their place where it is faster in the median and in most rounds. Nothing wins that the oracle does not confirm.
 If the defaults themselves are wrong, the best of the right candidates wins, and the result says so.
+
+A search that is stopped, in whatever way, has kept what it found (`unfinished.py`): the next one of the same call on
+the same device compiles and checks what was not out yet, and goes on timing where the other one ended.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import jax
 
 from kernels_pallas import tuning
 from kernels_pallas.tuning import Facts, Tunable, Values
-from trustcore.errors import TuningError
-from trustcore.tune import listing, measure, registry, table
+from trustcore.errors import TrustcoreError, TuningError
+from trustcore.tune import assembling, listing, measure, registry, table
 from trustcore.tune.choosing import facts_of, text_of, tracing
 from trustcore.tune.device import Device, this_device
 from trustcore.tune.listing import Candidates, described
 from trustcore.tune.measure import Trial
+from trustcore.tune.unfinished import Unfinished
 
 MARGIN = 0.05  # by which a candidate must be faster than the defaults
 MAJORITY = 0.75  # of the rounds in which it must be
@@ -63,7 +67,8 @@ class Result:
             assert s is not None
             mark = "*" if dict(trial.values) == dict(self.values) else " "
             spread = f"+- {s.spread / s.seconds:.1%} of {s.samples}" + (f", {s.dropped} dropped" if s.dropped else "")
-            lines.append(f" {mark} {s.seconds * 1e3:10.4f} ms  {spread:24}  {described(trial.values)}")
+            told = "" if trial.compiling is None else f", compiled in {trial.compiling:.2f} s"
+            lines.append(f" {mark} {s.seconds * 1e3:10.4f} ms  {spread:24}  {described(trial.values)}{told}")
         out = [t for t in self.trials if t.refused and t.same_as is None]
         lines += [f"   out: {described(t.values)}: {t.refused}" for t in out]
         lines.append(f"   {len(self.candidates.cut)} not tried")
@@ -91,7 +96,8 @@ def search(
         operands: those of the call; None: random ones.
         keep: whether the result is written.
         progress: called with (what is done, steps done, steps in all).
-        check: called often; what it raises ends the search, and nothing is written.
+        check: called often; what it raises ends the search. What was measured until then is kept, and the next search
+            of the call goes on from it.
 
     Raises:
         TuningError: the call is none of the op's, this is inside a trace, or no candidate is right.
@@ -101,53 +107,126 @@ def search(
         raise TuningError(f"{tunable.op}: nothing is tuned inside of a trace; call it outside of jit, grad and vmap.")
     facts = facts_of(tunable, shapes, options)
     device, check, progress = this_device(), check or (lambda: None), progress or (lambda what, done, total: None)
-    listed = listing.candidates(tunable, device, facts, most=most)
+    compiled = device.platform == "cuda" and not assembling.why_not(tunable, device)
+    listed = listing.candidates(tunable, device, facts, most=most, compiled=compiled)
     trials = [Trial({}), *(Trial(values) for values in listed.tried)]
     what, steps = f"{tunable.op} {text_of(facts)}", len(trials) + 10
+    unfinished = Unfinished(device, tunable, facts)
     with tuning.CHOOSER(None):
         progress(what, 0, steps)
+        race = _Race(tunable, facts, operands, trials, unfinished, check)
         try:
-            made = operands if operands is not None else tunable.operands(facts)
-            expected = jax.block_until_ready(jax.jit(functools.partial(tunable.oracle, facts))(made))
-            prepared = jax.block_until_ready(tunable.prepare(facts, made))
-        except ValueError as error:
-            raise TuningError(str(error)) from error
-        programs = measure.compiled(tunable, facts, prepared, trials, check)
-        for place, trial in enumerate(trials):
-            check()
-            progress(what, place, steps)
-            if programs[place] is not None and not measure.checked(
-                tunable, facts, programs[place], prepared, expected, trial
-            ):
-                programs[place] = None
-        del expected, made
-        able = [place for place, program in enumerate(programs) if program is not None]
-        if not able:
-            reasons = {t.refused for t in trials}
-            raise TuningError(f"{what}: no candidate is right: {'; '.join(sorted(reasons))[:600]}")
-
-        def timed(share: float) -> None:
-            progress(what, len(trials) + int(10 * share), steps)
-
-        times = measure.raced([programs[place] for place in able], prepared, seconds=seconds, check=check, report=timed)
-        for place, samples in zip(able, times, strict=True):
-            trials[place].summary = measure.summary(samples)
-        fastest = min(able, key=lambda place: _seconds(trials[place]))
-        stands = fastest == 0
-        if able[0] == 0 and not stands:
-            pair = (programs[0], programs[fastest])
-            ours, theirs = measure.raced(pair, prepared, seconds=seconds / 2, check=check, fewest=measure.FINAL)
-            trials[0].summary, trials[fastest].summary = measure.summary(ours), measure.summary(theirs)
-            stands = _stands(ours, theirs)
+            race.confirm(lambda place: progress(what, place, steps))
+            if not race.able:
+                reasons = {t.refused for t in trials}
+                raise TuningError(f"{what}: no candidate is right: {'; '.join(sorted(reasons))[:600]}")
+            race.run(seconds, lambda share: progress(what, len(trials) + int(10 * share), steps))
+            fastest = min(race.able, key=lambda place: _seconds(trials[place]))
+            stands = fastest == 0 or (race.able[0] == 0 and race.defaults_stand(fastest, seconds / 2))
+        except BaseException:
+            if keep:
+                unfinished.write(now=True)
+            raise
     for trial in trials:
         if trial.same_as is not None:
             first = trials[trial.same_as]
             trial.refused, trial.error, trial.summary = first.refused, first.error, first.summary
+            trial.compiling = first.compiling
     values = trials[0 if stands else fastest].values
     entry = _entry(tunable, facts, values, trials)
     if keep:
         table.record(device, entry)
+    unfinished.drop()
     return Result(tunable.op, facts, device, values, tuple(trials), listed, entry)
+
+
+class _Race:
+    """The candidates of a search, from being compiled to their times; what becomes of them is kept as it is found out.
+
+    `able`: places of those that are right and still in it.
+    """
+
+    def __init__(
+        self, tunable: Tunable, facts: Facts, operands: tuple[Any, ...] | None, trials: list[Trial], kept: Unfinished,
+        check: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.tunable, self.facts, self.trials, self.unfinished, self.check = tunable, facts, trials, kept, check
+        self.made: Any = operands if operands is not None else _refusing(tunable.operands, facts)
+        self.kept = [kept.of(trial.values) for trial in trials]
+        for trial, known in zip(trials, self.kept, strict=True):
+            trial.refused, trial.error, trial.compiling = known.refused, known.error, known.compile
+        prepared = jax.block_until_ready(_refusing(tunable.prepare, facts, self.made))
+        rounds = len(self.kept[0].samples)
+        left = {id(t): 0 < len(k.samples) < rounds - 1 for t, k in zip(trials, self.kept, strict=True)}
+        self.programs = measure.compiled(tunable, facts, prepared, trials, check, skip=lambda trial: left[id(trial)])
+        for place, trial in enumerate(trials):
+            if trial.same_as is None:
+                self.kept[place].refused, self.kept[place].compile = trial.refused, trial.compiling
+
+    @property
+    def able(self) -> list[int]:
+        return [place for place, program in enumerate(self.programs) if program is not None]
+
+    def confirm(self, report: Callable[[int], None]) -> None:
+        """Compares the results that no earlier search compared with the oracle's; what is wrong is out."""
+        expected = None
+        for place in self.able:
+            self.check()
+            report(place)
+            trial, known = self.trials[place], self.kept[place]
+            if known.error is None:
+                if expected is None:
+                    expected = jax.block_until_ready(
+                        _refusing(jax.jit(functools.partial(self.tunable.oracle, self.facts)), self.made)
+                    )
+                if not measure.checked(self.tunable, self.facts, self.programs[place], expected, trial):
+                    self.programs[place] = None
+                known.refused, known.error = trial.refused, trial.error
+                self.unfinished.write()
+        self.made = None  # the race needs what was prepared alone
+
+    def run(self, seconds: float, report: Callable[[float], None]) -> None:
+        """Times those that are able, for what is left of the seconds."""
+        able, before = self.able, self.unfinished.spent
+        rest = max(0.0, seconds - before)
+
+        def told(share: float) -> None:
+            self.unfinished.spent = before + share * rest
+            self.unfinished.write()
+            report(share)
+
+        measure.raced(
+            [self.programs[place] for place in able], seconds=rest, check=self.check, report=told,
+            offsets=[self._share(place) for place in able], before=[self.kept[place].samples for place in able],
+        )  # fmt: skip
+        for trial, known in zip(self.trials, self.kept, strict=True):
+            if known.samples and trial.same_as is None:
+                trial.summary = measure.summary(known.samples)
+
+    def defaults_stand(self, fastest: int, seconds: float) -> bool:
+        """Whether the defaults keep their place against the fastest, alone with it."""
+        pair = [0, fastest]
+        ours, theirs = measure.raced(
+            [self.programs[place] for place in pair], seconds=seconds, check=self.check, fewest=measure.FINAL,
+            offsets=[self._share(place) for place in pair],
+        )  # fmt: skip
+        self.trials[0].summary, self.trials[fastest].summary = measure.summary(ours), measure.summary(theirs)
+        return _stands(ours, theirs)
+
+    def _share(self, place: int) -> float:
+        """The time of compiling that each call counts with."""
+        calls = self.tunable.calls(self.facts)
+        return (self.trials[place].compiling or 0.0) / calls if calls else 0.0
+
+
+def _refusing(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function of a declaration returns; a ValueError of it says that the call cannot be tuned."""
+    try:
+        return function(*given)
+    except TrustcoreError:
+        raise
+    except ValueError as error:
+        raise TuningError(str(error)) from error
 
 
 def _seconds(trial: Trial) -> float:
@@ -169,7 +248,8 @@ def _within(trials: list[Trial]) -> dict[str, Any]:
         noise = plain.summary.spread + fastest.summary.spread
         if fastest.summary.seconds > (1 - MARGIN) * plain.summary.seconds - noise:
             fastest = plain
-    return {"values": dict(fastest.values), "seconds": _seconds(fastest)}
+    told = {"values": dict(fastest.values), "seconds": _seconds(fastest)}
+    return told if fastest.compiling is None else {**told, "compile_seconds": fastest.compiling}
 
 
 def _entry(tunable: Tunable, facts: Facts, values: Values, trials: list[Trial]) -> table.Entry:
