@@ -144,7 +144,7 @@ import json
 import jax, jax.numpy as jnp, optax
 from jax.experimental import topologies
 from tests.memory.test_fit import scanned
-from trustcore.memory import fit, has_host_memory
+from trustcore.memory import account, fit, has_host_memory
 device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
 put = jax.sharding.SingleDeviceSharding(device)
 shapes = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=put) for s in ((8, 512, 512), (4096, 4, 512))]
@@ -153,11 +153,19 @@ plans = {}
 for share in (0.55, 0.35):
     found = fit(scanned, int(share * free.plain.peak), *shapes)
     plans[found.plan.remat] = [found.plan.peak, found.plan.host, str(found.plan)]
-wide = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=put) for s in ((8, 2048, 2048), (8, 2048))]
+def layers(ws, x):
+    for w in ws:
+        x = x + jnp.tanh(x @ w)
+    return jnp.mean(x * x)
+
+*ws, x = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=put) for s in (*[(2048, 2048)] * 8, (8, 2048))]
 adam = optax.adam(1e-3)
-kept = fit(scanned, 10**10, *wide, optimizer=adam, donate=True).plain.peak
-for share in (0.7, 0.4):
-    found = fit(scanned, int(share * kept), *wide, optimizer=adam, donate=True)
+kept = fit(layers, 10**10, ws, x, optimizer=adam, donate=True).plain.peak
+seen = account(jax.grad(layers), ws, x)
+assert seen.by == "jaxpr" and seen.arguments < seen.peak < 1.5 * kept, str(seen)
+for share in (0.75, 0.5):
+    found = fit(layers, int(share * kept), ws, x, optimizer=adam, donate=True)
+    print(found, kept)
     plans[" and ".join(found.plan.offloaded)] = [found.plan.peak / kept, found.plan.host, str(found.plan)]
 print(json.dumps([has_host_memory(device), free.plain.peak, plans]))
 """
@@ -178,6 +186,6 @@ def test_on_a_tpu_activations_go_to_the_host() -> None:
     peak, host, told = plans["products offloaded"]
     assert peak < 0.55 * plain and host >= 8 * 4096 * 4 * 512 * 4 and "of the host's" in told
     share, host, told = plans["optimizer"]
-    assert share < 0.7 and host >= 2 * 8 * 2048 * 2048 * 4 and "optimizer with the host" in told
+    assert share < 0.75 and host >= 2 * 8 * 2048 * 2048 * 4 and "optimizer with the host" in told
     share, host, _ = plans["optimizer and parameters"]
-    assert share < 0.4 and host >= 3 * 8 * 2048 * 2048 * 4
+    assert share < 0.5 and host >= 3 * 8 * 2048 * 2048 * 4
