@@ -152,6 +152,17 @@ def test_history_lists_what_ran():
     assert [op.turns for op in report.history if op.address.primitive == "exp"] == [(0,), (1,), (2,)]
 
 
+def test_what_was_not_watched_is_not_taken_for_healthy():
+    def body(c, d):
+        return jnp.tanh(c) + jnp.log(d), None
+
+    decays = jnp.array([1.0, 0.5, -1.0])
+    _, report = tc.debug.inspect(lambda x: jax.lax.scan(body, x, decays)[0], "*/log").run(jnp.ones(2))
+    assert [(i.kind, i.severity.name, i.turns) for i in report.issues] == [("nan", "WARNING", (2,))]
+    hidden = lambda x: jnp.where(x > 0, jnp.log(x), 0.0)  # noqa: E731
+    assert tc.debug.inspect(hidden, "log").run(jnp.array([-1.0, 1.0]))[1].issues == ()
+
+
 def test_watches_on_time_count_slow_operations():
     def fn(x):
         with jax.named_scope("large"):

@@ -163,9 +163,8 @@ adam = optax.adam(1e-3)
 kept = fit(layers, 10**10, ws, x, optimizer=adam, donate=True).plain.peak
 seen = account(jax.grad(layers), ws, x)
 assert seen.by == "jaxpr" and seen.arguments < seen.peak < 1.5 * kept, str(seen)
-for share in (0.75, 0.5):
+for share in (0.75, 0.65):
     found = fit(layers, int(share * kept), ws, x, optimizer=adam, donate=True)
-    print(found, kept)
     plans[" and ".join(found.plan.offloaded)] = [found.plan.peak / kept, found.plan.host, str(found.plan)]
 print(json.dumps([has_host_memory(device), free.plain.peak, plans]))
 """
@@ -188,4 +187,4 @@ def test_on_a_tpu_activations_go_to_the_host() -> None:
     share, host, told = plans["optimizer"]
     assert share < 0.75 and host >= 2 * 8 * 2048 * 2048 * 4 and "optimizer with the host" in told
     share, host, _ = plans["optimizer and parameters"]
-    assert share < 0.5 and host >= 3 * 8 * 2048 * 2048 * 4
+    assert share < 0.65 and host >= 3 * 8 * 2048 * 2048 * 4

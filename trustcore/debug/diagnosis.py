@@ -98,9 +98,8 @@ class Diagnosis:
             if not self._has(place, has_nan):
                 bad = place in reached
                 chain = self._chain(place, has_inf)
-                yield self._made(
-                    "nan", Severity.CRITICAL if bad else Severity.INFO, place, reaches if bad else (), chain
-                )
+                level = Severity.CRITICAL if bad else self._masked_or_unseen(has_nan)
+                yield self._made("nan", level, place, reaches if bad else (), chain)
         yield from self._given("nan", has_nan, reached, reaches, Severity.CRITICAL, Severity.WARNING)
 
     def _inf(self) -> Iterable[tuple[Any, Issue]]:
@@ -112,7 +111,8 @@ class Diagnosis:
                 continue
             bad = place in reached or place in to_nan
             names = (*(reaches if place in reached else ()), *(nan_reaches if place in to_nan else ()))
-            yield self._made("inf", Severity.ERROR if bad else Severity.INFO, place, tuple(dict.fromkeys(names)))
+            level = Severity.ERROR if bad else self._masked_or_unseen(has_inf)
+            yield self._made("inf", level, place, tuple(dict.fromkeys(names)))
         yield from self._given("inf", has_inf, {**reached, **to_nan}, reaches, Severity.ERROR, Severity.INFO)
 
     def _exploding(self) -> Iterable[tuple[Any, Issue]]:
@@ -238,6 +238,12 @@ class Diagnosis:
         takes_over = place.node.eqn.primitive.name in _TAKING_OVER
         inputs = [found for of_one in self.readings.inputs(place) for found in of_one]
         return any(has_huge(stats) for where, stats in inputs if where is not None or takes_over)
+
+    def _masked_or_unseen(self, what: Has) -> Severity:
+        """How bad it is that something reaches no result as far as was watched: likely, where a result has it, too."""
+        whole = any(watch.pattern == "*" for watch in self.readings.tap.watches)
+        seen = whole or not any(stats is not None and what(stats) for stats in self.readings.results)
+        return Severity.INFO if seen else Severity.WARNING
 
     def _cancels(self, place: Place, made: Statistics) -> bool:
         """Whether a sum is small because its summands are not: the gradient of keys' bias is rounding alone."""
