@@ -18,7 +18,7 @@ import pytest
 from tests.memory.test_fit import WS, X, mean_square, scanned
 from trustcore.errors import ProgramError
 from trustcore.memory import account, activation_policy, fit, memory_kinds, offload, offloaded, onload, remat_blocks
-from trustcore.memory.fit import REMAT, _from_host, _hosted, _step, _updated
+from trustcore.memory.fit import REMAT, _from_host, _hosted, _updated, step_of
 
 ROOT = Path(__file__).parents[2]
 PLACE = os.environ.get("TRUSTCORE_LIBTPU", "")
@@ -103,7 +103,7 @@ def test_on_a_cpu_fit_offloads_only_when_told() -> None:
 
 @pytest.mark.parametrize("split", [1, 4])
 def test_a_fitted_step_over_offloaded_parameters_and_state_is_the_same(split: int) -> None:
-    step = _updated(_step(scanned, "none", split, (1,), 0), OPTIMIZER, 0)
+    step = _updated(step_of(scanned, "none", split, (1,), 0), OPTIMIZER, 0)
     hosted = _from_host(jax.jit(_hosted(step, (0, 2), 0, True)), (0, 2))
     ws, state, other, beside = WS, OPTIMIZER.init(WS), WS, OPTIMIZER.init(WS)
     for _ in range(2):

@@ -117,7 +117,7 @@ def fit(
     """
     if budget <= 0:
         raise ProgramError(f"fit: the budget is {budget} bytes; it must be positive.")
-    splits = _splits(args, batch)
+    splits = microbatches(args, batch)
     allowed = _allowed(offload, args)
     state = () if optimizer is None else (_state(optimizer, args[argnums]),)
     kept = {"parameters": argnums, "optimizer": len(args)}
@@ -127,7 +127,7 @@ def fit(
 
     def plan(remat: str, split: int, there: tuple[str, ...] = ()) -> Plan:
         if (remat, split, there) not in tried:
-            step = _step(fn, remat, split, tuple(batch), argnums)
+            step = step_of(fn, remat, split, tuple(batch), argnums)
             step = step if optimizer is None else _updated(step, optimizer, argnums)
             numbers = tuple(kept[name] for name in there)
             donated = (argnums, *(len(args) for _ in state)) if donate else ()
@@ -217,8 +217,8 @@ def _checkpointed_scan(eqn: Any, inputs: Sequence[Any], policy: Any) -> Sequence
     return [*last, *ys]
 
 
-def _splits(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
-    """The numbers of equal groups into which the batch can be split, 1 first."""
+def microbatches(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
+    """Returns the numbers of equal groups into which the batch can be split, 1 first."""
     for i in batch:
         if not 0 <= i < len(args):
             raise ProgramError(f"fit: argument {i} is named as batch; there are {len(args)} arguments.")
@@ -231,7 +231,8 @@ def _splits(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
     return [n for n in range(1, count + 1) if count % n == 0]
 
 
-def _step(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...], argnums: int) -> Callable[..., Any]:
+def step_of(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...], argnums: int) -> Callable[..., Any]:
+    """Returns `value_and_grad` of a function, with one of `REMAT`, over a batch that is split."""
     policies = {
         "products saved": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "products offloaded": activation_policy(),
