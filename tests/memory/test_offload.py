@@ -192,14 +192,12 @@ def layers(ws, x):
     return jnp.mean(x * x)
 
 *ws, x = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=put) for s in (*[(2048, 2048)] * 8, (8, 2048))]
-seen = account(jax.grad(layers), ws, x)
-assert seen.by == "jaxpr" and seen.arguments < seen.peak < 3 * seen.arguments, str(seen)
-adam, plans = optax.adam(1e-3), {}
+adam = optax.adam(1e-3)
 kept = fit(layers, 10**10, ws, x, optimizer=adam, donate=True).plain.peak
-for share in (0.75, 0.65):
-    found = fit(layers, int(share * kept), ws, x, optimizer=adam, donate=True)
-    plans[" and ".join(found.plan.offloaded)] = [found.plan.peak / kept, found.plan.host, str(found.plan)]
-print(json.dumps(plans))
+seen = account(jax.grad(layers), ws, x)
+assert seen.by == "jaxpr" and seen.arguments < seen.peak < 1.5 * kept, str(seen)
+found = fit(layers, int(0.65 * kept), ws, x, optimizer=adam, donate=True)
+print(json.dumps([found.plan.offloaded, found.plan.peak / kept, found.plan.host, str(found.plan)]))
 """
 
 
@@ -207,8 +205,6 @@ print(json.dumps(plans))
 @pytest.mark.aot
 @pytest.mark.skipif(not PLACE and importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make aot")
 def test_on_a_tpu_a_step_fits_with_its_state_at_the_host() -> None:
-    plans = on_a_tpu(STEP)
-    share, host, told = plans["optimizer"]
-    assert share < 0.75 and host >= 2 * 8 * 2048 * 2048 * 4 and "optimizer with the host" in told
-    share, host, _ = plans["optimizer and parameters"]
+    offloaded, share, host, told = on_a_tpu(STEP)
+    assert offloaded == ["optimizer", "parameters"] and "with the host" in told
     assert share < 0.65 and host >= 3 * 8 * 2048 * 2048 * 4
