@@ -45,6 +45,21 @@ def test_two_dtypes_agree_within_their_rounding():
     assert 1e-4 < comparison.ranked[0].error < 0.1 and comparison.ranked[0].dtypes == ("bfloat16", "float32")
 
 
+def test_times_stand_beside_the_errors():
+    def run(x, n):
+        with jax.named_scope("work"):
+            x = jnp.sort(jnp.tile(x, (n, 1)), axis=0)[:3]
+        return jnp.tanh(x)
+
+    comparison = tc.debug.compare(lambda x: run(x, 40000), lambda x: run(x, 40000), times=True)(X)
+    assert all(min(d.seconds) > 0 for d in comparison.differences)
+    slowest = max(comparison.differences, key=lambda d: d.seconds[1])
+    assert slowest.address.name == "work/sort" and " ms against " in str(slowest)
+    lost = [d.seconds[0] - d.seconds[1] for d in comparison.slower]
+    assert lost == sorted(lost, reverse=True) and all(each > 0 for each in lost)
+    assert tc.debug.compare(run, run)(X, 2).differences[0].seconds is None
+
+
 def test_the_turn_in_which_loops_part_is_told():
     def run(x, bump):
         return jax.lax.scan(lambda c, i: (jnp.sin(c) + jnp.where(i == 3, bump, 0.0), None), x, jnp.arange(6))[0]

@@ -152,6 +152,49 @@ def test_history_lists_what_ran():
     assert [op.turns for op in report.history if op.address.primitive == "exp"] == [(0,), (1,), (2,)]
 
 
+def test_what_was_not_watched_is_not_taken_for_healthy():
+    def body(c, d):
+        return jnp.tanh(c) + jnp.log(d), None
+
+    decays = jnp.array([1.0, 0.5, -1.0])
+    _, report = tc.debug.inspect(lambda x: jax.lax.scan(body, x, decays)[0], "*/log").run(jnp.ones(2))
+    assert [(i.kind, i.severity.name, i.turns) for i in report.issues] == [("nan", "WARNING", (2,))]
+    hidden = lambda x: jnp.where(x > 0, jnp.log(x), 0.0)  # noqa: E731
+    assert tc.debug.inspect(hidden, "log").run(jnp.array([-1.0, 1.0]))[1].issues == ()
+
+
+def test_watches_on_time_count_slow_operations():
+    def fn(x):
+        with jax.named_scope("large"):
+            y = jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), x, None, length=3)[0]
+        return jnp.tanh(y[0, 0])
+
+    x = jnp.ones((256, 256))
+    slow = [Watch("large/scan/dot_general", tc.debug.takes(1e-7)), Watch("*", tc.debug.takes(60.0), stop=True)]
+    outputs, report = tc.debug.inspect(fn, slow, trace="times").run(x)
+    np.testing.assert_allclose(outputs, fn(x), rtol=1e-4)
+    assert [hit.count for hit in report.hits] == [3, 0]
+    assert report.hits[0].first.startswith("large/scan[0]/dot_general") and report.hits[1].first == ""
+    with pytest.raises(Breakpoint, match=r"takes\(1e-07 s\) at large/scan\[0\]/dot_general"):
+        tc.debug.inspect(fn, Watch("*/dot_general", tc.debug.takes(1e-7), stop=True), trace="times")(x)
+    with pytest.raises(DebugError, match='pass trace="times"'):
+        tc.debug.inspect(fn, slow)
+    with pytest.raises(DebugError, match="a number of seconds above 0"):
+        tc.debug.takes(0)
+
+
+def test_a_traced_call_is_replayed():
+    _, report = tc.debug.inspect(fn, trace=True).run(X)
+    powers = report.replay("*/exp")
+    assert [p.turns for p in powers] == [(0,), (1,), (2,)]
+    for snapshot in powers:
+        np.testing.assert_allclose(snapshot.outputs[0], np.exp(snapshot.inputs[0]), rtol=1e-6)
+        np.testing.assert_array_equal(snapshot.replay()[0], snapshot.outputs[0])
+    assert len(report.replay(limit=4)) == 4
+    with pytest.raises(DebugError, match="inspect\\(fn, trace=True\\)"):
+        tc.debug.inspect(fn).run(X)[1].replay()
+
+
 def test_a_value_far_from_the_baseline_is_an_issue():
     usual, small = tc.debug.inspect(fn), X / 8
     usual(small)

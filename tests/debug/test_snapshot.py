@@ -23,6 +23,7 @@ def snapshot_of(fn, primitive, *args, turns=()):
 
 CASES = {
     "dot_general": (lambda x: x @ x.T, (X,)),
+    "div": (lambda x: 0.5 / x, (X[0],)),  # by a number without axes
     "gather": (lambda x, i: x[i], (X, jnp.array([2, 0]))),
     "reduce_max": (lambda x: x.max(0), (X,)),
     "conv_general_dilated": (lambda x: jnp.convolve(x, x[:2]), (X[0],)),
@@ -60,7 +61,9 @@ def test_a_file_computes_the_same_with_jax_alone(primitive, tmp_path):
     assert "trustcore" not in source
     names = {}
     exec(compile(source, "fault.py", "exec"), names)
-    outputs = jax.tree.leaves(names["operation"](*names["load"]()))
+    inputs = names["load"]()
+    assert [x.shape for x in inputs] == [np.shape(x) for x in snapshot.inputs]
+    outputs = jax.tree.leaves(names["operation"](*inputs))
     for found, expected in zip(outputs, snapshot.outputs, strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=1e-5)
 

@@ -93,15 +93,34 @@ def biased(q, k, v, bias):
     return products(q, k, v, lambda s: jnp.where(like(~causal(), s), -1e9, s + like(bias[None], s)))
 
 
+def exponentials(q, k, mask=True):
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+    scores = jnp.where(like(causal(), scores), scores, -1e30) if mask else scores
+    return jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+
+
+def divided_after(q, k, v):
+    weights = exponentials(q, k)
+    out, total = jnp.einsum("bnts,bsnh->bnth", weights, v), jnp.sum(weights, -1, keepdims=True)
+    return (out / total).swapaxes(1, 2)
+
+
+def divided_after_transposed(q, k, v):
+    weights = exponentials(q, k, mask=False)
+    total = jnp.sum(weights, -1).swapaxes(1, 2)[..., None]  # [B, T, N, 1]
+    return jnp.einsum("bnts,bsnh->btnh", weights, v) * (1 / total)
+
+
 MASK = jnp.ones((B, T), bool).at[1, 10:].set(False)
 BIAS = jax.random.normal(jax.random.key(3), (N, T, T))
 WAYS = [(way, ()) for way in (unscaled, tril_and_inf, matmuls, added_mask, of_jax, heads_repeated, queries_grouped)]
-WAYS += [(mapped, ()), (narrow, ()), (capped_window, ()), (padding, (MASK,)), (biased, (BIAS,))]
+WAYS += [(mapped, ()), (narrow, ()), (capped_window, ()), (padding, (MASK,)), (biased, (BIAS,)), (divided_after, ())]
+WAYS += [(divided_after_transposed, ())]
 
 
 @pytest.mark.parametrize(("way", "more"), WAYS, ids=[way.__name__ for way, _ in WAYS])
 def test_ways_to_write_attention(way, more) -> None:
-    fast = optimize(way, prove=way in (tril_and_inf, narrow, padding))
+    fast = optimize(way, prove=way in (tril_and_inf, narrow, padding, divided_after))
     found, wanted = fast(Q, K, V, *more), jax.jit(way)(Q, K, V, *more)
     np.testing.assert_allclose(found, wanted, atol=2e-2 if way is narrow else 2e-6)
     assert fast.report is not None and fast.report.count("attention") == 1, str(fast.report)
@@ -131,6 +150,20 @@ def test_attention_that_must_stay() -> None:
         "bnts,bsnh->btnh", jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k), 2), v
     )
     assert "not summed over the axis of their softmax" in optimize(over_queries).explain(Q, K, V).refused[0].reason
+
+    def both(q, k, v):
+        weights = exponentials(q, k)
+        return jnp.einsum("bnts,bsnh->bnth", weights, v) / jnp.sum(weights, 2).reshape(B, N, T, 1)
+
+    assert not optimize(both).explain(Q, K, V).applied  # divided by the sums over queries
+
+    def with_dropout(q, k, v, key):
+        weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k), -1)
+        kept = jax.random.bernoulli(key, 0.9, weights.shape)
+        return jnp.einsum("bnts,bsnh->btnh", jnp.where(kept, weights / 0.9, 0.0), v)
+
+    told = optimize(with_dropout).explain(Q, K, V, jax.random.key(0))
+    assert not told.applied and "dropout of the weights" in told.refused[0].reason
     step = jax.grad(lambda q: jnp.sum(tril_and_inf(q, K, V)))
     assert not optimize(step).explain(Q).applied  # its backward pass uses the weights
 
@@ -243,3 +276,73 @@ def test_a_transformer_and_its_gradient() -> None:
     assert not fast.report.refused
     page = str(fast.report)
     assert "4 x rms-norm" in page and "test_optimize.py:" in page
+
+
+ROWS = jax.random.normal(jax.random.key(11), (2, 5, 16))
+TABLE = 0.3 * jax.random.normal(jax.random.key(12), (16, 4096))
+OFFSET = 0.1 * jax.random.normal(jax.random.key(13), (4096,))
+LABELS = jnp.array([[3, 4095, -1, 0, 17], [5, -4096, 2, 9999, 7]], jnp.int32)
+
+
+def picked(x, labels):
+    return jnp.take_along_axis(x, labels[..., None], -1)
+
+
+def one_hot_loss(x, w, b, labels):
+    hot = jax.nn.one_hot(labels, 4096, dtype=x.dtype)
+    return -jnp.sum(hot * jax.nn.log_softmax(x @ w), -1)
+
+
+def by_optax(x, w, b, labels):
+    import optax
+
+    return optax.softmax_cross_entropy_with_integer_labels(x @ w + b[None, None], labels)
+
+
+def by_hand(x, w, b, labels):
+    logits = jnp.einsum("btd,vd->btv", x, w.T)
+    logits = logits - jnp.max(logits, -1, keepdims=True)
+    return -picked(logits - jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True)), labels)[..., 0]
+
+
+LOSSES = [
+    lambda x, w, b, labels: -picked(jax.nn.log_softmax(x @ w), labels),
+    lambda x, w, b, labels: -picked(jax.nn.log_softmax(x @ w + b[None, None]), labels)[..., 0],
+    lambda x, w, b, labels: jax.nn.logsumexp(x @ w, -1) - picked(x @ w, labels)[..., 0],
+    one_hot_loss,
+    by_optax,
+    by_hand,
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=["plain", "bias", "logsumexp", "one_hot", "optax", "by_hand"])
+def test_losses_over_a_vocabulary(loss) -> None:
+    fast = optimize(loss)
+    found, wanted = fast(ROWS, TABLE, OFFSET, LABELS), loss(ROWS, TABLE, OFFSET, LABELS)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert np.isnan(wanted).any() == (loss is not one_hot_loss)
+    assert fast.report is not None and [each.rule for each in fast.report.applied] == ["cross-entropy"]
+
+    def total(loss):
+        return lambda x, w, b: jnp.sum(jnp.nan_to_num(loss(x, w, b, LABELS)))
+
+    slopes = [jax.grad(total(fn), (0, 1, 2))(ROWS, TABLE, OFFSET) for fn in (fast, loss)]
+    for a, b in zip(*slopes, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_that_must_stay() -> None:
+    plain = LOSSES[0]
+    told = optimize(plain).explain(ROWS, TABLE[:, :100], OFFSET[:100], LABELS)
+    assert not told.applied and "100 columns" in told.refused[0].reason
+
+    def shown(x, w, b, labels):
+        chances = jax.nn.log_softmax(x @ w)
+        return picked(chances, labels), jnp.max(chances)
+
+    assert "within is used elsewhere" in optimize(shown).explain(ROWS, TABLE, OFFSET, LABELS).refused[0].reason
+
+    def clipped(x, w, b, labels):
+        return jnp.take_along_axis(jax.nn.log_softmax(x @ w), labels[..., None], -1, mode="clip")
+
+    assert not optimize(clipped).explain(ROWS, TABLE, OFFSET, LABELS).applied

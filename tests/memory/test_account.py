@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from trustcore.errors import ProgramError
 from trustcore.graph.wire import Message
-from trustcore.memory import account, account_compiled, explained
+from trustcore.memory import account, account_compiled, explained, trace_events
 from trustcore.memory.account import sparkline
+from trustcore.memory.estimate import estimate
 from trustcore.models import random_model
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
@@ -147,6 +149,44 @@ def test_backends_that_tell_nothing_are_named() -> None:
 
     with pytest.raises(ProgramError, match="does not tell"):
         account_compiled(Compiled())
+
+
+class Silent:
+    """A compiled program of a backend that tells sizes and no buffers, as a TPU's does."""
+
+    def __init__(self, compiled):
+        self.compiled = compiled
+
+    def memory_analysis(self):
+        told = self.compiled.memory_analysis()
+        names = [f"{kind}_size_in_bytes" for kind in ("argument", "output", "temp", "alias")]
+        return types.SimpleNamespace(**{name: getattr(told, name) for name in names})
+
+
+@pytest.mark.parametrize("name", ["chain", "gradient of a scan", "branch"])
+def test_where_no_buffers_are_shown_the_jaxpr_tells(name: str) -> None:
+    def scanned(ws, x):
+        with jax.named_scope("layers"):
+            return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0])
+
+    def branched(ws, x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x @ ws[0]), jnp.cos, x)
+
+    ws, x = jnp.ones((4, 64, 64)), jnp.ones((128, 64))
+    fn = {"chain": lambda ws, x: chain(x, ws), "gradient of a scan": jax.grad(scanned), "branch": branched}[name]
+    jitted = jax.jit(fn)
+    compiled, jaxpr = jitted.lower(ws, x).compile(), jax.make_jaxpr(fn)(ws, x)
+    found = account_compiled(Silent(compiled), jaxpr=jaxpr)
+    assert found.by == "jaxpr" and "does not show its buffers" in str(found) and "test_account.py:" in str(found)
+    assert (found.arguments, found.results) == (ws.nbytes + x.nbytes, sum(y.size * 4 for y in jaxpr.out_avals))
+    assert found.peak == pytest.approx(account(jitted, ws, x).peak, rel=0.1)
+    known = estimate(jaxpr)
+    assert 0.75 * known <= found.curve.max() <= 1.25 * known
+    assert found.curve[found.peak_step] == sum(b.nbytes for b in found.largest(10**6))
+    if "scan" in name:
+        assert any("layers/scan" in b.origin.path for b in found.buffers) and found.by_scope()["layers"] > 0
+    trace_events(found)
+    json.dumps(found.as_json())
 
 
 def test_messages_are_read_as_they_are_defined() -> None:

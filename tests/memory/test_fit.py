@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trustcore.errors import ProgramError
-from trustcore.memory import account, fit, remat_blocks
+from trustcore.memory import account, fit, remat_blocks, savings
 
 ROOT = Path(__file__).parents[2]
 WS = 0.1 * jax.random.normal(jax.random.key(0), (6, 128, 128))
@@ -90,6 +90,23 @@ def test_what_cannot_be_done_is_said() -> None:
         fit(mean_square, 10**9, WS, X, batch=(5,))
     with pytest.raises(ProgramError, match=r"first axes of \[6, 32\]"):
         fit(mean_square, 10**9, WS, X, batch=(0, 1))
+
+
+def test_what_each_change_would_save() -> None:
+    found = savings(scanned, WS, X, batch=(1,))
+    assert found.plain == account(jax.value_and_grad(scanned), WS, X).peak
+    saved = [each.saved for each in found.found]
+    assert saved == sorted(saved, reverse=True) and all(found.plain - e.peak == e.saved for e in found.found)
+    donated = account(jax.value_and_grad(scanned), WS, X, donate_argnums=0).peak
+    assert found["donation"].peak == donated <= found.plain
+    assert found["remat, nothing saved"].saved > found.plain / 4 and found["remat, nothing saved"].flops > 1.1
+    assert found["2 microbatches"].saved > found.plain / 4 and found["2 microbatches"].flops == pytest.approx(1, 0.1)
+    halved = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (WS, X)]
+    assert found["bfloat16"].peak == account(jax.value_and_grad(scanned), *halved).peak
+    assert "as it is" in str(found) and "times the FLOPs" in str(found)
+    assert "2 microbatches" not in [each.name for each in savings(scanned, WS, X).found]
+    with pytest.raises(ProgramError, match="int8 holds no floats"):
+        savings(scanned, WS, X, dtype="int8")
 
 
 CHILD = """

@@ -54,6 +54,8 @@ def test_a_flame_graph_is_as_wide_as_its_bytes() -> None:
     kept = jnp.ones((512, 512))
     assert f"{sys._getframe().f_code.co_name}" in flame_graph(census()) and kept.size
     ElementTree.fromstring(flame_graph(Census(())))
+    cell = Census((Held(300, 3, "buffer", "cpu", (frame("<module>", 3, "/tmp/ipykernel_77/1234.py"),)),))
+    assert "cell:3" in flame_graph(cell) and "ipykernel" not in flame_graph(cell)
 
 
 def test_a_trace_keeps_to_the_format() -> None:

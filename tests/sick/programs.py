@@ -356,6 +356,30 @@ def mask_of_the_smallest_float(x, mask):
     return jax.nn.softmax(jnp.where(mask, x @ x.T, jnp.finfo(jnp.float32).min)) @ x
 
 
+@healthy(X, jnp.tril(jnp.ones((3, 3), bool)), transform=jax.value_and_grad)
+def one_mask_for_three_layers(x, mask):
+    bias = (1.0 - mask.astype(jnp.float32)) * jnp.finfo(jnp.float32).min / 2
+    for i in range(3):
+        with jax.named_scope(f"layers/{i}/attention"):
+            x = x + jax.nn.softmax(x @ x.T + bias) @ x
+    return jnp.sum(x)
+
+
+@healthy(jnp.zeros(4), W, jnp.sin(jnp.arange(128.0) ** 2).reshape(32, 4), transform=jax.grad)
+def a_bias_of_keys_that_changes_nothing(bias, w, x):
+    keys = x @ w + jnp.broadcast_to(bias, x.shape)
+    return 1e-3 * jnp.mean(jnp.square(jax.nn.softmax(x @ keys.T) @ x))
+
+
+@healthy(2e4 * X, transform=jax.value_and_grad)
+def norms_of_large_values(x):
+    for i in range(2):
+        with jax.named_scope(f"norms/{i}"):
+            x = x + 2e4 * x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    with jax.named_scope("norm"):
+        return jnp.sum(jnp.sin(x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)))
+
+
 @healthy(jnp.array([[1.0, 30.0, 12.0]], jnp.float16), transform=lambda fn: jax.jit(jax.grad(fn)))
 def log_softmax_in_fp16(x):
     return jax.nn.log_softmax(x)[0, 1].astype(jnp.float32)

@@ -57,7 +57,7 @@ def test_a_huge_weight_is_found_where_it_overflows():
 
 def test_a_healthy_decoder_raises_nothing():
     _, report = tc.debug.inspect(jax.value_and_grad(loss)).run(small(), TOKENS)
-    assert [issue.message for issue in report.issues] == []
+    assert [issue.message for issue in report.all_issues] == []
     assert report.find("blocks/1/attention/*") and report.find("backward:blocks/0/mlp/*")
 
 
@@ -71,3 +71,23 @@ def test_smollm2_with_a_poisoned_weight(smollm2):
     answer = tc.debug.nan_hunt(lambda model, tokens: model(tokens), show=None)(model, TOKENS)
     assert answer.issue.argument.startswith("args[0].blocks[17].mlp.down"), str(answer)
     assert "blocks/17/mlp/" in answer.issue.cause and "dot_general" in answer.issue.cause
+
+
+@pytest.mark.slow
+def test_healthy_real_models_raise_nothing(smollm2_path, minilm_path):
+    decoder = tc.load(smollm2_path, dtype="float32")
+    for step in (lambda model, tokens: model(tokens), jax.value_and_grad(loss, allow_int=True)):
+        _, report = tc.debug.inspect(step).run(decoder, TOKENS)
+        assert [issue.message for issue in report.all_issues] == []
+    squares = [r for r in tc.debug.inspect(loss).run(decoder, TOKENS)[1].find("*norm/mul") if r.statistics.huge]
+    assert squares  # its activations are large enough for what would be told
+
+    def distance(model, tokens, mask):
+        return jnp.mean(jnp.square(model(tokens, mask=mask)))
+
+    encoder = tc.load(minilm_path)
+    batch = jnp.array([[101, 7592, 2088, 102, 0, 0], [101, 2023, 2003, 1037, 3231, 102]], jnp.int32)
+    for step in (distance, jax.value_and_grad(distance, allow_int=True)):
+        _, report = tc.debug.inspect(step).run(encoder, batch, batch > 0)
+        messages = [issue.message for issue in report.all_issues if "pooler" not in issue.cause]
+        assert messages == []  # but for the pooler, of which the loss knows nothing

@@ -66,11 +66,32 @@ def test_the_zoo_is_large_enough():
     assert len(zoo.SICK) >= 25 and len(zoo.HEALTHY) >= 25
 
 
+# What is true of healthy programs, and no more than information.
+TOLD = {"logsumexp_of_a_masked_entry": [("inf", "args[0]")]}
+
+
 @pytest.mark.parametrize("name", zoo.HEALTHY)
 def test_a_healthy_program_raises_nothing(name):
     fn, args = zoo.HEALTHY[name]
     _, report = tc.debug.inspect(fn).run(*args)
     assert [issue.message for issue in report.issues] == []
+    told = [(issue.kind, issue.argument or issue.where) for issue in report.all_issues]
+    assert told == TOLD.get(name, [])
+
+
+def test_a_large_value_that_leaves_its_module_is_information():
+    def stream(x):
+        with jax.named_scope("embedding"):
+            x = x * 1e8 * (1 + x)
+        for i in range(3):
+            with jax.named_scope(f"layers/{i}"):
+                x = x + jax.numpy.sin(x)
+        with jax.named_scope("norm"):
+            return x * jax.lax.rsqrt(jax.numpy.mean(x * x, -1, keepdims=True) + 1e-6)
+
+    _, report = tc.debug.inspect(stream).run(zoo.X)
+    assert report.issues == () and [i.kind for i in report.all_issues] == ["exploding"]
+    assert report.all_issues[0].address.path == ("embedding",)
 
 
 def test_a_donated_buffer_that_is_used_again_is_named():

@@ -24,6 +24,7 @@ from trustcore.debug.watch import (
     has_nan,
     predicate,
     shape_equals,
+    takes,
 )
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "record",
     "shape_equals",
     "step",
+    "takes",
 ]

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trustcore.debug.inspector import check_arguments
+from trustcore.debug.stepping import timed
 from trustcore.debug.tap import is_float
 from trustcore.errors import DebugError
 from trustcore.graph import Address, Node, Program, Scope, observe, origins, trace
@@ -53,6 +54,7 @@ class Difference:
         shapes: of both.
         dtypes: of both.
         order: sorts values by when they diverged: all those of one turn before those of the next.
+        seconds: that its equation took in both runs, all turns together; None unless they were asked for.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Difference:
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtypes: tuple[str, str]
     order: tuple[int, ...]
+    seconds: tuple[float, float] | None = None
 
     @property
     def diverged(self) -> bool:
@@ -75,7 +78,8 @@ class Difference:
         turn = "" if self.turn is None else f" from turn {self.turn} on"
         growth = "" if self.growth is None else f", {self.growth:.3g} times that of its inputs"
         kinds = " against ".join(f"{d}{list(s)}" for d, s in zip(self.dtypes, self.shapes, strict=True))
-        return f"{self.name}{turn}: error {self.error:.3g}{growth} ({kinds})"
+        times = "" if self.seconds is None else "; {:.3f} ms against {:.3f}".format(*(1e3 * s for s in self.seconds))
+        return f"{self.name}{turn}: error {self.error:.3g}{growth} ({kinds}){times}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +104,32 @@ class Comparison:
         """All values, the largest error first."""
         return sorted(self.differences, key=lambda d: -d.error)
 
+    @property
+    def slower(self) -> list[Difference]:
+        """The values whose equations take longer than in the reference, the most seconds lost first."""
+        timed = [(d.seconds[0] - d.seconds[1], d) for d in self.differences if d.seconds is not None]
+        return [d for lost, d in sorted(timed, key=lambda pair: -pair[0]) if lost > 0]
+
     def __str__(self) -> str:
         first = self.first
         head = f"First divergence: {first}" if first else f"No divergence among {len(self.differences)} values."
         worst = [f"  {d}" for d in self.ranked[:10] if d.error > 0]
-        return "\n".join([head, *(["Largest errors:", *worst] if worst else [])])
+        slow = [f"  {d}" for d in self.slower[:5]]
+        errors, times = (["Largest errors:", *worst] if worst else []), (["Slower:", *slow] if slow else [])
+        return "\n".join([head, *errors, *times])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain data."""
         return {
             "first": str(self.first) if self.first else None,
             "differences": [
-                {"name": d.name, "error": d.error if np.isfinite(d.error) else None, "turn": d.turn, "text": str(d)}
+                {
+                    "name": d.name,
+                    "error": d.error if np.isfinite(d.error) else None,
+                    "turn": d.turn,
+                    "seconds": d.seconds,
+                    "text": str(d),
+                }
                 for d in self.ranked
             ],
             "unmatched": list(self.unmatched),
@@ -168,6 +186,7 @@ def compare(
     *,
     watch: str | Sequence[str] = "*",
     tolerance: float | None = None,
+    times: bool = False,
 ) -> Callable[..., Comparison]:
     """Returns a function that runs both on its arguments and compares every value within.
 
@@ -178,14 +197,22 @@ def compare(
         reference: what it is compared with; `functools.partial` gives it arguments of its own.
         watch: globs over the addresses of both.
         tolerance: relative error from which values count as diverged; None: 200 epsilons of the coarser dtype.
+        times: whether both also run equation by equation, to tell how long each takes.
     """
     patterns = [watch] if isinstance(watch, str) else list(watch)
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
         a, program = _run(fn, patterns, args, kwargs)
-        b, _ = _run(reference, patterns, args, kwargs)
+        b, other = _run(reference, patterns, args, kwargs)
         pairs, lonely = _matched(a, b)
-        return _compared(program, [(x, y, y.address, f"{x.address}") for x, y in pairs], lonely, tolerance)
+        found = _compared(program, [(x, y, y.address, f"{x.address}") for x, y in pairs], lonely, tolerance)
+        if not times:
+            return found
+        leaves = split_arguments(args, kwargs)[0]
+        mine, theirs = (timed(each, leaves, 0).by_node for each in (program, other))
+        seconds = [(mine.get(x.node.number, 0.0), theirs.get(y.node.number, 0.0)) for x, y in pairs]
+        told = [dataclasses.replace(d, seconds=s) for d, s in zip(found.differences, seconds, strict=True)]
+        return Comparison(tuple(told), found.unmatched)
 
     return compared
 

@@ -4,6 +4,9 @@ A place is an origin of something (NaN, Inf, values above 1e6, ...) if its outpu
 What an origin led to is found backwards: from the results that have it, through every input that has it. An origin from
 which nothing bad reaches a result is no more than information: programs that mask it out are healthy. Constants that
 the program itself holds (a mask of -Inf or -1e9) are no origins.
+
+What is large or small for a few operations of one module and then is not, as the squares in a norm and masks of large
+numbers are, is no issue at all.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ Has = Callable[[Statistics], bool]
 Node = Place | int  # a place, or the number of an argument
 
 MOST_VISITED = 20_000
+PASSING = 8  # equations through which a value may be large and come back; a norm has five: x^2, sum, / n, + eps, rsqrt
 DEAD = 0.5  # of the units of a layer: a dead one in two
 FEW_ROWS = 8  # below these, a unit that is zero in all rows may be so by chance
 UNUSUAL = 10.0  # times the baseline's root mean square
 
 # What makes zeros of values that are none: by underflow, or because everything was cut off.
 _ZEROING = ("max", "dot_general", "gather", "exp", "exp2", "logistic", "mul", "div", "integer_pow", "pow", "square")
+
+_SUMS = ("add", "add_any", "cumsum", "psum", "reduce_sum", "sub")
 
 # What may hold elements of its inputs unchanged, such as a mask of -1e9.
 _TAKING_OVER = ("select_n", "concatenate", "pad", "max", "min", "clamp", "scatter", "dynamic_update_slice", "copy")
@@ -69,6 +75,7 @@ class Diagnosis:
     ):
         self.readings, self.results, self.baseline = readings, tuple(results), baseline
         self.forward = _forward(readings)
+        self._onward: dict[Has, dict[Place, list[Place]]] = {}
 
     def issues(self) -> list[Issue]:
         """Returns all issues, worst first, those alike in the order of the program."""
@@ -91,9 +98,8 @@ class Diagnosis:
             if not self._has(place, has_nan):
                 bad = place in reached
                 chain = self._chain(place, has_inf)
-                yield self._made(
-                    "nan", Severity.CRITICAL if bad else Severity.INFO, place, reaches if bad else (), chain
-                )
+                level = Severity.CRITICAL if bad else self._masked_or_unseen(has_nan)
+                yield self._made("nan", level, place, reaches if bad else (), chain)
         yield from self._given("nan", has_nan, reached, reaches, Severity.CRITICAL, Severity.WARNING)
 
     def _inf(self) -> Iterable[tuple[Any, Issue]]:
@@ -105,7 +111,8 @@ class Diagnosis:
                 continue
             bad = place in reached or place in to_nan
             names = (*(reaches if place in reached else ()), *(nan_reaches if place in to_nan else ()))
-            yield self._made("inf", Severity.ERROR if bad else Severity.INFO, place, tuple(dict.fromkeys(names)))
+            level = Severity.ERROR if bad else self._masked_or_unseen(has_inf)
+            yield self._made("inf", level, place, tuple(dict.fromkeys(names)))
         yield from self._given("inf", has_inf, {**reached, **to_nan}, reaches, Severity.ERROR, Severity.INFO)
 
     def _exploding(self) -> Iterable[tuple[Any, Issue]]:
@@ -115,7 +122,9 @@ class Diagnosis:
         for place in self.readings.first(HUGE):
             if not self._grew(place) and not self._has(place, _is_bad):
                 bad = place in reached or place in to_bad
-                yield self._made("exploding", Severity.WARNING if bad else Severity.INFO, place, reaches if bad else ())
+                if bad or not (self._is_mask(place) or self._passes(place, has_huge)):
+                    level = Severity.WARNING if bad else Severity.INFO
+                    yield self._made("exploding", level, place, reaches if bad else ())
         yield from self._given("exploding", has_huge, {**reached, **to_bad}, reaches, Severity.WARNING, Severity.INFO)
 
     def _vanishing(self) -> Iterable[tuple[Any, Issue]]:
@@ -133,6 +142,8 @@ class Diagnosis:
                 continue
             done.add(key)
             bad = place in reached or (underflow and not backward)
+            if self._cancels(place, stats) or (not bad and self._passes(place, vanishes)):
+                continue
             cause = f"{stats.subnormal} of {stats.size} are subnormal" if underflow else ""
             yield self._made("vanishing", Severity.WARNING if bad else Severity.INFO, place, reaches, cause=cause)
 
@@ -227,6 +238,56 @@ class Diagnosis:
         takes_over = place.node.eqn.primitive.name in _TAKING_OVER
         inputs = [found for of_one in self.readings.inputs(place) for found in of_one]
         return any(has_huge(stats) for where, stats in inputs if where is not None or takes_over)
+
+    def _masked_or_unseen(self, what: Has) -> Severity:
+        """How bad it is that something reaches no result as far as was watched: likely, where a result has it, too."""
+        whole = any(watch.pattern == "*" for watch in self.readings.tap.watches)
+        seen = whole or not any(stats is not None and what(stats) for stats in self.readings.results)
+        return Severity.INFO if seen else Severity.WARNING
+
+    def _cancels(self, place: Place, made: Statistics) -> bool:
+        """Whether a sum is small because its summands are not: the gradient of keys' bias is rounding alone."""
+        inputs = [stats.largest for found in self.readings.inputs(place) for _, stats in found]
+        return place.node.eqn.primitive.name in _SUMS and made.largest < 1e-2 * max(inputs, default=0.0)
+
+    def _is_mask(self, place: Place) -> bool:
+        """Whether a value is a large negative constant, taken or not, as (1 - mask) * -1e9 is."""
+        made = self.readings.of(place)
+        if made is None or (made.max or 0.0) > 0 or made.zeros + made.huge < made.size:
+            return False
+        constants = [stats for found in self.readings.inputs(place) for where, stats in found if where is None]
+        return any(has_huge(c) and made.largest <= c.largest for c in constants)
+
+    def _passes(self, place: Place, what: Has) -> bool:
+        """Whether all that has something because of a place lies in its own module, a few equations away."""
+        if what not in self._onward:
+            self._onward[what] = self._users(what)
+        path = place.node.address.path
+        seen, left = {place}, [place]
+        while left:
+            for user in self._onward[what].get(left.pop(), ()):
+                if user not in seen:
+                    seen.add(user)
+                    left.append(user)
+                    if user.node.address.path[: len(path)] != path or len({p.node for p in seen}) > PASSING:
+                        return False
+        return True
+
+    def _users(self, what: Has) -> dict[Place, list[Place]]:
+        """What takes each value that has something and has it, too."""
+        found: dict[Place, list[Place]] = {}
+        for page in self.readings.pages:
+            floats = page.words[:, :2].view(np.float32)
+            largest = np.maximum(-floats[:, 0], floats[:, 1])
+            rows = page.words[:, HUGE] > 0 if what is has_huge else (largest > 0) & (largest < 1e-7)
+            slots = self.readings.tap.slots[page.scope.number]
+            for row in np.flatnonzero(rows):
+                user = Place(slots[row].node, slots[row].output, page.turns, page.shard)
+                for given in self.readings.inputs(user):
+                    for where, stats in given:
+                        if isinstance(where, Place) and what(stats):
+                            found.setdefault(where, []).append(user)
+        return found
 
     def _led_to(self, what: Has) -> tuple[dict[Node, Node | None], tuple[str, ...]]:
         """All places and arguments from which something reaches a result, and the results that have it."""

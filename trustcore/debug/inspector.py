@@ -49,8 +49,8 @@ def inspect(
             None is traced anew.
         watch: what is measured: globs over addresses (see `trustcore.graph.Address.matches`) or `Watch`es. None or
             empty, and no `trace`: `fn` itself comes back.
-        trace: whether the report lists the operations that ran; "times": with the seconds each took, for which the
-            function runs equation by equation.
+        trace: whether the report lists the operations that ran and keeps the arguments, to replay them; "times": with
+            the seconds each took, for which the function runs equation by equation.
         baseline: a `Report` of a usual call, or what its `baseline()` gave: values far from it are issues.
         limit: issues and operations that are kept at most.
 
@@ -67,6 +67,9 @@ def inspect(
         return fn
     if trace not in (False, True, "times"):
         raise DebugError(f"inspect: trace={trace!r} is none of False, True, 'times'.")
+    slow = [w for w in chosen if w.condition is not None and w.condition.seconds is not None]
+    if slow and trace != "times":
+        raise DebugError(f'inspect: {slow[0]} needs the operations\' times; pass trace="times".')
     usual = baseline.baseline() if isinstance(baseline, Report) else baseline
     return Inspected(fn, chosen, trace=trace, baseline=usual, limit=limit)
 
@@ -106,16 +109,15 @@ class Inspected:
         leaves, names, fixed = split_arguments(args, kwargs)
         check_arguments(leaves, names)
         ready = self.prepare(leaves, args, kwargs, fixed)
+        times = None
         if self.trace == "times":
             from trustcore.debug.stepping import timed
 
-            _, history = timed(ready.traced.program, leaves, self.limit)
-        else:
-            history = None
+            times = timed(ready.traced.program, leaves, self.limit, self.watches)
         outputs, measured = ready.run(*leaves)
         report = Report(
-            ready.traced, ready.tap, measured, history=history, baseline=self.baseline, limit=self.limit,
-            traced_operations=bool(self.trace),
+            ready.traced, ready.tap, measured, baseline=self.baseline, limit=self.limit, watches=self.watches,
+            times=times, leaves=leaves if self.trace else None,
         )  # fmt: skip
         self.report = report
         hit = report.first_stop()
@@ -136,7 +138,7 @@ class Inspected:
         if key not in self._prepared:
             traced = trace(self.fn, args, kwargs)
             native = _one_cpu(leaves)
-            tap = StatisticsTap(traced.program, self.watches, native=native)
+            tap = StatisticsTap(traced.program, [_of_values(w) for w in self.watches], native=native)
             unused = [
                 str(w) for w in self.watches
                 if not any(node.address.matches(w.pattern) for node in traced.program.nodes if not node.bodies)
@@ -184,6 +186,12 @@ def _measuring(traced: Traced, tap: StatisticsTap) -> Callable[..., Any]:
         return outputs, (sheets, arguments, results)
 
     return run
+
+
+def _of_values(watch: Watch) -> Watch:
+    """The watch as far as it can be told from values: without a condition on time."""
+    timed = watch.condition is not None and watch.condition.seconds is not None
+    return Watch(watch.pattern) if timed else watch
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trustcore.debug.diagnosis import Diagnosis
 from trustcore.debug.issues import Issue, Severity
@@ -19,10 +19,15 @@ from trustcore.debug.readings import Place, Readings
 from trustcore.debug.statistics import Statistics
 from trustcore.debug.tap import StatisticsTap
 from trustcore.debug.watch import Watch
+from trustcore.errors import DebugError
 from trustcore.graph import Address
 from trustcore.graph.modules import Traced
-from trustcore.graph.observe import as_numpy
+from trustcore.graph.observe import as_numpy, index_of
 from trustcore.graph.program import described
+
+if TYPE_CHECKING:
+    from trustcore.debug.snapshot import Snapshot
+    from trustcore.debug.stepping import Times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +106,15 @@ class Report:
         tap: StatisticsTap,
         measured: Any,
         *,
-        history: Sequence[Operation] | None,
         baseline: Mapping[str, Mapping[str, Any]] | None,
         limit: int,
-        traced_operations: bool,
+        watches: Sequence[Watch] = (),
+        times: Times | None = None,
+        leaves: Sequence[Any] | None = None,
     ):
         self.traced, self._tap, self._measured = traced, tap, measured
         self._baseline, self._limit = baseline, limit
-        self._history, self._wants_history = history, traced_operations
+        self._watches, self._times, self._leaves = tuple(watches), times, leaves
 
     @property
     def pending(self) -> Any:
@@ -180,8 +186,12 @@ class Report:
     def hits(self) -> tuple[Hit, ...]:
         """How often each watch with a condition held, and where first."""
         found = []
-        for i, watch in enumerate(self._tap.watches):
+        for i, watch in enumerate(self._watches):
             if watch.condition is None:
+                continue
+            if watch.condition.seconds is not None and self._times is not None:
+                count, node, turns = self._times.slow.get(i, (0, None, ()))
+                found.append(Hit(watch, count, described(node.address, index_of(node, turns)) if node else ""))
                 continue
             places = [(p, n) for p, n, _ in self.readings.hits(lambda flag, i=i: flag.watch == i)]
             places.sort(key=lambda pair: (pair[0].order, pair[0].shard))
@@ -191,26 +201,50 @@ class Report:
 
     def first_stop(self) -> tuple[Watch, Place] | None:
         """Returns the first hit of a watch that stops, and the watch; None without one."""
-        stops = {i for i, watch in enumerate(self._tap.watches) if watch.stop}
+        stops = {i for i, watch in enumerate(self._watches) if watch.stop}
         if not stops:
             return None
         best: tuple[Any, Watch, Place] | None = None
+        for i, watch in enumerate(self._watches):
+            if watch.stop and self._times is not None and i in self._times.slow:
+                _, node, turns = self._times.slow[i]
+                place = Place(node, 0, turns, ())
+                if best is None or place.order < best[0][0]:
+                    best = ((place.order, ()), watch, place)
         for i in stops:
             for place, _, _ in self.readings.hits(lambda flag, i=i: flag.watch == i):
                 if best is None or (place.order, place.shard) < best[0]:
-                    best = ((place.order, place.shard), self._tap.watches[i], place)
+                    best = ((place.order, place.shard), self._watches[i], place)
         return None if best is None else best[1:]
 
     @functools.cached_property
     def history(self) -> tuple[Operation, ...]:
         """The operations that ran, in their order; empty unless `trace` asked for them."""
-        if self._history is not None:
-            return tuple(self._history)
-        if not self._wants_history:
+        if self._times is not None:
+            return tuple(self._times.history)
+        if self._leaves is None:
             return ()
         ran = sorted({(p.order, p.node.number, p.turns) for _, _, p in self.readings.measured()})[: self._limit]
         nodes = self.traced.program.nodes
         return tuple(operation(nodes[n], Place(nodes[n], 0, turns, ()).index) for _, n, turns in ran)
+
+    def replay(self, pattern: str = "*", *, limit: int | None = None) -> list[Snapshot]:
+        """Returns the operations that fit a glob, run again one by one, each with its inputs and outputs on the host.
+
+        Args:
+            pattern: over addresses.
+            limit: how many, in the order in which they run; None: the limit of `inspect`.
+
+        Raises:
+            DebugError: the call was not traced (`inspect(trace=True)`), or an argument was donated since.
+        """
+        from trustcore.debug.inspector import check_arguments
+        from trustcore.debug.stepping import replayed
+
+        if self._leaves is None:
+            raise DebugError("replay: the arguments were not kept; trace the call with inspect(fn, trace=True).")
+        check_arguments(self._leaves, self.traced.program.arguments)
+        return replayed(self.traced.program, self._leaves, pattern, self._limit if limit is None else limit)
 
     def baseline(self) -> dict[str, dict[str, Any]]:
         """Returns what is usual, for `inspect(baseline=...)`: plain data by address, turn and output."""

@@ -104,8 +104,9 @@ _STYLE = """
 .tc-report{font:13px/1.4 system-ui,sans-serif;color:#222;background:#fff;padding:8px}
 .tc-report table{border-collapse:collapse;margin:6px 0}
 .tc-report td,.tc-report th{padding:2px 8px;text-align:left;border-bottom:1px solid #ddd;vertical-align:top;color:#222}
-.tc-report .critical{color:#a00;font-weight:bold}.tc-report .error{color:#c00}.tc-report .warning{color:#960}
-.tc-report .info{color:#777}.tc-report details{margin-left:14px}.tc-report summary{cursor:pointer}
+.tc-report .critical td{color:#a00;font-weight:bold}.tc-report .error,.tc-report .error td{color:#c00}
+.tc-report .warning td{color:#960}.tc-report .info td{color:#777}
+.tc-report details{margin-left:14px}.tc-report summary{cursor:pointer}
 .tc-report svg rect{fill:#47a}.tc-report .bad>summary{color:#c00}
 """
 

@@ -208,7 +208,7 @@ if __name__ == "__main__":
 
 
 def _source(snapshot: Snapshot) -> str:
-    inputs = [np.ascontiguousarray(x) for x in snapshot.inputs]
+    inputs = [np.asarray(x, order="C") for x in snapshot.inputs]
     data = base64.b64encode(zlib.compress(b"".join(x.tobytes() for x in inputs), 9)).decode()
     imports: set[str] = set()
     try:

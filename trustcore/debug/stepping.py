@@ -10,6 +10,7 @@ the last bits.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from trustcore.debug.report import Operation, operation
 from trustcore.debug.snapshot import Snapshot
 from trustcore.debug.statistics import of
 from trustcore.debug.tap import is_array, is_float
+from trustcore.debug.watch import Watch
 from trustcore.graph import Node, Program, Scope, aval, bind, run, trace
 from trustcore.graph.modules import split_arguments
 from trustcore.graph.observe import index_of
@@ -93,23 +95,57 @@ class _Runner:
         return state
 
 
-def timed(program: Program, leaves: Sequence[Any], limit: int) -> tuple[list[Any], list[Operation]]:
-    """Returns the outputs and the first `limit` operations with their seconds.
+@dataclasses.dataclass
+class Times:
+    """What a timed run told.
+
+    Attributes:
+        history: the first operations, with their seconds.
+        by_node: seconds of each equation, all its turns together, by its number.
+        slow: for each condition on time, how often it held, and the equation and turns where first.
+    """
+
+    history: list[Operation]
+    by_node: dict[int, float]
+    slow: dict[int, tuple[int, Node, tuple[int, ...]]]
+
+
+def timed(program: Program, leaves: Sequence[Any], limit: int, watches: Sequence[Watch] = ()) -> Times:
+    """Returns the first `limit` operations with their seconds, and which of the watches on time were hit.
 
     The program runs twice, and the second run is timed: the first compiles every operation.
     """
-    history: list[Operation] = []
+    times = Times([], {}, {})
+    limits = [(i, w.pattern, w.condition.seconds) for i, w in enumerate(watches) if w.condition is not None]
 
     def after(node: Node, _: Any, __: Any, turns: tuple[int, ...], seconds: float) -> None:
-        if len(history) < limit:
-            history.append(operation(node, index_of(node, turns), seconds))
+        if len(times.history) < limit:
+            times.history.append(operation(node, index_of(node, turns), seconds))
+        times.by_node[node.number] = times.by_node.get(node.number, 0.0) + seconds
+        for i, pattern, most in limits:
+            if most is not None and seconds >= most and node.address.matches(pattern):
+                count, first, its = times.slow.get(i, (0, node, turns))
+                times.slow[i] = count + 1, first, its
 
     evaluate(program, leaves, _nothing, _nothing)
-    return evaluate(program, leaves, _nothing, after), history
+    evaluate(program, leaves, _nothing, after)
+    return times
 
 
 def _nothing(*_: Any) -> None:
     return None
+
+
+def replayed(program: Program, leaves: Sequence[Any], pattern: str, limit: int) -> list[Snapshot]:
+    """Returns the first `limit` operations that fit a glob, each with what went in and came out."""
+    found: list[Snapshot] = []
+
+    def after(node: Node, inputs: list[Any], outputs: list[Any], turns: tuple[int, ...], _: float) -> None:
+        if len(found) < limit and node.address.matches(pattern):
+            found.append(_snapshot(node, inputs, outputs, turns))
+
+    evaluate(program, leaves, _nothing, after)
+    return found
 
 
 class Quit(Exception):
@@ -175,7 +211,7 @@ class Session:
     def after(self, node: Node, inputs: list[Any], outputs: list[Any], turns: tuple[int, ...], _: float) -> None:
         """Notes what an equation gave."""
         self.recent = [*self.recent[-9:], described(node.address, index_of(node, turns))]
-        self.last = Snapshot(node, index_of(node, turns), (), tuple(map(_host, inputs)), tuple(map(_host, outputs)))
+        self.last = _snapshot(node, inputs, outputs, turns)
         if self.mode == "bad" and self.last.first_bad() is not None:
             self.write(str(self.last))
             self.mode = "step"
@@ -249,8 +285,12 @@ def step(
     return stepped
 
 
+def _snapshot(node: Node, inputs: list[Any], outputs: list[Any], turns: tuple[int, ...]) -> Snapshot:
+    return Snapshot(node, index_of(node, turns), (), tuple(map(_host, inputs)), tuple(map(_host, outputs)))
+
+
 def _host(x: Any) -> Any:
     return np.asarray(x) if is_array(getattr(x, "aval", None) or np.asarray(x)) else np.asarray(jax.random.key_data(x))
 
 
-__all__ = ["Quit", "Session", "evaluate", "step", "timed"]
+__all__ = ["Quit", "Session", "Times", "evaluate", "replayed", "step", "timed"]

@@ -2,6 +2,7 @@
 
     Watch("layers/*/attention/*", has_nan())            counted and placed, wherever the glob fits
     Watch("*/exp", exceeds(1e4), stop=True)             stops the call with a snapshot of the first hit
+    Watch("*/dot_general", takes(1e-3))                 a millisecond or more; with inspect(trace="times")
 
 A condition is a function of the array that is traced into the inspected program; only its answer leaves the device.
 """
@@ -25,10 +26,12 @@ class Condition:
     Attributes:
         name: how reports call it.
         holds: of an array to one boolean, in jax.numpy.
+        seconds: from which on an operation counts as slow; None: it is no condition on time.
     """
 
     name: str
     holds: Callable[[jax.Array], Any]
+    seconds: float | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns whether it is true of x, bool `[]`."""
@@ -91,6 +94,17 @@ def below(limit: float) -> Condition:
 def shape_equals(*shape: int) -> Condition:
     """Returns the condition that the array has this shape."""
     return Condition(f"shape_equals{shape}", lambda x: jnp.bool_(x.shape == shape))
+
+
+def takes(seconds: float) -> Condition:
+    """Returns the condition that an operation takes so long; `inspect(trace="times")` runs it alone to tell.
+
+    Raises:
+        DebugError: that is no time.
+    """
+    if not seconds > 0:
+        raise DebugError(f"takes({seconds!r}): it must be a number of seconds above 0, such as 1e-3.")
+    return Condition(f"takes({seconds:g} s)", lambda x: jnp.bool_(False), seconds)
 
 
 def predicate(holds: Callable[[jax.Array], Any], name: str | None = None) -> Condition:

@@ -116,8 +116,9 @@ def place(frame: Frame | None) -> str:
 
 
 def full_place(frame: Frame) -> str:
-    """Returns `/folder/file.py:12` of a frame."""
-    return f"{frame.file}:{frame.line}"
+    """Returns `/folder/file.py:12` of a frame, `cell:12` in a notebook."""
+    short = place(frame)
+    return short if short.startswith("cell:") else f"{frame.file}:{frame.line}"
 
 
 class Scope:

@@ -3,7 +3,8 @@
     account(fn, *args) -> Account        peak, the curve of live bytes, the buffers at the peak and their owners
 
 The function is compiled, not run: arguments may be `jax.ShapeDtypeStruct`s. What is told is XLA's own plan of buffers
-(`trustcore.memory.buffers`). Beside it stands an estimate from the jaxpr alone, which knows nothing of fusion: where
+(`trustcore.memory.buffers`); where a backend does not show it (TPUs), its sizes, and buffers by the jaxpr
+(`trustcore.memory.liveness`). Beside it stands an estimate from the jaxpr alone, which knows nothing of fusion: where
 the two differ much, XLA saved that much, or kept what the program would have let go.
 """
 
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from trustcore import units
 from trustcore._jax import compiled_with_lines
@@ -22,6 +24,9 @@ from trustcore.errors import ProgramError
 from trustcore.graph.hlo import Origin, read_program
 from trustcore.memory.buffers import Buffer, buffers_of
 from trustcore.memory.estimate import estimate
+from trustcore.memory.liveness import buffers_by_liveness
+
+_BY_JAXPR = "this backend does not show its buffers: what follows is told by the jaxpr, with nothing fused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Account:
         curve: int64, live bytes at each step of the schedule.
         steps: origin of each step.
         buffers: all of them.
+        by: who tells the curve and the buffers: the "compiler", or the "jaxpr" where the backend shows neither. The
+            peak is then the compiler's still, which fuses what the curve does not.
     """
 
     peak: int
@@ -50,6 +57,7 @@ class Account:
     curve: np.ndarray
     steps: tuple[Origin, ...]
     buffers: tuple[Buffer, ...]
+    by: Literal["compiler", "jaxpr"] = "compiler"
 
     @property
     def peak_step(self) -> int:
@@ -82,7 +90,7 @@ class Account:
         ]  # fmt: skip
         peak = self.steps[self.peak_step]
         at = {"owner": peak.path, "file": peak.file, "line": peak.line}
-        return {**figures, "peak_at": at, "curve": self.curve.tolist(), "largest": rows}
+        return {**figures, "by": self.by, "peak_at": at, "curve": self.curve.tolist(), "largest": rows}
 
     def __str__(self) -> str:
         parts = f"{units.size(self.arguments)} arguments, {units.size(self.results)} results"
@@ -90,6 +98,7 @@ class Account:
             f"peak {units.size(self.peak)} ({parts}), {units.size(self.allocated)} reserved, "
             f"{units.size(self.estimate)} by the jaxpr alone"
             + (f"; {units.size(self.host)} of the host's memory" if self.host else ""),
+            *([] if self.by == "compiler" else [_BY_JAXPR]),
             f"at step {self.peak_step + 1} of {len(self.steps)}: {self.steps[self.peak_step]}",
             sparkline(self.curve),
         ]
@@ -110,7 +119,6 @@ def account(fn: Callable[..., Any], *args: Any, static_argnums: Any = None, dona
         static_argnums, donate_argnums, static_argnames: as `jax.jit` takes them.
 
     Raises:
-        ProgramError: the backend does not tell how it places buffers.
         Whatever tracing and compiling `fn` raises; a program that does not fit its device is refused there.
     """
     options: Mapping[str, Any] = {
@@ -124,26 +132,40 @@ def account(fn: Callable[..., Any], *args: Any, static_argnums: Any = None, dona
     traced = jitted.trace(*args, **kwargs)
     with compiled_with_lines():
         compiled = traced.lower().compile()
-    return account_compiled(compiled, estimate=estimate(traced.jaxpr))
+    return account_compiled(compiled, estimate=estimate(traced.jaxpr), jaxpr=traced.jaxpr)
 
 
-def account_compiled(compiled: Any, *, estimate: int = 0) -> Account:
+def account_compiled(compiled: Any, *, estimate: int = 0, jaxpr: ClosedJaxpr | None = None) -> Account:
     """Returns the same of what `jax.jit(fn).lower(...).compile()` gave.
 
+    Args:
+        compiled: the program.
+        estimate: what is told as such.
+        jaxpr: of the function, for backends that do not tell how they place buffers.
+
     Raises:
-        ProgramError: the backend does not tell how it places buffers.
+        ProgramError: the backend does not tell how it places buffers, and there is no jaxpr.
     """
     analysis = compiled.memory_analysis()
     assignment = getattr(analysis, "serialized_buffer_assignment_proto", b"")
-    if not assignment:
+    if assignment:
+        buffers, steps, allocated = buffers_of(read_program(compiled), assignment)
+    elif jaxpr is not None:
+        (buffers, steps), allocated = buffers_by_liveness(jaxpr), 0
+    else:
         raise ProgramError("this backend does not tell where the buffers of its programs lie.")
-    buffers, steps, allocated = buffers_of(read_program(compiled), assignment)
     change = np.zeros(len(steps) + 1, np.int64)
     for buffer in buffers:
         change[buffer.begin] += buffer.nbytes
         change[buffer.end + 1] -= buffer.nbytes
     curve = np.cumsum(change)[:-1]
     held = {kind: sum(b.nbytes for b in buffers if b.kind == kind) for kind in ("argument", "result")}
+    if not assignment:
+        peak = _sizes(analysis) if analysis is not None else int(curve.max(initial=0))
+        return Account(
+            peak, held["argument"], held["result"], getattr(analysis, "temp_size_in_bytes", 0), peak,
+            host_bytes(analysis), estimate, curve, tuple(steps), tuple(buffers), "jaxpr",
+        )  # fmt: skip
     return Account(
         peak=int(curve.max(initial=0)),
         arguments=held["argument"],
@@ -173,6 +195,10 @@ def peak_of(compiled: Any) -> int:
         return account_compiled(compiled).peak
     if analysis is None:
         raise ProgramError("this backend does not tell what its programs take of its memory.")
+    return _sizes(analysis)
+
+
+def _sizes(analysis: Any) -> int:
     whole = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
     return whole - analysis.alias_size_in_bytes
 

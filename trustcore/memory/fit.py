@@ -6,6 +6,9 @@ What can be given up for memory, in the order of what it costs:
     remat           what a block computed is computed again in the backward pass: all but its products, or all of it
     offload         its products go to the host's memory meanwhile, where the device has another one
 
+With each of them the optimizer's state, and then the parameters as well, may lie in the host's memory from step to
+step, which costs no FLOPs and the way there and back.
+
 Blocks are what the function calls more than once (`jax.jit` within it) or scans over. Nothing in the function changes:
 its jaxpr is run with `jax.checkpoint` around those calls. Chen et al., arXiv 1604.06174.
 """
@@ -27,9 +30,11 @@ from trustcore import _jax, units
 from trustcore.errors import ProgramError
 from trustcore.graph.walk import bind, called, run
 from trustcore.memory.account import host_bytes, peak_of
-from trustcore.memory.offload import activation_policy, has_host_memory
+from trustcore.memory.offload import activation_policy, has_host_memory, memory_kinds, put
+from trustcore.memory.offload import offload as to_host
 
 REMAT = ("none", "products saved", "products offloaded", "nothing saved")
+OFFLOADS = ("activations", "optimizer", "parameters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Plan:
         peak: bytes, arguments and gradients included; as `account` tells it.
         flops: of a step, as XLA counts them; 0 where it does not.
         host: bytes of the host's memory.
+        offloaded: what lies there from step to step: the state of the "optimizer", the "parameters".
     """
 
     remat: str
@@ -49,11 +55,13 @@ class Plan:
     peak: int
     flops: float
     host: int = 0
+    offloaded: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         host = f" and {units.size(self.host)} of the host's" if self.host else ""
         rows = f"{self.microbatches} microbatches" if self.microbatches > 1 else "the whole batch"
-        return f"{rows}, remat: {self.remat}: {units.size(self.peak)}{host}, {units.count(self.flops)}FLOP"
+        kept = f", {' and '.join(self.offloaded)} with the host" if self.offloaded else ""
+        return f"{rows}, remat: {self.remat}{kept}: {units.size(self.peak)}{host}, {units.count(self.flops)}FLOP"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +69,9 @@ class Fit:
     """What `fit` found.
 
     Attributes:
-        step: `step(*args) -> (value, gradient)`, jitted: what `jax.value_and_grad(fn)` gives.
+        step: `step(*args) -> (value, gradient)`, jitted: what `jax.value_and_grad(fn)` gives. With an optimizer
+            `step(*args, state) -> (value, parameters, state)`. What the plan offloads is put into the host's memory, if
+            it is not there yet, and its results lie there.
         plan: how it does so.
         plain: of the same without any of it.
         tried: all plans that were compiled, in order.
@@ -84,19 +94,21 @@ def fit(
     batch: Sequence[int] = (),
     argnums: int = 0,
     donate: bool = False,
-    offload: bool | None = None,
+    offload: bool | Sequence[str] | None = None,
+    optimizer: Any = None,
 ) -> Fit:
-    """Returns the gradient of `fn` within `budget` bytes, at the least cost in FLOPs that was found.
+    """Returns the gradient of `fn`, or a step down it, within `budget` bytes, at the least cost in FLOPs found.
 
     Args:
         fn: to a scalar; for microbatches, a mean over rows of the batch, each of which counts the same.
         budget: bytes of device memory for arguments, gradients and all between.
         args: of it, or their shapes; integer leaves of the differentiated argument get no gradient but `float0`.
         batch: numbers of the arguments whose arrays have the batch as their first axis; none: it is not split.
-        argnums: of the argument with respect to which to differentiate.
-        donate: whether that argument's memory may be taken for the gradient.
-        offload: whether activations may go to the host's memory; None: where the device has one beside its own. On
-            CPUs both are one, and nothing is saved by it.
+        argnums: of the argument with respect to which to differentiate: the parameters.
+        donate: whether that argument's memory may be taken for the gradient, and with an optimizer its state's, too.
+        offload: what may go to the host's memory, of `OFFLOADS`; True: all; None: all where the device has one beside
+            its own. On CPUs both are one, and nothing is saved by it.
+        optimizer: of optax, over parameters of floats; its state counts then, and the step updates both.
 
     Raises:
         ProgramError: no plan fits; the message tells the smallest.
@@ -105,38 +117,49 @@ def fit(
     """
     if budget <= 0:
         raise ProgramError(f"fit: the budget is {budget} bytes; it must be positive.")
-    splits = _splits(args, batch)
-    tried: dict[tuple[str, int], tuple[Plan, Any]] = {}
+    splits = microbatches(args, batch)
+    allowed = _allowed(offload, args)
+    state = () if optimizer is None else (_state(optimizer, args[argnums]),)
+    kept = {"parameters": argnums, "optimizer": len(args)}
+    sizes = {"parameters": _nbytes(args[argnums]), "optimizer": _nbytes(state)}
+    hosted = [name for name in ("optimizer", "parameters") if name in allowed and sizes[name]]
+    tried: dict[tuple[str, int, tuple[str, ...]], tuple[Plan, Any]] = {}
 
-    def plan(remat: str, split: int) -> Plan:
-        if (remat, split) not in tried:
-            step = _step(fn, remat, split, tuple(batch), argnums)
-            jitted = jax.jit(step, donate_argnums=argnums if donate else ())
-            compiled = jitted.lower(*args).compile()
+    def plan(remat: str, split: int, there: tuple[str, ...] = ()) -> Plan:
+        if (remat, split, there) not in tried:
+            step = step_of(fn, remat, split, tuple(batch), argnums)
+            step = step if optimizer is None else _updated(step, optimizer, argnums)
+            numbers = tuple(kept[name] for name in there)
+            donated = (argnums, *(len(args) for _ in state)) if donate else ()
+            jitted = jax.jit(_hosted(step, numbers, argnums, bool(state)), donate_argnums=donated)
+            given = [_there(arg) if i in numbers else arg for i, arg in enumerate((*args, *state))]
+            compiled = jitted.lower(*given).compile()
             cost = compiled.cost_analysis() or {}
             flops = float(cost.get("flops", 0.0)) * split  # XLA counts the body of a loop once
             host = host_bytes(compiled.memory_analysis())
-            found = Plan(remat, split, peak_of(compiled), max(flops, 0.0), host)
-            tried[remat, split] = found, jitted
-        return tried[remat, split][0]
+            found = Plan(remat, split, peak_of(compiled), max(flops, 0.0), host, there)
+            tried[remat, split, there] = found, _from_host(jitted, numbers) if there else jitted
+        return tried[remat, split, there][0]
 
     plain = plan("none", 1)
-    offload = has_host_memory(_device_of(args)) if offload is None else offload
     for remat in REMAT:
-        if remat == "products offloaded" and not offload:
+        if remat == "products offloaded" and "activations" not in allowed:
             continue
-        whole = plan(remat, 1).peak <= budget
-        if not whole and plan(remat, splits[-1]).peak > budget:
-            continue
-        low, high = 0, 0 if whole else len(splits) - 1  # the fewest microbatches that fit, by bisection
-        while low < high:
-            middle = (low + high) // 2
-            if plan(remat, splits[middle]).peak <= budget:
-                high = middle
-            else:
-                low = middle + 1
-        best, step = tried[remat, splits[low]]
-        return Fit(step, best, plain, tuple(found for found, _ in tried.values()))
+        for there in [tuple(hosted[:n]) for n in range(len(hosted) + 1)]:
+            if there and plan(remat, splits[-1]).peak - sum(sizes[name] for name in there) > budget:
+                continue
+            whole = plan(remat, 1, there).peak <= budget
+            if not whole and plan(remat, splits[-1], there).peak > budget:
+                continue
+            low, high = 0, 0 if whole else len(splits) - 1  # the fewest microbatches that fit, by bisection
+            while low < high:
+                middle = (low + high) // 2
+                if plan(remat, splits[middle], there).peak <= budget:
+                    high = middle
+                else:
+                    low = middle + 1
+            best, step = tried[remat, splits[low], there]
+            return Fit(step, best, plain, tuple(found for found, _ in tried.values()))
     least = min((found for found, _ in tried.values()), key=lambda found: found.peak)
     held = "" if len(splits) > 1 else " Name the arguments that hold the batch (batch=), so that it can be split."
     raise ProgramError(f"fit: nothing fits {units.size(budget)}; the least found is {least}.{held}")
@@ -194,8 +217,8 @@ def _checkpointed_scan(eqn: Any, inputs: Sequence[Any], policy: Any) -> Sequence
     return [*last, *ys]
 
 
-def _splits(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
-    """The numbers of equal groups into which the batch can be split, 1 first."""
+def microbatches(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
+    """Returns the numbers of equal groups into which the batch can be split, 1 first."""
     for i in batch:
         if not 0 <= i < len(args):
             raise ProgramError(f"fit: argument {i} is named as batch; there are {len(args)} arguments.")
@@ -208,7 +231,8 @@ def _splits(args: Sequence[Any], batch: Sequence[int]) -> list[int]:
     return [n for n in range(1, count + 1) if count % n == 0]
 
 
-def _step(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...], argnums: int) -> Callable[..., Any]:
+def step_of(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...], argnums: int) -> Callable[..., Any]:
+    """Returns `value_and_grad` of a function, with one of `REMAT`, over a batch that is split."""
     policies = {
         "products saved": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "products offloaded": activation_policy(),
@@ -235,6 +259,87 @@ def _step(fn: Callable[..., Any], remat: str, split: int, batch: tuple[int, ...]
         return jax.tree.map(lambda s, t: _float0(s.shape) if _no_gradient(s) else t, shapes, total)
 
     return accumulated
+
+
+def _allowed(offload: bool | Sequence[str] | None, args: Any) -> tuple[str, ...]:
+    device = _device_of(args)
+    if offload is None:
+        offload = has_host_memory(device)
+    if isinstance(offload, bool):
+        found = OFFLOADS if offload else ()
+    else:
+        found = (offload,) if isinstance(offload, str) else tuple(offload)
+    wrong = [name for name in found if name not in OFFLOADS]
+    if wrong:
+        raise ProgramError(f"fit: {wrong[0]!r} cannot be offloaded; there are {', '.join(OFFLOADS)}.")
+    if found and "pinned_host" not in memory_kinds(device):
+        raise ProgramError("fit: this device reaches no memory of kind pinned_host; pass offload=False.")
+    return found
+
+
+def _state(optimizer: Any, parameters: Any) -> Any:
+    """The shapes of an optimizer's state, placed as the parameters of the same shape are."""
+    given = [leaf for leaf in jax.tree.leaves(parameters) if getattr(leaf, "sharding", None) is not None]
+    by_shape = {leaf.shape: leaf.sharding for leaf in reversed(given)}
+
+    def placed(leaf: Any) -> Any:
+        own = by_shape.get(leaf.shape)
+        if own is None and given:
+            own = given[0].sharding
+            if isinstance(own, jax.sharding.NamedSharding):
+                own = jax.sharding.NamedSharding(own.mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
+
+    return jax.tree.map(placed, jax.eval_shape(optimizer.init, parameters))
+
+
+def _updated(gradient: Callable[..., Any], optimizer: Any, argnums: int) -> Callable[..., Any]:
+    """A step down the gradient: `(*args, state) -> (value, parameters, state)`."""
+
+    def step(*args: Any) -> Any:
+        *given, state = args
+        value, slope = gradient(*given)
+        change, state = optimizer.update(slope, state, given[argnums])
+        moved = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), given[argnums], change)
+        return value, moved, state
+
+    return step
+
+
+def _hosted(step: Callable[..., Any], numbers: tuple[int, ...], argnums: int, updates: bool) -> Callable[..., Any]:
+    """The step over arguments that lie in the host's memory, with the results that take their place there."""
+    if not numbers:
+        return step
+
+    def inside(*args: Any) -> Any:
+        given = [put(arg, jax.memory.Space.Device) if i in numbers else arg for i, arg in enumerate(args)]
+        value, *found = step(*given)
+        places = (argnums, len(args) - 1) if updates else (argnums,)
+        kept = [put(x, jax.memory.Space.Host) if i in numbers else x for i, x in zip(places, found, strict=True)]
+        return (value, *kept)
+
+    return inside
+
+
+def _from_host(jitted: Callable[..., Any], numbers: tuple[int, ...]) -> Callable[..., Any]:
+    def step(*args: Any) -> Any:
+        return jitted(*(to_host(arg) if i in numbers else arg for i, arg in enumerate(args)))
+
+    return step
+
+
+def _there(tree: Any) -> Any:
+    """The shapes of a tree, to lie in the host's memory."""
+
+    def placed(leaf: Any) -> Any:
+        own = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own.with_memory_kind("pinned_host"))
+
+    return jax.tree.map(placed, tree)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _device_of(args: Any) -> Any:

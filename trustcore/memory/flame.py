@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import html
 import zlib
-from pathlib import PurePath
 
 from trustcore import units
 from trustcore._jax import Frame
-from trustcore.graph.program import is_library
+from trustcore.graph.program import full_place, is_library, place
 from trustcore.memory.live import Census
 
 WIDTH, ROW, TOP = 1200, 18, 26
@@ -65,8 +64,8 @@ def _add(box: _Box, nbytes: int, count: int) -> None:
 
 
 def _named(frame: Frame) -> tuple[str, str, bool]:
-    line = f"{PurePath(frame.file).name}:{frame.line}" if frame.file else ""
-    return f"{frame.function} {line}".strip(), f"{frame.function} ({frame.file}:{frame.line})", is_library(frame.file)
+    line = place(frame) if frame.file else ""
+    return f"{frame.function} {line}".strip(), f"{frame.function} ({full_place(frame)})", is_library(frame.file)
 
 
 def _depth(box: _Box) -> int:

@@ -101,13 +101,13 @@ def offloaded(
     back = (results,) if isinstance(results, int) else tuple(results)
 
     def inside(*args: Any) -> Any:
-        args = tuple(_put(arg, jax.memory.Space.Device) if i in wanted else arg for i, arg in enumerate(args))
+        args = tuple(put(arg, jax.memory.Space.Device) if i in wanted else arg for i, arg in enumerate(args))
         found = step(*args)
         if not back:
             return found
         if not isinstance(found, tuple) or max(back) >= len(found):
             raise ProgramError(f"offloaded: results {list(back)} are named; the step returns {_kind(found)}.")
-        return tuple(_put(part, jax.memory.Space.Host) if i in back else part for i, part in enumerate(found))
+        return tuple(put(part, jax.memory.Space.Host) if i in back else part for i, part in enumerate(found))
 
     here = jax.jit(inside, donate_argnums=wanted if donate else ())
     plain = functools.cache(lambda: jax.jit(step, donate_argnums=wanted if donate else ()))
@@ -143,7 +143,8 @@ def activation_policy(*names: str) -> Any:
     return jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 
 
-def _put(tree: Any, space: Any) -> Any:
+def put(tree: Any, space: Any) -> Any:
+    """Returns a tree with its arrays in a memory space, within a program."""
     return jax.tree.map(lambda x: jax.device_put(x, space), tree)
 
 

@@ -3,11 +3,12 @@
     scores = q k^T, in any layout            einsum or matmul, transposes, heads mapped by vmap
     scores = scores * scale | / sqrt(h) | tanh(scores / c) * c | + bias | where(mask, scores, very small)   in any order
     weights = softmax(scores)                jax.nn.softmax, or exp and sum, with or without the maximum
-    out = weights v                          weights in any dtype
+    out = weights v                          weights in any dtype; or exp(scores) v, divided by the sum afterwards
 
 Heads of keys may be repeated (jnp.repeat), or queries grouped by them. A mask that depends on no input is looked at:
-one that is causal, or a band, becomes so; another one is handed on. What is not among these steps (dropout, weights
-that are used elsewhere) keeps the attention as it is, and the report says so.
+one that is causal, or a band, becomes so; another one is handed on. What is not among these steps (weights that are
+used elsewhere) keeps the attention as it is, and the report says so. So does dropout: the kernels draw other numbers of
+a key than the program does, so that no proof could tell one from the other.
 
 Where a query sees no key, a softmax of -inf gives NaN and one of a large negative number the mean of all values; the
 kernel gives zeros. Proofs are made with masks that leave each query a key. It is one long file: each step back from the
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention import attention
-from trustcore.graph.rewriting.forms import constant, is_constant, skip, uniform
+from trustcore.graph.rewriting.forms import constant, is_constant, maximum_of, skip, through, uniform
 from trustcore.graph.rewriting.matching import between, escaping
 from trustcore.graph.rewriting.proof import random_operands
 from trustcore.graph.rewriting.rule import Finder, Match, NearMiss
@@ -60,24 +61,73 @@ class _No(Exception):
 
 
 def _find(graph: Graph, root: Value) -> Match | NearMiss | None:
-    if root.name != "dot_general":
+    late = _late(root)
+    product, sums = late or (root, None)
+    if product.name != "dot_general":
         return None
     for side in (0, 1):
-        weights = _through(root.inputs[side], ("convert_element_type",))
-        found = _softmax(_through(weights, ("convert_element_type", "transpose", "reshape", "squeeze")))
+        weights = through(product.inputs[side], ("convert_element_type", "transpose", "reshape", "squeeze"))
+        found = _softmax(weights) if sums is None else _exponentials(weights, sums[-1])
         if found is not None:
             try:
-                return _built(graph, root, side, *found)
+                return _built(graph, root, product, sums, side, *found)
             except _No as no:
                 return NearMiss(str(no))
+        if sums is None and (dropped := _dropped(weights)) is not None and _softmax(dropped) is not None:
+            return NearMiss("dropout of the weights: the kernels draw other numbers; call them with dropout= instead")
     return None
 
 
-def _through(value: Value, names: tuple[str, ...]) -> Value:
-    value = skip(value)
-    while value.name in names:
-        value = skip(value.inputs[0])
-    return value
+def _late(root: Value) -> tuple[Value, list[Value]] | None:
+    """For (weights values) / sums: the product, and the values from the divisor in to the sum."""
+    if root.name == "div":
+        above, below = root.inputs
+    elif root.name == "mul":
+        inverse = [_through_moves(each)[-1] for each in root.inputs]
+        at = next((i for i, v in enumerate(inverse) if v.name == "div" and _is_one(v.inputs[0])), None)
+        if at is None:
+            return None
+        above, below = root.inputs[1 - at], root.inputs[at]
+    else:
+        return None
+    product, sums = _through_moves(above)[-1], _through_moves(below)
+    if root.name == "mul":
+        sums += _through_moves(sums[-1].inputs[1])
+    return (product, sums) if product.name == "dot_general" and sums[-1].name == "reduce_sum" else None
+
+
+def _through_moves(value: Value) -> list[Value]:
+    """A value and those beneath conversions and moves of axes, itself first."""
+    found = [skip(value)]
+    while found[-1].name in (
+        "broadcast_in_dim",
+        "reshape",
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "convert_element_type",
+    ):
+        found.append(skip(found[-1].inputs[0]))
+    return found
+
+
+def _is_one(value: Value) -> bool:
+    number = uniform(value)
+    return number is not None and number.dtype.kind != "b" and float(number) == 1.0
+
+
+def _dropped(value: Value) -> Value | None:
+    """The weights, of where(bernoulli, weights / keep, 0) or of weights times a mask of random bits."""
+    if value.name == "select_n":
+        kept = next((v for v in value.inputs[1:] if uniform(v) is None), None)
+    elif value.name in ("mul", "div") and uniform(value.inputs[1]) is not None:
+        return _dropped(through(value.inputs[0], ("convert_element_type",))) or skip(value.inputs[0])
+    else:
+        return None
+    kept = None if kept is None else through(kept, ("convert_element_type",))
+    if kept is not None and kept.name in ("mul", "div") and uniform(kept.inputs[1]) is not None:
+        kept = through(kept.inputs[0], ("convert_element_type",))
+    return kept
 
 
 def _softmax(value: Value) -> tuple[Value, Value, int] | None:
@@ -86,21 +136,28 @@ def _softmax(value: Value) -> tuple[Value, Value, int] | None:
         return None
     above, below = (
         skip(value.inputs[0]),
-        _through(value.inputs[1], ("broadcast_in_dim", "reshape", "convert_element_type")),
+        through(value.inputs[1], ("broadcast_in_dim", "reshape", "convert_element_type")),
     )
     if above.name != "exp" or below.name != "reduce_sum" or skip(below.inputs[0]) is not above:
         return None
     axes = tuple(below.maker.params["axes"])  # type: ignore[union-attr]
-    if len(axes) != 1:
-        return None
-    scores = skip(above.inputs[0])
-    if scores.name == "sub":
-        top = _through(scores.inputs[1], ("broadcast_in_dim", "reshape", "stop_gradient"))
-        if top.name == "select_n":  # where(isfinite(max), max, 0)
-            top = next((_through(v, ("broadcast_in_dim",)) for v in top.inputs[1:] if uniform(v) is None), top)
-        if top.name == "reduce_max" and skip(top.inputs[0]) is skip(scores.inputs[0]):
-            scores = skip(scores.inputs[0])
-    return value, scores, int(axes[0])
+    return (value, _unshifted(above), int(axes[0])) if len(axes) == 1 else None
+
+
+def _exponentials(value: Value, total: Value) -> tuple[Value, Value, int] | None:
+    """The same for exp(s), where its sum is `total`."""
+    axes = tuple(total.maker.params["axes"])  # type: ignore[union-attr]
+    summed = through(total.inputs[0], ("convert_element_type",))
+    found = value.name == "exp" and summed is value and len(axes) == 1
+    return (value, _unshifted(value), int(axes[0])) if found else None
+
+
+def _unshifted(exponential: Value) -> Value:
+    """s, of exp(s) or exp(s - max(s))."""
+    scores = skip(exponential.inputs[0])
+    if scores.name == "sub" and maximum_of(scores.inputs[1]) is skip(scores.inputs[0]):
+        scores = skip(scores.inputs[0])
+    return scores
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -218,6 +275,21 @@ def _moved(labels: Labels, value: Value) -> Labels:
     return tuple(next(kept) if n != 1 else None for n in value.shape)
 
 
+def _check_sums(labels: Labels, sums: list[Value], out: Labels) -> None:
+    """Raises unless the sums over keys meet the axes of the output that they were taken for."""
+    for value in sums[-2::-1]:
+        if value.name == "broadcast_in_dim":
+            dims = value.maker.params["broadcast_dimensions"]  # type: ignore[union-attr]
+            spread: list[Any] = [None] * len(value.shape)
+            for d, label, n in zip(dims, labels, value.inputs[0].shape, strict=True):
+                spread[d] = label if n == value.shape[d] else None
+            labels = tuple(spread)
+        elif value.name not in ("convert_element_type", "div"):
+            labels = _moved(labels, value)
+    if any(label is not None and label != o for label, o in zip(labels[::-1], out[::-1], strict=False)):
+        raise _No("what is divided by afterwards is not the sum of the weights")
+
+
 def _product_labels(product: Value) -> tuple[Labels, Labels, Labels]:
     """Labels of the operands and the result of queries times keys: numbers of the result's axes; "h" is summed over."""
     (left, right), (left_batch, right_batch) = product.maker.params["dimension_numbers"]  # type: ignore[union-attr]
@@ -282,7 +354,16 @@ def _through_units(value: Value) -> Value:
 # ---- the match -------------------------------------------------------------------------------------------------------
 
 
-def _built(graph: Graph, root: Value, side: int, weights: Value, softmax_of: Value, axis: int) -> Match | NearMiss:
+def _built(
+    graph: Graph,
+    root: Value,
+    product: Value,
+    sums: list[Value] | None,
+    side: int,
+    weights: Value,
+    softmax_of: Value,
+    axis: int,
+) -> Match | NearMiss:
     scores, steps = _scores(softmax_of)
     names = _product_labels(scores.product)
     sizes = dict(zip(names[2], scores.product.shape, strict=True))
@@ -299,7 +380,8 @@ def _built(graph: Graph, root: Value, side: int, weights: Value, softmax_of: Val
     labels = at_move[-1]
     span = labels[axis]
     # The weights, moved again before they meet the values.
-    chain, value = [], skip(root.inputs[side])
+    summed = labels[:axis] + labels[axis + 1 :]
+    chain, value = [], skip(product.inputs[side])
     while value is not weights:
         if value.name != "convert_element_type":
             chain.append(value)
@@ -307,11 +389,11 @@ def _built(graph: Graph, root: Value, side: int, weights: Value, softmax_of: Val
     for move in reversed(chain):
         labels = _moved(labels, move)
 
-    numbers, batch = root.maker.params["dimension_numbers"]  # type: ignore[union-attr]
+    numbers, batch = product.maker.params["dimension_numbers"]  # type: ignore[union-attr]
     if [labels[i] for i in numbers[side]] != [span]:
         raise _No("the weights are not summed over the axis of their softmax")
     shared = [labels[i] for i in batch[side]]
-    other = root.inputs[1 - side]
+    other = product.inputs[1 - side]
     value_labels: list[Any] = ["?"] * len(other.shape)
     for i, label in zip(batch[1 - side], shared, strict=True):
         value_labels[i] = label
@@ -323,6 +405,11 @@ def _built(graph: Graph, root: Value, side: int, weights: Value, softmax_of: Val
     own = [label for i, label in enumerate(labels) if i not in batch[side] and i not in numbers[side]]
     left, right = (own, ["v"]) if side == 0 else (["v"], own)
     out_labels = (*shared, *left, *right)
+    if sums is not None:
+        above = next(v for v in root.inputs if _through_moves(v)[-1] is product)
+        for move in _through_moves(above)[-2::-1]:
+            out_labels = out_labels if move.name == "convert_element_type" else _moved(out_labels, move)
+        _check_sums(summed, sums, out_labels)
 
     q_side = 0 if span in names[1] else 1
     q_names, k_names = names[q_side], names[1 - q_side]

@@ -154,6 +154,23 @@ def _beneath(value: Value) -> Value | None:
     return found if same else None
 
 
+def through(value: Value, names: tuple[str, ...]) -> Value:
+    """Returns the value beneath operations of these names, and beneath those that change no bit."""
+    value = skip(value)
+    while value.name in names:
+        value = skip(value.inputs[0])
+    return value
+
+
+def maximum_of(value: Value) -> Value | None:
+    """Returns what a value is the largest of, along some axes, as a softmax subtracts it; None where it is none."""
+    top = through(value, ("broadcast_in_dim", "reshape", "squeeze", "stop_gradient"))
+    if top.name == "select_n":  # where(isfinite(max), max, 0)
+        kept = (through(each, ("broadcast_in_dim", "stop_gradient")) for each in top.inputs[1:])
+        top = next((each for each in kept if uniform(each) is None), top)
+    return skip(top.inputs[0]) if top.name == "reduce_max" else None
+
+
 def _is(number: np.ndarray | None, wanted: float) -> bool:
     return number is not None and number.dtype.kind != "b" and bool(number == wanted)
 
