@@ -27,6 +27,8 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import _compat
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -135,7 +137,8 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arrays: Any) -> tuple
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays)
     with tempfile.TemporaryDirectory() as dump:
         options: dict[str, str | bool] = {"xla_gpu_cuda_data_dir": str(folder), "xla_dump_to": dump}
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _captured() as said:
+        mosaic = _compat.mosaic_gpu_for(chip.capability)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mosaic, _captured() as said:
             lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
             compiled = lowered.compile(compiler_options=options)
         return compiled, [*_assembled(Path(dump), folder), *_said_of_mosaic("".join(said))]
