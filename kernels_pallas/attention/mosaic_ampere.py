@@ -25,14 +25,27 @@ from kernels_pallas.attention.blocks import padded
 from kernels_pallas.attention.mosaic_kernels import Blocks, Engine, Made
 
 NUMBERS = ("lse", "delta")
-WORKERS = 1
-SWIZZLE = 128  # bytes of a row of a tile in shared memory
 INNER = 16  # what one mma.sync sums up
+SWIZZLE = 2 * INNER  # bytes of a row of a tile in shared memory: wider ones bring more operands into registers at once
 
 
-def blocks_of(size: int, kernel: str) -> Blocks:
-    """Returns the blocks of `kernel` ("forward", "dq" or "dkv") for a head size: the largest tried that do not spill."""
-    return Blocks(64, 2, 64)
+def workers(kernel: str) -> int:
+    """Returns how many warpgroups compute."""
+    del kernel
+    return 1
+
+
+def blocks_of(size: int, kernel: str, more: bool) -> Blocks:
+    """Returns the blocks of `kernel` ("forward", "dq" or "dkv") for a head size.
+
+    The largest tried that do not spill, of which two blocks of threads fit an A100's multiprocessor. `more` is a window
+    or a soft cap.
+    """
+    if kernel == "forward" and not more:
+        return Blocks(64, 2, 128) if size == 64 else Blocks(32, 2, 128)
+    if size == 64 or kernel == "forward":
+        return Blocks(64, 2, 64)
+    return Blocks(16 if more and kernel == "dkv" else 32, 2, 64)
 
 
 def operand(made: Made, x: jax.Array, *, queries: bool) -> jax.Array:
@@ -75,7 +88,7 @@ def threads(made: Made) -> dict[str, Any]:
 
 def _tiles(made: Made, count: int, rows: int, size: int) -> Any:
     plgpu = _compat.mosaic_gpu()
-    transforms = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
+    transforms = (plgpu.TilingTransform((8, INNER)), plgpu.SwizzleTransform(SWIZZLE))
     return plgpu.SMEM((count, rows, size), made.dtype, transforms=transforms)
 
 
@@ -178,10 +191,9 @@ class Ampere(Engine):
                 part = lax.slice(a, (0, k), (a.shape[0], k + INNER))
                 sums = plgpu.mma(sums, part, plgpu.load(b.at[pl.ds(k, INNER), :], layout=right))
             return sums
-        step = SWIZZLE // 2
-        for k in range(0, a.shape[1], step):
-            rows = plgpu.load(a.at[:, pl.ds(k, step)], layout=left)
-            sums = plgpu.mma(sums, rows, plgpu.load(b.at[pl.ds(k, step), :], layout=right))
+        for k in range(0, a.shape[1], INNER):
+            part = plgpu.load(a.at[:, pl.ds(k, INNER)], layout=left)
+            sums = plgpu.mma(sums, part, plgpu.load(b.at[pl.ds(k, INNER), :], layout=right))
         return sums
 
     def store(self, x: jax.Array, buffer: Any, out: Any) -> None:

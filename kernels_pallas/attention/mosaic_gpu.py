@@ -16,25 +16,30 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import _compat
-from kernels_pallas.attention import mosaic_ampere, mosaic_hopper
+from kernels_pallas.attention import mosaic_ampere, mosaic_blackwell, mosaic_hopper
 from kernels_pallas.attention.mosaic_ampere import Ampere
+from kernels_pallas.attention.mosaic_blackwell import Blackwell
 from kernels_pallas.attention.mosaic_hopper import Hopper
 from kernels_pallas.attention.mosaic_kernels import LOG2E, Blocks, Made, dkv_kernel, dq_kernel, forward_kernel
 from kernels_pallas.attention.spec import NO_KEY
 from kernels_pallas.dispatch import ANY_CHIP, Target, no_sizes
 
-SIZES = {"hopper": (64, 128, 192, 256), "ampere": (64, 128)}  # head sizes: multiples of a swizzled row's 64 numbers
+SIZES = {"ampere": (64, 128), "hopper": (64, 128, 192, 256), "blackwell": (64, 128)}  # head sizes: multiples of a swizzled row's 64 numbers
 WIDEST_BACKWARD = 128  # dK and dV of a wider head do not fit the registers beside the scores
 NARROW = 64  # in Hopper's backward pass, with a window back or a soft cap: beyond, dK and dV spill
 VERIFIED = ((0, 11), (0, 12))  # jax releases whose interpreter agreed with the oracle (tests/kernels_pallas)
-_ENGINES: dict[str, tuple[ModuleType, Any]] = {"hopper": (mosaic_hopper, Hopper), "ampere": (mosaic_ampere, Ampere)}
+_ENGINES: dict[str, tuple[ModuleType, Any]] = {
+    "ampere": (mosaic_ampere, Ampere),
+    "hopper": (mosaic_hopper, Hopper),
+    "blackwell": (mosaic_blackwell, Blackwell),
+}
 
 
 def engine_of(target: Target) -> str:
     """Returns the name of a chip's engine, "hopper" where any chip is asked for; "" where it has none."""
     if target.architecture == ANY_CHIP:
         return "hopper"
-    return {8: "ampere", 9: "hopper"}.get(int(target.capability or 0), "")
+    return {8: "ampere", 9: "hopper", 10: "blackwell"}.get(int(target.capability or 0), "")
 
 
 def refusal(target: Target, call: Any) -> str:
@@ -85,14 +90,15 @@ def reserve(target: Target, call: Any) -> str:
 
 def blocks_of(call: Any, kernel: str, engine: str = "hopper") -> Blocks:
     """Returns the blocks of `kernel`: "forward", "dq" or "dkv"."""
-    return _ENGINES[engine][0].blocks_of(max(call.ops.query.shape[3], call.ops.value.shape[3]), kernel)
+    more = call.spec.left is not None or call.spec.soft_cap is not None
+    return _ENGINES[engine][0].blocks_of(max(call.ops.query.shape[3], call.ops.value.shape[3]), kernel, more)
 
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
     engine = engine_of(target)
     module, kind = _ENGINES[engine]
-    made = Made(call, blocks or blocks_of(call, "forward", engine), module.WORKERS, interpret)
+    made = Made(call, blocks or blocks_of(call, "forward", engine), module.workers("forward"), interpret)
     ops = call.ops
     rows, numbers = module.extents(made)
     shapes = [
@@ -115,7 +121,7 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
 
     def run(kernel: Any, name: str, results: tuple[jax.Array, ...]) -> list[jax.Array]:
         chosen = blocks or blocks_of(call, name, engine)
-        made = Made(call, chosen, module.WORKERS, interpret, of_queries=name == "dq")
+        made = Made(call, chosen, module.workers(name), interpret, of_queries=name == "dq")
         inputs = _operands(module, made, call, ("query", "key", "value", "cotangent"))
         inputs |= {"lse": module.numbers(made, lse, NO_KEY), "delta": module.numbers(made, call.delta, 0.0)}
         rows, _ = module.extents(made)

@@ -24,12 +24,17 @@ from kernels_pallas import _compat
 from kernels_pallas.attention.blocks import padded
 from kernels_pallas.attention.mosaic_kernels import Blocks, Engine, Made
 
-WORKERS = 2
-ROWS = 64  # of a warpgroup: what wgmma multiplies at once
 
 
-def blocks_of(size: int, kernel: str) -> Blocks:
+def workers(kernel: str) -> int:
+    """Returns how many warpgroups compute."""
+    del kernel
+    return 2
+
+
+def blocks_of(size: int, kernel: str, more: bool) -> Blocks:
     """Returns the blocks of `kernel` ("forward", "dq" or "dkv") for a head size: the largest tried that do not spill."""
+    del more  # what spills with a window or a soft cap is refused
     if kernel == "forward":
         return Blocks(128, 3 if size == 64 else 2) if size <= 128 else Blocks(64, 2)
     return Blocks(64, 3 if size == 64 else 2)
@@ -56,47 +61,38 @@ def extents(made: Made) -> tuple[int, int]:
 
 
 def _both(made: Made) -> int:
-    tile = made.workers * made.blocks.rows
-    rows = pl.cdiv(made.length, tile) * tile
+    rows = pl.cdiv(made.length, made.tile) * made.tile
     return pl.cdiv(rows, made.blocks.length) * made.blocks.length
 
 
 def scratch(made: Made, kernel: str) -> dict[str, Any]:
     """Shared memory and barriers of a kernel by name."""
-    size, value_size = made.size, made.value_size
-    of_keys = {"key": size, "value": value_size}
-    if kernel == "forward":
-        return {
-            "query": _tiles(made, WORKERS, ROWS, size),
-            **({} if value_size == size else {"out": _tiles(made, WORKERS, ROWS, value_size)}),
-            "lse": _numbers(WORKERS, ROWS),
-            "ready": _barriers(WORKERS),
-            "turns": _barriers(1, arrivals=WORKERS),
-            **_ring(made, of_keys),
-        }
-    if kernel == "dq":
-        return {
-            "query": _tiles(made, WORKERS, ROWS, size),
-            "cotangent": _tiles(made, WORKERS, ROWS, value_size),
-            "lse": _numbers(WORKERS, ROWS),
-            "delta": _numbers(WORKERS, ROWS),
-            "ready": _barriers(WORKERS, arrivals=4),
-            **_ring(made, of_keys),
-        }
-    return {
-        "key": _tiles(made, WORKERS, ROWS, size),
-        "value": _tiles(made, WORKERS, ROWS, value_size),
-        "ready": _barriers(WORKERS, arrivals=2),
-        **_ring(made, {"query": size, "cotangent": value_size, "lse": 0, "delta": 0}),
-    }
+    turns = {"turns": _barriers(1, arrivals=made.workers)} if kernel == "forward" else {}
+    return buffers(made, kernel) | turns
+
+
+def buffers(made: Made, kernel: str) -> dict[str, Any]:
+    """The workers' own parts, and the ring of streamed blocks."""
+    workers, rows, size, value_size = made.workers, made.blocks.rows, made.size, made.value_size
+    if kernel == "dkv":
+        own = {"key": size, "value": value_size}
+        ring = {"query": size, "cotangent": value_size, "lse": 0, "delta": 0}
+        ready = 2
+    else:
+        own = {"query": size, "lse": 0} if kernel == "forward" else {"query": size, "cotangent": value_size, "lse": 0}
+        own |= {"delta": 0} if kernel == "dq" else {"out": value_size} if value_size != size else {}
+        ring = {"key": size, "value": value_size}
+        ready = 1 if kernel == "forward" else 4
+    found = {n: tiles(made, workers, rows, c) if c else _numbers(workers, rows) for n, c in own.items()}
+    return found | {"ready": _barriers(workers, arrivals=ready)} | _ring(made, ring)
 
 
 def threads(made: Made) -> dict[str, Any]:
     """How many warpgroups a kernel has."""
-    return {"num_threads": WORKERS + 1, "thread_name": "warpgroup"}
+    return {"num_threads": made.workers + 1, "thread_name": "warpgroup"}
 
 
-def _tiles(made: Made, count: int, rows: int, size: int) -> Any:
+def tiles(made: Made, count: int, rows: int, size: int) -> Any:
     """Matrices in shared memory, as TMA writes and wgmma reads them."""
     plgpu = _compat.mosaic_gpu()
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -116,7 +112,7 @@ def _ring(made: Made, sizes: dict[str, int]) -> dict[str, Any]:
     stages, length = made.blocks.stages, made.blocks.length
     found: dict[str, Any] = {}
     for name, size in sizes.items():
-        found[f"ring {name}"] = _tiles(made, stages, length, size) if size else _numbers(stages, length)
+        found[f"ring {name}"] = tiles(made, stages, length, size) if size else _numbers(stages, length)
         found[f"full {name}"] = _barriers(stages)
         found[f"free {name}"] = _barriers(stages, arrivals=made.workers)
     return found
@@ -134,12 +130,14 @@ class Hopper(Engine):
 
         @pl.when(self.worker < self.made.workers)
         def _() -> None:
-            self.plgpu.set_max_registers(240, action="increase")
+            if self.made.workers > 1:  # two warpgroups have 255 registers a thread from the start
+                self.plgpu.set_max_registers(240, action="increase")
             work()
 
         @pl.when(self.worker == self.made.workers)
         def _() -> None:
-            self.plgpu.set_max_registers(24, action="decrease")
+            if self.made.workers > 1:
+                self.plgpu.set_max_registers(24, action="decrease")
             move()
 
     def stream(self, first: Any, steps: Any, sources: dict[str, Callable[[Any], Any]]) -> None:
