@@ -95,6 +95,8 @@ def _tiles(made: Made, count: int, rows: int, size: int) -> Any:
 class Ampere(Engine):
     """One warpgroup that moves and computes."""
 
+    alone = True
+
     @property
     def layout(self) -> Any:
         return self.plgpu.Layout.WGMMA  # equals MMA_ACC of four warps over the rows

@@ -20,10 +20,11 @@ from jax.experimental import pallas as pl
 from kernels_pallas import _compat
 from kernels_pallas.attention import mosaic_hopper
 from kernels_pallas.attention.mosaic_hopper import Hopper, extents, numbers, operand, result, threads
-from kernels_pallas.attention.mosaic_kernels import Blocks, Made, spread
+from kernels_pallas.attention.mosaic_kernels import Blocks, Made
 
 __all__ = ["Blackwell", "blocks_of", "extents", "numbers", "operand", "result", "scratch", "threads", "workers"]
 ROWS = 128  # of a product of one block of threads
+PIECE = 32  # columns of a sum that are in registers at once while it is scaled
 
 
 def workers(kernel: str) -> int:
@@ -34,9 +35,7 @@ def workers(kernel: str) -> int:
 def blocks_of(size: int, kernel: str, more: bool) -> Blocks:
     """Returns the blocks of `kernel` ("forward", "dq" or "dkv") for a head size: those that fit, and do not spill."""
     del more
-    if kernel == "forward" and size == 64:
-        return Blocks(128, 2, ROWS)
-    return Blocks(64, 2, ROWS)
+    return Blocks(64, 3 if size == 64 else 2, ROWS)
 
 
 def scratch(made: Made, kernel: str) -> dict[str, Any]:
@@ -61,11 +60,11 @@ class Blackwell(Hopper):
     def layout(self) -> Any:
         return self.plgpu.Layout.TCGEN05
 
-    def _columns(self, name: str) -> Any:
-        """This worker's part of tensor memory."""
+    def _columns(self, name: str, first: int = 0, count: int | None = None) -> Any:
+        """This worker's part of tensor memory, or some of its columns."""
         ref = self.place[name]
         width = ref.shape[1] // self.made.workers
-        return ref.at[:, pl.ds(self.worker * width, width)]
+        return ref.at[:, pl.ds(self.worker * width + first, width if count is None else count)]
 
     def _multiply(self, into: Any, a: Any, b: Any, accumulate: bool) -> None:
         done = self.place["done"].at[self.worker]
@@ -87,7 +86,7 @@ class Blackwell(Hopper):
 
     def started(self, start: jax.Array, a: Any, b: Any, axis: int) -> jax.Array:
         product = self.product(a, b)
-        return product + spread(start, product, axis)
+        return product + self.spread(start, product, axis)
 
     def zeros(self, name: str, size: int) -> Any:
         self._write(self._columns(f"sum {name}"), self.full((self.rows, size), 0.0))
@@ -101,8 +100,11 @@ class Blackwell(Hopper):
         return sums
 
     def shrunk(self, name: str, sums: Any, by: jax.Array) -> Any:
-        x = self._load(self._columns(f"sum {name}"))
-        self._write(self._columns(f"sum {name}"), x * spread(by, x))
+        width = self.place[f"sum {name}"].shape[1] // self.made.workers
+        for first in range(0, width, PIECE):
+            piece = self._columns(f"sum {name}", first, PIECE)
+            x = self._load(piece)
+            self._write(piece, x * self.spread(by, x))
         return sums
 
     def summed(self, name: str, sums: Any) -> jax.Array:

@@ -100,6 +100,7 @@ class Engine:
     """
 
     layout: Any  # which thread holds which number of a matrix of registers
+    alone = False  # a block of threads is one warpgroup
 
     def __init__(self, made: Made, refs: dict[str, Any], outs: Any, place: dict[str, Any]) -> None:
         self.made, self.refs, self.outs, self.place = made, refs, outs, place
@@ -108,7 +109,7 @@ class Engine:
         tile = lax.axis_index("tile")
         backwards = made.of_queries and self.spec.right is not None  # so that the longest of a causal mask come first
         self.tile = (made.tiles - 1 - tile if backwards else tile) * made.tile
-        self.worker: Any = jnp.int32(0) if made.workers == 1 else lax.axis_index("warpgroup")
+        self.worker: Any = jnp.int32(0) if self.alone else lax.axis_index("warpgroup")
         self.start = self.tile + self.worker * self.rows
 
     # What an engine brings.
@@ -159,7 +160,7 @@ class Engine:
 
     def shrunk(self, name: str, sums: Any, by: jax.Array) -> Any:
         """Rows of a sum times a number each."""
-        return sums * spread(by, sums)
+        return sums * self.spread(by, sums)
 
     def summed(self, name: str, sums: Any) -> jax.Array:
         """A sum in registers."""
@@ -184,6 +185,10 @@ class Engine:
     def full(self, shape: tuple[int, ...], value: Any) -> jax.Array:
         layout = self.layout if len(shape) == 2 else self.layout.reduce(1)
         return self.plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    def spread(self, x: jax.Array, like: Any, axis: int = 0) -> jax.Array:
+        """A number of each row (axis 0) or column (axis 1), over a matrix."""
+        return self.plgpu.layout_cast(lax.broadcast_in_dim(x, like.shape, [axis]), self.layout)
 
     def bent(self, product: jax.Array) -> tuple[jax.Array, float]:
         """Scores but for a factor, and that factor: of the products themselves, unless they are capped."""
@@ -247,11 +252,6 @@ class Engine:
         return self.refs[name].at[self.batch, pl.ds(start, count), head]
 
 
-def spread(x: jax.Array, like: jax.Array, axis: int = 0) -> jax.Array:
-    """A number of each row (axis 0) or column (axis 1), over a matrix."""
-    return lax.broadcast_in_dim(x, like.shape, [axis])
-
-
 def _ordered(begin: Any, first: Any, whole: Any, end: Any) -> tuple[Any, Any, Any, Any]:
     """The four numbers in their order, begin <= first <= whole <= end; None stays where no mask is needed."""
     begin = lax.min(begin, end)
@@ -291,7 +291,7 @@ def forward_kernel(block: Engine) -> None:
             scores = block.masked(scores, block.start, j * length, 0, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
         less = jnp.exp2(top - higher)
-        weights = jnp.exp2(scores * factor - spread(higher, scores))
+        weights = jnp.exp2(scores * factor - block.spread(higher, scores))
         total = total * less + jnp.sum(weights, axis=1)
         out = block.shrunk("out", out, less)
         out, higher, total, narrow = lax.optimization_barrier((out, higher, total, weights.astype(made.dtype)))
@@ -336,7 +336,7 @@ def _weights(
         weights = mask(jnp.exp2(block.started(lse * (-1.0 / factor), a, b, axis) * factor))
         return weights, weights
     bent, factor = block.bent(block.product(a, b))
-    weights = mask(jnp.exp2(bent * factor - spread(lse, bent, axis)))
+    weights = mask(jnp.exp2(bent * factor - block.spread(lse, bent, axis)))
     return weights, weights * (1.0 - bent * bent)
 
 
