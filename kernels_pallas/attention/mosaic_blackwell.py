@@ -27,9 +27,9 @@ ROWS = 128  # of a product of one block of threads
 PIECE = 32  # columns of a sum that are in registers at once while it is scaled
 
 
-def workers(kernel: str) -> int:
-    """Returns how many warpgroups compute."""
-    return 1 if kernel == "dkv" else 2
+def workers(kernel: str, more: bool) -> int:
+    """Returns how many warpgroups compute: with a window or a soft cap two spill in the forward pass."""
+    return 1 if kernel == "dkv" or (more and kernel == "forward") else 2
 
 
 def blocks_of(size: int, kernel: str, more: bool) -> Blocks:

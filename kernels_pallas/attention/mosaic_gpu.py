@@ -1,10 +1,11 @@
 """Attention for NVIDIA GPUs by Pallas-Mosaic-GPU, forward and backward. Oracle: `oracle.py`.
 
-One algorithm (`mosaic_kernels.py`) over the tile engine of the chip: Hopper's TMA and wgmma (`mosaic_hopper.py`),
-Ampere's and Ada's cp.async and mma.sync (`mosaic_ampere.py`). Here is what each can compute, and what a pass is made of.
+One algorithm (`mosaic_kernels.py`) over the tile engine of the chip: Ampere's and Ada's cp.async and mma.sync
+(`mosaic_ampere.py`), Hopper's TMA and wgmma (`mosaic_hopper.py`), Blackwell's tcgen05 (`mosaic_blackwell.py`). Here is
+what each can compute, and what a pass is made of.
 
 Masks: causal and windows, of positions that count up. Operands bfloat16 or float16. The blocks of the engines compile
-without spilling for sm_80, sm_86, sm_89 and sm_90a (`make aot`); nothing here has been run on a GPU.
+without spilling for sm_80, sm_86, sm_89, sm_90a and sm_100a (`make aot`); nothing here has been run on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kernels_pallas.attention.mosaic_kernels import LOG2E, Blocks, Made, dkv_ker
 from kernels_pallas.attention.spec import NO_KEY
 from kernels_pallas.dispatch import ANY_CHIP, Target, no_sizes
 
-SIZES = {"ampere": (64, 128), "hopper": (64, 128, 192, 256), "blackwell": (64, 128)}  # head sizes: multiples of a swizzled row's 64 numbers
+SIZES = {"ampere": (64, 128), "hopper": (64, 128, 192, 256), "blackwell": (64, 128)}  # head sizes
 WIDEST_BACKWARD = 128  # dK and dV of a wider head do not fit the registers beside the scores
 NARROW = 64  # in Hopper's backward pass, with a window back or a soft cap: beyond, dK and dV spill
 VERIFIED = ((0, 11), (0, 12))  # jax releases whose interpreter agreed with the oracle (tests/kernels_pallas)
@@ -34,12 +35,14 @@ _ENGINES: dict[str, tuple[ModuleType, Any]] = {
     "blackwell": (mosaic_blackwell, Blackwell),
 }
 
+_BY_MAJOR = {8: "ampere", 9: "hopper", 10: "blackwell"}  # compute capability
+
 
 def engine_of(target: Target) -> str:
     """Returns the name of a chip's engine, "hopper" where any chip is asked for; "" where it has none."""
     if target.architecture == ANY_CHIP:
         return "hopper"
-    return {8: "ampere", 9: "hopper", 10: "blackwell"}.get(int(target.capability or 0), "")
+    return _BY_MAJOR.get(int(target.capability or 0), "")
 
 
 def refusal(target: Target, call: Any) -> str:
@@ -51,11 +54,11 @@ def refusal(target: Target, call: Any) -> str:
     engine = engine_of(target)
     if not engine:
         return (
-            "it needs compute capability 9.0 (Hopper's wgmma) or 8.0 to 8.9 (mma.sync) and the chip has "
+            "it needs compute capability 8.0 to 8.9 (mma.sync), 9.0 (wgmma) or 10.0 to 10.3 (tcgen05) and the chip has "
             f"{target.architecture}."
         )
-    if engine == "ampere" and _compat.JAX_VERSION < (0, 11):
-        return f"before Hopper it needs jax 0.11 (plgpu.mma, cp.async), and this is {jax.__version__}."
+    if reason := too_old(target) or _other_host(target):
+        return reason
     ops, spec = call.ops, call.spec
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
     if reason := no_sizes(sizes):
@@ -67,6 +70,8 @@ def refusal(target: Target, call: Any) -> str:
             return f"head size {size} is none of {', '.join(map(str, SIZES[engine]))}."
         if call.cotangent is not None and size > WIDEST_BACKWARD:
             return f"head size {size} is above {WIDEST_BACKWARD} in the backward pass."
+        if engine == "blackwell" and _more(call) and size != ops.query.shape[3]:
+            return f"value size {size} is not head size {ops.query.shape[3]}, with a window or a soft cap."
         narrow = engine == "hopper" and call.cotangent is not None and size > NARROW
         if narrow and (spec.left is not None or spec.soft_cap is not None):
             return f"head size {size} is above {NARROW} in the backward pass with a window or a soft cap."
@@ -78,10 +83,32 @@ def refusal(target: Target, call: Any) -> str:
     return f"it has no {given[0].replace('_', ' ')}." if given else ""
 
 
+def too_old(target: Target) -> str:
+    """Returns why this jax has no engine for a chip; "" where it has."""
+    if engine_of(target) == "hopper" or _compat.JAX_VERSION >= (0, 11):
+        return ""
+    return f"but for Hopper it needs jax 0.11, and this is {jax.__version__}."
+
+
+def _other_host(target: Target) -> str:
+    """Returns why this host does not assemble for a chip; "" where it does."""
+    if engine_of(target) == "hopper":  # what jax takes where the host has no GPU
+        return ""
+    able = _compat.mosaic_gpu_assembles_for()
+    if engine_of(target) == _BY_MAJOR.get(able[0]):
+        return ""
+    return (
+        f"jax assembles it for the GPU of this host (compute capability {able[0]}.{able[1]}; 9.0 where there is none), "
+        f"and the chip has {target.architecture}; compile with kernels_pallas.offline.compile_for."
+    )
+
+
 def reserve(target: Target, call: Any) -> str:
     """Returns why these kernels are taken only where they are asked for by name; "" where that is not needed."""
     if engine_of(target) == "ampere":
-        return "its products were run nowhere, only assembled: name it to take it."
+        return "its products were assembled and not run: name it to take it."
+    if engine_of(target) == "blackwell":
+        return "it was run in the interpreter alone: name it to take it."
     if any(_compat.JAX_VERSION[: len(v)] == v for v in VERIFIED):
         return ""
     known = ", ".join(".".join(map(str, v)) for v in VERIFIED)
@@ -90,15 +117,19 @@ def reserve(target: Target, call: Any) -> str:
 
 def blocks_of(call: Any, kernel: str, engine: str = "hopper") -> Blocks:
     """Returns the blocks of `kernel`: "forward", "dq" or "dkv"."""
-    more = call.spec.left is not None or call.spec.soft_cap is not None
-    return _ENGINES[engine][0].blocks_of(max(call.ops.query.shape[3], call.ops.value.shape[3]), kernel, more)
+    return _ENGINES[engine][0].blocks_of(max(call.ops.query.shape[3], call.ops.value.shape[3]), kernel, _more(call))
+
+
+def _more(call: Any) -> bool:
+    """Whether a call has what takes more registers: a window or a soft cap."""
+    return call.spec.left is not None or call.spec.soft_cap is not None
 
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
     engine = engine_of(target)
     module, kind = _ENGINES[engine]
-    made = Made(call, blocks or blocks_of(call, "forward", engine), module.workers("forward"), interpret)
+    made = Made(call, blocks or blocks_of(call, "forward", engine), module.workers("forward", _more(call)), interpret)
     ops = call.ops
     rows, numbers = module.extents(made)
     shapes = [
@@ -121,7 +152,7 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
 
     def run(kernel: Any, name: str, results: tuple[jax.Array, ...]) -> list[jax.Array]:
         chosen = blocks or blocks_of(call, name, engine)
-        made = Made(call, chosen, module.workers(name), interpret, of_queries=name == "dq")
+        made = Made(call, chosen, module.workers(name, _more(call)), interpret, of_queries=name == "dq")
         inputs = _operands(module, made, call, ("query", "key", "value", "cotangent"))
         inputs |= {"lse": module.numbers(made, lse, NO_KEY), "delta": module.numbers(made, call.delta, 0.0)}
         rows, _ = module.extents(made)

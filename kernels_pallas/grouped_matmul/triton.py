@@ -88,7 +88,8 @@ def rows(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
             return total + _dot(left, right, (1, 1 if call.transposed else 0))
 
         total = jnp.zeros((blocks.rows, blocks.wide), jnp.float32)
-        total = jax.lax.fori_loop(0, jnp.where(begin < end, pl.cdiv(depth, blocks.deep), 0), step, total)
+        steps = jnp.where(begin < end, jnp.int32(pl.cdiv(depth, blocks.deep)), jnp.int32(0))
+        total = jax.lax.fori_loop(jnp.int32(0), steps, step, total)
         place = y.at[pl.ds(begin, blocks.rows), pl.ds(column, blocks.wide)]
         triton.store(place, total.astype(y.dtype), mask=own[:, None] & inside[None, :])
 
@@ -124,7 +125,7 @@ def sums(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
             return total + _dot(left, right, (0, 0))
 
         total = jnp.zeros((blocks.deep, blocks.wide), jnp.float32)
-        total = jax.lax.fori_loop(0, pl.cdiv(size, blocks.rows), step, total)
+        total = jax.lax.fori_loop(jnp.int32(0), pl.cdiv(size, jnp.int32(blocks.rows)), step, total)
         place = d.at[s, pl.ds(i, blocks.deep), pl.ds(j, blocks.wide)]
         triton.store(place, total.astype(d.dtype), mask=deep[:, None] & wide[None, :])
 

@@ -1,9 +1,15 @@
-"""Cases of decode attention and of packed products, to be compiled for chips that are not here."""
+"""Cases of decode attention, products and ops over rows, to be compiled for chips that are not here."""
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
 from kernels_pallas.decode import decode_attention
+from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.norm import norm_quantized
 from kernels_pallas.packed import Layout, Plane, packed_matmul
+from kernels_pallas.softmax import softmax
 
 # B, T, N, K, H, S, kind of the cache, its page or None, dtype of queries; the options that follow are added
 DECODING: dict[str, tuple] = {
@@ -76,3 +82,38 @@ def more_cases(implementation):
     """Every case by name: a function of arrays by name, and the shapes and dtypes of these."""
     found = {name: decoding(implementation, *case) for name, case in DECODING.items()}
     return found | {name: product(implementation, *case) for name, case in PRODUCTS.items()}
+
+
+ROWS, GAIN = ((3000, 4096), "bfloat16"), ((4096,), "bfloat16")
+EXPERTS = {
+    "experts": ((4096, 4096), (8, 4096, 14336), "bfloat16"),
+    "small experts": ((8192, 2048), (128, 2048, 768), "bfloat16"),
+    "one token": ((2, 4096), (8, 4096, 14336), "bfloat16"),
+    "float32, tails": ((1000, 200), (5, 200, 300), "float32"),
+}
+
+
+def row_cases(implementation):
+    """Cases of grouped products, softmax and norms with codes: a function, its operands' types, its kernels' number."""
+
+    def total(y):
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    def product(x, w, sizes):
+        return total(grouped_matmul(x, w, sizes, implementation=implementation))
+
+    def weights(x, mask):
+        return total(softmax(x, mask, implementation=implementation))
+
+    def codes(x, w):
+        return norm_quantized(x, w, residual=x, implementation=implementation)
+
+    def floats(x, w):
+        return norm_quantized(x, w, dtype=jnp.float8_e4m3fn, implementation=implementation)
+
+    gradient = jax.grad(product, (0, 1))
+    found = {n: (gradient, ((x, d), (w, d), ((w[0],), "int32")), 3) for n, (x, w, d) in EXPERTS.items()}
+    found["softmax"] = jax.grad(weights), (ROWS, ((3000, 4096), "bool")), 2
+    found["norm, int8"] = codes, (ROWS, GAIN), 1
+    found["norm, float8"] = floats, (ROWS, GAIN), 1
+    return found
