@@ -99,18 +99,22 @@ class Ampere(Engine):
 
     @property
     def layout(self) -> Any:
-        return self.plgpu.Layout.WGMMA  # equals MMA_ACC of four warps over the rows
+        """That of wgmma's sums, which equals `MMA_ACC` of four warps over the rows."""
+        return self.plgpu.Layout.WGMMA
 
     def roles(self, move: Callable[[], None], work: Callable[[], None]) -> None:
+        """One after the other: the first copies are under way when computing begins."""
         move()
         work()
 
     def query_rows(self, name: str, start: Any, count: int, head: Any) -> Any:
+        """Rows of `[B, T, N H]`, or of numbers `[B, N, T]`."""
         if name in NUMBERS:
             return super().query_rows(name, start, count, head)
         return self._part(self.refs[name], start, count, head, self._size(name))
 
     def key_rows(self, name: str, start: Any, count: int, head: Any) -> Any:
+        """Rows of `[B, S, K H]`."""
         return self._part(self.refs[name], start, count, head, self._size(name))
 
     def _size(self, name: str) -> int:
@@ -120,6 +124,7 @@ class Ampere(Engine):
         return ref.at[self.batch, pl.ds(start, count), pl.ds(head * size, size)]
 
     def stream(self, first: Any, steps: Any, sources: dict[str, Callable[[Any], Any]]) -> None:
+        """Begins with the first steps; `wait` goes on."""
         self.first, self.steps, self.sources = first, steps, sources
 
         @pl.when(steps > 0)
@@ -149,6 +154,7 @@ class Ampere(Engine):
             self.plgpu.wait_gmem_to_smem(but)
 
     def wait(self, name: str, step: Any) -> Any:
+        """Returns the buffer of a step; the first source's waits for all of the step, and begins a later one."""
         if name in NUMBERS:
             return self.sources[name](self.first + step)
         streamed, stages = self._streamed(), self.made.blocks.stages
@@ -161,6 +167,7 @@ class Ampere(Engine):
         """Nothing to say: the next step waits for all threads."""
 
     def fetch(self, sources: dict[str, Any]) -> None:
+        """Copies this worker's own parts, and waits for all copies."""
         self.fetched = sources
         for name, source in sources.items():
             if name not in NUMBERS:
@@ -168,17 +175,21 @@ class Ampere(Engine):
         self._arrived(0)
 
     def numbers(self, name: str, axis: int, buffer: Any = None) -> jax.Array:
+        """Reads numbers of rows or columns from global memory."""
         buffer = self.fetched[name] if buffer is None else buffer
         return self.plgpu.load(buffer, layout=self.layout.reduce(axis), optimized=False)
 
     def product(self, a: Any, b: Any) -> jax.Array:
+        """The float32 product `a b^T`."""
         return self._multiplied(self.full((a.shape[0], b.shape[0]), 0.0), a, _compat.transposed(b))
 
     def started(self, start: jax.Array, a: Any, b: Any, axis: int) -> jax.Array:
+        """`a b^T` upon numbers of rows or columns."""
         start = lax.broadcast_in_dim(start, (a.shape[0], b.shape[0]), [axis])
         return self._multiplied(start, a, _compat.transposed(b))
 
     def added(self, name: str, sums: Any, a: jax.Array, b: Any) -> jax.Array:
+        """`sums + a b`."""
         return self._multiplied(sums, a, b)
 
     def _multiplied(self, sums: jax.Array, a: Any, b: Any) -> jax.Array:
@@ -207,4 +218,5 @@ class Ampere(Engine):
         self.plgpu.store(rows, self.plgpu.load(buffer, layout=layout), optimized=False)
 
     def store_numbers(self, x: jax.Array, out: Any) -> None:
+        """Writes a number of each row, straight from registers."""
         self.plgpu.store(out.at[self.batch, self.head, pl.ds(self.start, self.rows)], x, optimized=False)

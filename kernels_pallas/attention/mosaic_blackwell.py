@@ -2,8 +2,8 @@
 
 Blocks move as on Hopper (`mosaic_hopper.py`). A warpgroup that computes holds 128 rows. Products are tcgen05's, of
 matrices in shared memory; their results, and all sums, lie in tensor memory (512 columns of 128 rows), from which a
-block of scores comes into registers. Weights go back through shared memory as the left matrix of the next product. While
-one warpgroup computes exponentials, the other's products keep the tensor cores busy.
+block of scores comes into registers. Weights go back through shared memory as the left matrix of the next product.
+While one warpgroup computes exponentials, the other's products keep the tensor cores busy.
 
 Columns: of each worker its sums, and `length` for each of up to two blocks of products. In dk and dv that leaves room
 for one worker.
@@ -58,6 +58,7 @@ class Blackwell(Hopper):
 
     @property
     def layout(self) -> Any:
+        """That of tensor memory's 128 rows, 32 a warp."""
         return self.plgpu.Layout.TCGEN05
 
     def _columns(self, name: str, first: int = 0, count: int | None = None) -> Any:
@@ -81,18 +82,22 @@ class Blackwell(Hopper):
         self.plgpu.commit_tmem()
 
     def product(self, a: Any, b: Any) -> jax.Array:
+        """The float32 product `a b^T`, from tensor memory."""
         self._multiply(self._columns("product"), a, _compat.transposed(b), accumulate=False)
         return self._load(self._columns("product"))
 
     def started(self, start: jax.Array, a: Any, b: Any, axis: int) -> jax.Array:
+        """`a b^T`, and then numbers of rows or columns."""
         product = self.product(a, b)
         return product + self.spread(start, product, axis)
 
     def zeros(self, name: str, size: int) -> Any:
+        """Begins a sum in tensor memory; what loops carry is nothing."""
         self._write(self._columns(f"sum {name}"), self.full((self.rows, size), 0.0))
         return ()
 
     def added(self, name: str, sums: Any, a: jax.Array, b: Any) -> Any:
+        """Adds `a b` to a sum in tensor memory; a goes through shared memory."""
         left = self.own("left")
         left[...] = a
         self.plgpu.commit_smem()
@@ -100,6 +105,7 @@ class Blackwell(Hopper):
         return sums
 
     def shrunk(self, name: str, sums: Any, by: jax.Array) -> Any:
+        """Scales the rows of a sum, some columns at a time."""
         width = self.place[f"sum {name}"].shape[1] // self.made.workers
         for first in range(0, width, PIECE):
             piece = self._columns(f"sum {name}", first, PIECE)
@@ -108,4 +114,5 @@ class Blackwell(Hopper):
         return sums
 
     def summed(self, name: str, sums: Any) -> jax.Array:
+        """A sum from tensor memory."""
         return self._load(self._columns(f"sum {name}"))

@@ -53,10 +53,7 @@ def refusal(target: Target, call: Any) -> str:
         return "the chip is not known; lower under kernels_pallas.abstract_device(kind, platform)."
     engine = engine_of(target)
     if not engine:
-        return (
-            "it needs compute capability 8.0 to 8.9 (mma.sync), 9.0 (wgmma) or 10.0 to 10.3 (tcgen05) and the chip has "
-            f"{target.architecture}."
-        )
+        return f"it needs compute capability 8.0 to 8.9, 9.0 or 10.0 to 10.3 and the chip has {target.architecture}."
     if reason := too_old(target) or _other_host(target):
         return reason
     ops, spec = call.ops, call.spec

@@ -25,7 +25,6 @@ from kernels_pallas.attention.blocks import padded
 from kernels_pallas.attention.mosaic_kernels import Blocks, Engine, Made
 
 
-
 def workers(kernel: str, more: bool) -> int:
     """Returns how many warpgroups compute."""
     del kernel, more
@@ -33,7 +32,7 @@ def workers(kernel: str, more: bool) -> int:
 
 
 def blocks_of(size: int, kernel: str, more: bool) -> Blocks:
-    """Returns the blocks of `kernel` ("forward", "dq" or "dkv") for a head size: the largest tried that do not spill."""
+    """Returns the blocks of `kernel` ("forward", "dq" or "dkv") for a head size: the largest that do not spill."""
     del more  # what spills with a window or a soft cap is refused
     if kernel == "forward":
         return Blocks(128, 3 if size == 64 else 2) if size <= 128 else Blocks(64, 2)
@@ -123,6 +122,7 @@ class Hopper(Engine):
 
     @property
     def layout(self) -> Any:
+        """That of wgmma's sums."""
         return self.plgpu.Layout.WGMMA
 
     def roles(self, move: Callable[[], None], work: Callable[[], None]) -> None:
@@ -141,6 +141,7 @@ class Hopper(Engine):
             move()
 
     def stream(self, first: Any, steps: Any, sources: dict[str, Callable[[Any], Any]]) -> None:
+        """Copies blocks into the ring, each when its buffer was read."""
         stages = self.made.blocks.stages
 
         def turn(i: Any, _: None) -> None:
@@ -156,24 +157,30 @@ class Hopper(Engine):
         lax.fori_loop(0, steps + stages, turn, None)  # the last turns wait until all was read
 
     def wait(self, name: str, step: Any) -> Any:
+        """Returns the buffer of a step once TMA has filled it."""
         slot = lax.rem(step, self.made.blocks.stages)
         self.plgpu.barrier_wait(self.place[f"full {name}"].at[slot])
         return self.place[f"ring {name}"].at[slot]
 
     def free(self, name: str, step: Any) -> None:
+        """Arrives at the barrier that the moving warpgroup waits for."""
         self.plgpu.barrier_arrive(self.place[f"free {name}"].at[lax.rem(step, self.made.blocks.stages)])
 
     def fetch(self, sources: dict[str, Any]) -> None:
+        """Copies this worker's own parts by TMA, and waits for them."""
         ready = self.place["ready"].at[self.worker]
         for name, source in sources.items():
             self.plgpu.copy_gmem_to_smem(source, self.own(name), ready)
         self.plgpu.barrier_wait(ready)
 
     def numbers(self, name: str, axis: int, buffer: Any = None) -> jax.Array:
+        """Reads numbers of rows or columns from shared memory."""
         buffer = self.own(name) if buffer is None else buffer
         return _compat.load_numbers(buffer, self.layout.reduce(axis))
 
     def product(self, a: Any, b: Any) -> jax.Array:
+        """The float32 product `a b^T` by wgmma."""
+
         def compute(sums: Any) -> jax.Array:
             self.plgpu.wgmma(sums, a, _compat.transposed(b))
             self.turn()  # while the tensor core multiplies
@@ -182,30 +189,36 @@ class Hopper(Engine):
         return pl.run_scoped(compute, self.plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     def started(self, start: jax.Array, a: Any, b: Any, axis: int) -> jax.Array:
+        """`a b^T` by wgmma upon numbers of rows or columns."""
         start = lax.broadcast_in_dim(start, (a.shape[0], b.shape[0]), [axis])
         return self.added("", start, a, _compat.transposed(b))
 
     def added(self, name: str, sums: Any, a: Any, b: Any) -> jax.Array:
+        """`sums + a b` by wgmma."""
         if not self.made.interpret:
             return pl.run_state(lambda ref: self.plgpu.wgmma(ref, a, b))(self.plgpu.ACC.init(sums))
         # The interpreter has no accumulators that start from a value, and no operand in registers.
         return sums + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
 
     def store(self, x: jax.Array, buffer: Any, out: Any) -> None:
+        """Writes a matrix of registers by TMA; the copy goes on."""
         buffer[...] = x.astype(self.made.dtype)
         self.plgpu.commit_smem()
         self.plgpu.copy_smem_to_gmem(buffer, out.at[self.batch, pl.ds(self.start, self.rows), self.head])
 
     def store_numbers(self, x: jax.Array, out: Any) -> None:
+        """Writes a number of each row by TMA; the copy goes on."""
         buffer = self.own("lse")
         buffer[...] = x
         self.plgpu.commit_smem()
         self.plgpu.copy_smem_to_gmem(buffer, out.at[self.batch, self.head, pl.ds(self.start, self.rows)])
 
     def finish(self) -> None:
+        """Waits until TMA has written all."""
         self.plgpu.wait_smem_to_gmem(0)
 
     def turn(self, at: str = "") -> None:
+        """Waits for the other worker, where the kernel has turns."""
         if "turns" not in self.place:
             return
         turns = self.place["turns"].at[0]

@@ -6,7 +6,8 @@
 
 One algorithm for all chips; an engine (`mosaic_hopper.py`, `mosaic_ampere.py`, `mosaic_blackwell.py`) says how blocks
 come into shared memory, how two matrices are multiplied, and which thread holds which number. A block of scores is
-`[rows, length]`: the rows of one worker (a warpgroup), the length of the streamed blocks. Exponentials are powers of two.
+`[rows, length]`: the rows of one worker (a warpgroup), the length of the streamed blocks. Exponentials are powers of
+two.
 
 Keys beyond S are hidden; blocks that no row of a tile sees are skipped; blocks that all rows see whole take a loop
 without masks. The longest tiles of a causal mask start first.
@@ -183,6 +184,7 @@ class Engine:
     # What is the same everywhere.
 
     def full(self, shape: tuple[int, ...], value: Any) -> jax.Array:
+        """A matrix or a number of each row, all alike, in registers."""
         layout = self.layout if len(shape) == 2 else self.layout.reduce(1)
         return self.plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
@@ -249,6 +251,7 @@ class Engine:
         return ref.at[self.batch, head, rows] if name in ("lse", "delta") else ref.at[self.batch, rows, head]
 
     def key_rows(self, name: str, start: Any, count: int, head: Any) -> Any:
+        """Rows of an operand by key, `[B, S, K, H]`."""
         return self.refs[name].at[self.batch, pl.ds(start, count), head]
 
 

@@ -111,7 +111,9 @@ def mosaic_cases(chip: str) -> dict[str, tuple[Callable[[Any], Any], Any]]:
         if h not in mosaic_gpu.SIZES[mosaic_gpu.engine_of(target)]:
             continue
         for kind in kinds:
-            wide = h > mosaic_gpu.WIDEST_BACKWARD or (major == 9 and h > mosaic_gpu.NARROW and kind.startswith("window"))
+            wide = h > mosaic_gpu.WIDEST_BACKWARD or (
+                major == 9 and h > mosaic_gpu.NARROW and kind.startswith("window")
+            )
             for gradient in (False,) if wide else (False, True):
                 arrays = arrays_of(*HEADS[kind], h, dtype, OPTIONS[kind])
                 name = f"mosaic_gpu {dtype} {h} {kind}, {'gradient' if gradient else 'forward'}"
