@@ -53,18 +53,27 @@ def mosaic_gpu_assembles_for() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def mosaic_gpu_for(capability: tuple[int, int]) -> Iterator[None]:
+def mosaic_gpu_for(capability: tuple[int, int], shared: int | None = None) -> Iterator[dict[str, int]]:
     """Inside, Mosaic-GPU assembles for that compute capability, whatever the host has; in this process, all threads.
 
-    jax asks the host's device alone: an abstract one has no capability there, and counts as 9.0.
+    jax asks the host's device alone: an abstract one has no capability there, and counts as 9.0. A kernel that takes
+    more than `shared` bytes of shared memory is an error. Yields the bytes that each kernel takes, by its name.
     """
+    from jax.experimental.mosaic.gpu import core as launcher
+
     module = _assembler()
-    kept = module._infer_arch
-    module._infer_arch = lambda: capability
+    kept = module._infer_arch, launcher._launch, launcher._SMEM_SIZE_BOUND
+    taken: dict[str, int] = {}
+
+    def launch(*args: Any, **options: Any) -> Any:  # token, grid, cluster, block, shared memory, semantics, module, ...
+        taken[args[6].operation.attributes["sym_name"].value] = launcher._smem_tree_size(args[4])
+        return kept[1](*args, **options)
+
+    module._infer_arch, launcher._launch, launcher._SMEM_SIZE_BOUND = lambda: capability, launch, shared
     try:
-        yield
+        yield taken
     finally:
-        module._infer_arch = kept
+        module._infer_arch, launcher._launch, launcher._SMEM_SIZE_BOUND = kept
 
 
 def transposed(ref: Any) -> Any:

@@ -138,13 +138,14 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arrays: Any) -> tuple
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays)
     with tempfile.TemporaryDirectory() as dump:
         options: dict[str, str | bool] = {"xla_gpu_cuda_data_dir": str(folder), "xla_dump_to": dump}
-        mosaic = _compat.mosaic_gpu_for(chip.capability)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mosaic, _captured() as said:
+        mosaic = _compat.mosaic_gpu_for(chip.capability, chip.shared)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mosaic as taken, _captured() as said:
             lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
             compiled = lowered.compile(compiler_options=options)
-        return compiled, [*_assembled(Path(dump), folder), *_said_of_mosaic("".join(said))]
+        return compiled, [*_assembled(Path(dump), folder), *_said_of_mosaic("".join(said), taken)]
 
 
+MOSAIC = "_mosaic_gpu_kernel"  # how names of its kernels end
 _LAUNCH = re.compile(r"(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes")
 _ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -177,10 +178,10 @@ def _assembled(dump: Path, folder: Path) -> Iterator[Report]:
             yield Report(name, of, registers, spilled, stack, *launches.get(name, (0, 0)))
 
 
-def _said_of_mosaic(said: str) -> Iterator[Report]:
-    """Mosaic-GPU assembles its kernels itself and prints what ptxas says; shared memory is in no report of it."""
+def _said_of_mosaic(said: str, taken: Mapping[str, int]) -> Iterator[Report]:
+    """Mosaic-GPU assembles its kernels itself and prints what ptxas says; `taken` is their shared memory."""
     for name, target, registers, spilled, stack in parsed(said):
-        yield Report(name, target, registers, spilled, stack, 0, 0)
+        yield Report(name, target, registers, spilled, stack, taken.get(name.removesuffix(MOSAIC), 0), 0)
 
 
 @contextlib.contextmanager

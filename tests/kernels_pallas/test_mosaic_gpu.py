@@ -137,6 +137,21 @@ def test_lowers_for_other_engines(kind: str) -> None:
     assert text.count("mosaic_gpu_v2") >= 3
 
 
+def test_what_a_kernel_takes_of_shared_memory_is_told_and_bounded() -> None:
+    q = typed(1, 256, 2, 64)
+
+    def lower(shared: int) -> dict[str, int]:
+        run = jax.jit(lambda *x: attention(*x, implementation="mosaic_gpu"))
+        with kernels_pallas.abstract_device("NVIDIA H200", "gpu"), _compat.mosaic_gpu_for((9, 0), shared) as taken:
+            run.trace(q, q, q).lower(lowering_platforms=("cuda",))
+        return taken
+
+    queries, blocks = 2 * 64 * 64 * 2, 2 * 3 * 128 * 64 * 2
+    assert queries + blocks <= lower(2**17)["attention_forward"] < queries + blocks + 4096
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        lower(queries + blocks)
+
+
 def test_older_jax_has_hoppers_engine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     q = typed(1, 8, 2, 64)
     call = front._checked(Operands(q, q, q))
