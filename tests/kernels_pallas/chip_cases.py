@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -112,7 +114,9 @@ def row_cases(implementation):
         return norm_quantized(x, w, dtype=jnp.float8_e4m3fn, implementation=implementation)
 
     gradient = jax.grad(product, (0, 1))
-    found = {n: (gradient, ((x, d), (w, d), ((w[0],), "int32")), 3) for n, (x, w, d) in EXPERTS.items()}
+    found: dict[str, tuple[Callable, tuple, int]] = {}
+    for name, (x, w, dtype) in EXPERTS.items():
+        found[name] = gradient, ((x, dtype), (w, dtype), ((w[0],), "int32")), 3
     found["softmax"] = jax.grad(weights), (ROWS, ((3000, 4096), "bool")), 2
     found["norm, int8"] = codes, (ROWS, GAIN), 1
     found["norm, float8"] = floats, (ROWS, GAIN), 1
