@@ -38,9 +38,67 @@ def mosaic_gpu() -> Any:
     return module
 
 
+def _assembler() -> Any:
+    """Returns the module in which Mosaic-GPU asks for which GPU it assembles."""
+    if JAX_VERSION >= (0, 11):
+        from jax.experimental.mosaic.gpu import utils as module
+    else:
+        from jax.experimental.mosaic.gpu import core as module
+    return module
+
+
+def mosaic_gpu_assembles_for() -> tuple[int, int]:
+    """Returns the compute capability for which Mosaic-GPU assembles: the host's GPU, 9.0 where there is none."""
+    return _assembler()._infer_arch()
+
+
+@contextlib.contextmanager
+def mosaic_gpu_for(capability: tuple[int, int], shared: int | None = None) -> Iterator[dict[str, int]]:
+    """Inside, Mosaic-GPU assembles for that compute capability, whatever the host has; in this process, all threads.
+
+    jax asks the host's device alone: an abstract one has no capability there, and counts as 9.0. A kernel that takes
+    more than `shared` bytes of shared memory is an error. Yields the bytes that each kernel takes, by its name.
+    """
+    from jax.experimental.mosaic.gpu import core as launcher
+
+    module = _assembler()
+    kept = module._infer_arch, launcher._launch, launcher._SMEM_SIZE_BOUND
+    taken: dict[str, int] = {}
+
+    def launch(*args: Any, **options: Any) -> Any:  # token, grid, cluster, block, shared memory, semantics, module, ...
+        taken[args[6].operation.attributes["sym_name"].value] = launcher._smem_tree_size(args[4])
+        return kept[1](*args, **options)
+
+    module._infer_arch, launcher._launch, launcher._SMEM_SIZE_BOUND = lambda: capability, launch, shared
+    try:
+        yield taken
+    finally:
+        module._infer_arch, launcher._launch, launcher._SMEM_SIZE_BOUND = kept
+
+
 def transposed(ref: Any) -> Any:
     """Returns a matrix in shared memory as its transpose, for Mosaic-GPU's products."""
     return ref.transpose((1, 0)) if JAX_VERSION >= (0, 11) else mosaic_gpu().transpose_ref(ref, (1, 0))
+
+
+def left_operand(x: jax.Array) -> jax.Array:
+    """Returns a matrix in registers of Mosaic-GPU's WGMMA layout as the left operand of its `mma`.
+
+    Both layouts give a thread the same numbers in the same order; jax knows no cast between them.
+    """
+    from jax.experimental.mosaic import gpu
+
+    plgpu = mosaic_gpu()
+    layout = plgpu.Layout.MMA_LHS(x.dtype)
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
+    def cast(_: Any, given: Any) -> Any:
+        made = layout.to_mgpu()
+        registers = given.registers.reshape(made.registers_shape(given.shape))
+        return gpu.FragmentedArray(_registers=registers, _layout=made, _is_signed=given.is_signed)
+
+    return cast(x)
 
 
 def load_numbers(ref: Any, layout: Any) -> jax.Array:

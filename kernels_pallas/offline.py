@@ -27,6 +27,8 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import _compat
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -73,6 +75,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             "NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912, 167936, 2048, 64, 40 << 20, 80 << 30, 2039 * 10**9, 1.41
         ),
         "A10": Chip("NVIDIA A10", (8, 6), 72, 101376, 102400, 1536, 128, 6 << 20, 24 << 30, 600 * 10**9, 1.695),
+        "L4": Chip("NVIDIA L4", (8, 9), 58, 101376, 102400, 1536, 128, 48 << 20, 24 << 30, 300 * 10**9, 2.04),
         "H100": Chip(
             "NVIDIA H100 80GB HBM3", (9, 0), 132, 232448, 233472, 2048, 128, 50 << 20, 80 << 30, 3352 * 10**9, 1.98
         ),
@@ -135,10 +138,11 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arrays: Any) -> tuple
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arrays)
     with tempfile.TemporaryDirectory() as dump:
         options: dict[str, str | bool] = {"xla_gpu_cuda_data_dir": str(folder), "xla_dump_to": dump}
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _captured() as said:
+        mosaic = _compat.mosaic_gpu_for(chip.capability, chip.shared)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mosaic as taken, _captured() as said:
             lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
             compiled = lowered.compile(compiler_options=options)
-        return compiled, [*_assembled(Path(dump), folder), *_said_of_mosaic("".join(said))]
+        return compiled, [*_assembled(Path(dump), folder), *_said_of_mosaic("".join(said), taken)]
 
 
 # Kinds of TPUs as JAX names them, and a slice of each that libtpu describes.
@@ -184,6 +188,7 @@ def compile_for_tpu(kind: str, function: Callable[..., Any], *arrays: Any) -> An
         return jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
 
 
+MOSAIC = "_mosaic_gpu_kernel"  # how names of its kernels end
 _LAUNCH = re.compile(r"(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes")
 _ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -216,10 +221,10 @@ def _assembled(dump: Path, folder: Path) -> Iterator[Report]:
             yield Report(name, of, registers, spilled, stack, *launches.get(name, (0, 0)))
 
 
-def _said_of_mosaic(said: str) -> Iterator[Report]:
-    """Mosaic-GPU assembles its kernels itself and prints what ptxas says; shared memory is in no report of it."""
+def _said_of_mosaic(said: str, taken: Mapping[str, int]) -> Iterator[Report]:
+    """Mosaic-GPU assembles its kernels itself and prints what ptxas says; `taken` is their shared memory."""
     for name, target, registers, spilled, stack in parsed(said):
-        yield Report(name, target, registers, spilled, stack, 0, 0)
+        yield Report(name, target, registers, spilled, stack, taken.get(name.removesuffix(MOSAIC), 0), 0)
 
 
 @contextlib.contextmanager

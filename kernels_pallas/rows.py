@@ -42,6 +42,7 @@ from kernels_pallas.dispatch import (
 Kind = Literal["row", "column", "number", "sum"]
 WIDEST = 16384  # D of a program that needs whole rows: 64 KB of float32 in registers or VMEM
 WIDEST_SUMS = 8192  # the same of Triton's programs that sum over rows as well: beyond, they spill
+FLOAT8 = 8.9  # compute capability from which Triton converts to float8; before, its compiler ends the process
 PROGRAMS = 256  # of Triton where rows are summed: about two for each multiprocessor of an H100 or A100
 
 
@@ -162,6 +163,9 @@ def triton_refusal(target: Target, call: Call) -> str:
     sums = any(kind == "sum" for kind, _ in call.program.outputs.values())
     if call.program.whole and sums and isinstance(call.rows.shape[1], int) and call.rows.shape[1] > WIDEST_SUMS:
         return f"rows of {call.rows.shape[1]} are longer than {WIDEST_SUMS}, and sums over rows take registers, too."
+    eights = any("float8" in str(dtype) for _, dtype in call.program.outputs.values())
+    if eights and target.platform == "cuda" and target.capability is not None and target.capability < FLOAT8:
+        return f"codes of 8-bit floats need compute capability {FLOAT8} there, and the chip has {target.capability}."
     return _refusal(call, ("float32", "bfloat16", "float16"))
 
 

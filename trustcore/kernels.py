@@ -4,7 +4,7 @@
 >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 128), "bfloat16")
 >>> print(tc.kernels.explain("attention", x, x, x, platform="cuda", architecture="7.5"))
 attention (query bfloat16[1,4096,8,128], key bfloat16[1,4096,8,128], value bfloat16[1,4096,8,128]) on cuda 7.5
-  mosaic_gpu: it needs compute capability 9.0 (Hopper's wgmma) and the chip has 7.5.
+  mosaic_gpu: it needs compute capability 8.0 to 8.9, 9.0 or 10.0 to 10.3 and the chip has 7.5.
   triton: it needs compute capability 8.0 and the chip has 7.5.
   mosaic_tpu: it runs on tpu, not on cuda.
   cudnn: it needs compute capability 8.0 and the chip has 7.5.

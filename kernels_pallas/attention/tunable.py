@@ -27,7 +27,8 @@ GRIDS = {
     "mosaic_tpu": {"queries": (128, 256, 512, 1024), "keys": (128, 256, 512, 1024, 2048)},
     "xla": {"block_q": (64, 128, 256, 512, 1024), "block_k": (128, 256, 512, 1024, 2048)},
 }
-_SOURCES = ("xla", "triton", "mosaic_gpu", "tpu", "blocks", "spec", "front")
+_MOSAIC = tuple(f"mosaic_{name}" for name in ("gpu", "kernels", "ampere", "hopper", "blackwell"))
+_SOURCES = ("xla", "triton", *_MOSAIC, "tpu", "blocks", "spec", "front")
 LARGEST = 2**31  # bytes of scores that the oracle may hold
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -188,7 +189,8 @@ def _constraint(target: Target, known: Facts, given: Values) -> str:
 def _resolved(target: Target, known: Facts, given: Values, *, backward: bool) -> Any:
     call, name = _call(known), given.get("implementation")
     if name == "mosaic_gpu":
-        plain = mosaic_gpu.blocks_of(call, "dq" if backward else "forward")
+        engine = mosaic_gpu.engine_of(target) or "hopper"
+        plain = mosaic_gpu.blocks_of(call, "dq" if backward else "forward", engine)
         return name, given.get("length", plain.length), given.get("stages", plain.stages)
     if name == "xla":
         return name, xla.plan_of(call.ops, target.platform, given)
@@ -204,7 +206,8 @@ def _cost(target: Target, known: Facts, given: Values, *, backward: bool) -> Cos
     size = jnp.dtype(f["dtype"]).itemsize
     groups = f["N"] // f["K"]
     if name == "mosaic_gpu":
-        queries, keys = mosaic_gpu.WORKERS * mosaic_gpu.ROWS, min(given.get("length", 128), f["S"])
+        queries = mosaic_gpu.tile_of(target, _call(known), "dq" if backward else "forward")
+        keys = min(given.get("length", 128), f["S"])
     elif name == "xla":
         plan = xla.plan_of(_call(known).ops, target.platform, given)
         queries, keys = plan.block_q, plan.block_k

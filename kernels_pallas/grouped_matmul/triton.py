@@ -139,7 +139,7 @@ def sums(target: Target, call: Any, interpret: bool, blocks: Blocks | None = Non
             return total + _dot(left, right, (0, 0))
 
         total = jnp.zeros((blocks.deep, blocks.wide), jnp.float32)
-        total = jax.lax.fori_loop(0, pl.cdiv(size, blocks.rows), step, total)
+        total = jax.lax.fori_loop(jnp.int32(0), pl.cdiv(size, jnp.int32(blocks.rows)), step, total)
         place = d.at[s, pl.ds(i, blocks.deep), pl.ds(j, blocks.wide)]
         triton.store(place, total.astype(d.dtype), mask=deep[:, None] & wide[None, :])
 

@@ -1,9 +1,20 @@
-"""Cases of decode attention and of packed products, to be compiled for chips that are not here."""
+"""Cases of decode attention, products and ops over rows, to be compiled for chips that are not here."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
 from kernels_pallas.decode import decode_attention
+from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.norm import norm_quantized
 from kernels_pallas.packed import Layout, Plane, packed_matmul
+from kernels_pallas.rope import rope
+from kernels_pallas.selective_scan import selective_scan
+from kernels_pallas.softmax import softmax
 
 # B, T, N, K, H, S, kind of the cache, its page or None, dtype of queries; the options that follow are added
 DECODING: dict[str, tuple] = {
@@ -76,3 +87,66 @@ def more_cases(implementation):
     """Every case by name: a function of arrays by name, and the shapes and dtypes of these."""
     found = {name: decoding(implementation, *case) for name, case in DECODING.items()}
     return found | {name: product(implementation, *case) for name, case in PRODUCTS.items()}
+
+
+ROWS, GAIN = ((3000, 4096), "bfloat16"), ((4096,), "bfloat16")
+EXPERTS = {
+    "experts": ((4096, 4096), (8, 4096, 14336), "bfloat16"),
+    "small experts": ((8192, 2048), (128, 2048, 768), "bfloat16"),
+    "one token": ((2, 4096), (8, 4096, 14336), "bfloat16"),
+    "float32, tails": ((1000, 200), (5, 200, 300), "float32"),
+}
+# B, T, I, S, dtype
+SCANS = {
+    "scan": (2, 700, 1536, 16, "bfloat16"),
+    "scan of 64": (2, 700, 1000, 64, "bfloat16"),
+    "scan, tails": (1, 1000, 1000, 20, "float32"),
+    "scan, large states": (1, 2048, 5120, 128, "bfloat16"),
+}
+# shape of x, its dtype, channels that turn, and whether pairs are neighbours
+TURNS = {
+    "rope": ((2, 4096, 32, 128), "bfloat16", 128, False),
+    "rope of a part, interleaved": ((3, 700, 3, 256), "float32", 96, True),
+}
+
+
+def row_cases(implementation):
+    """Cases of grouped products, scans, rotary positions, softmax and norms with codes: a function, its operands' types, its kernels' number."""
+
+    def total(y):
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    def product(x, w, sizes):
+        return total(grouped_matmul(x, w, sizes, implementation=implementation))
+
+    def weights(x, mask):
+        return total(softmax(x, mask, implementation=implementation))
+
+    def codes(x, w):
+        return norm_quantized(x, w, residual=x, implementation=implementation)
+
+    def floats(x, w):
+        return norm_quantized(x, w, dtype=jnp.float8_e4m3fn, implementation=implementation)
+
+    def scanned(*arrays):
+        return sum(map(total, selective_scan(*arrays, implementation=implementation)))
+
+    def unturned(turn, dy, cos, sin):
+        return jax.vjp(lambda x: turn(x, cos, sin), jnp.zeros_like(dy))[1](dy)[0]
+
+    gradient = jax.grad(product, (0, 1))
+    found: dict[str, tuple[Callable, tuple, int]] = {}
+    for name, (x, w, dtype) in EXPERTS.items():
+        found[name] = gradient, ((x, dtype), (w, dtype), ((w[0],), "int32")), 3
+    for name, (b, t, i, s, dtype) in SCANS.items():
+        tokens, numbers = ((b, t, i), dtype), ((b, t, s), dtype)
+        found[name] = jax.grad(scanned, (0, 1, 2, 3, 4)), (tokens, tokens, ((i, s), "float32"), numbers, numbers), 2
+    for name, (shape, dtype, size, interleaved) in TURNS.items():
+        angles = ((1 if shape[0] == 2 else shape[0], shape[1], size // 2), "float32")
+        turn = functools.partial(rope, interleaved=interleaved, implementation=implementation)
+        found[name] = turn, ((shape, dtype), angles, angles), 1
+        found[f"{name}, backward"] = functools.partial(unturned, turn), ((shape, dtype), angles, angles), 1
+    found["softmax"] = jax.grad(weights), (ROWS, ((3000, 4096), "bool")), 2
+    found["norm, int8"] = codes, (ROWS, GAIN), 1
+    found["norm, float8"] = floats, (ROWS, GAIN), 1
+    return found

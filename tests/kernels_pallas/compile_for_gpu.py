@@ -1,6 +1,6 @@
 """Compiles the kernels for a GPU that is not here, and writes what the assembler says as JSON lines.
 
-    python tests/kernels_pallas/compile_for_gpu.py A100|A10|H100|B200 [CASE ...]
+    python tests/kernels_pallas/compile_for_gpu.py A100|A10|L4|H100|B200 [BEGINNING OF A CASE'S NAME ...]
     python tests/kernels_pallas/compile_for_gpu.py --table FILE ...      # the lines of files as a table in Markdown
 
 A line of an outcome has the chip, the case, `ok`, and either the kernels with their registers, spilled bytes and shared
@@ -10,7 +10,6 @@ memory, or the error's first lines. A compiler that fails hard ends the process:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -22,16 +21,13 @@ os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1")
 
 import jax
 import jax.numpy as jnp
-from chip_cases import more_cases
+from chip_cases import more_cases, row_cases
 
 from kernels_pallas import offline
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import attention, mosaic_gpu
+from kernels_pallas.dispatch import Target
 from kernels_pallas.glu import bias_activation, glu
-from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.norm import layer_norm, rms_norm
-from kernels_pallas.rope import rope
-from kernels_pallas.selective_scan import selective_scan
-from kernels_pallas.softmax import softmax
 
 # how names of our kernels begin
 OURS = (
@@ -74,8 +70,8 @@ def attend(implementation: str, options: dict[str, Any], *, gradient: bool) -> C
     return backward if gradient else forward
 
 
-def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
-    """Every case: a function, and the types of its operands as one tree."""
+def cases(chip: str) -> dict[str, tuple[Callable[[Any], Any], Any]]:
+    """Every case of a chip: a function, and the types of its operands as one tree."""
     found: dict[str, tuple[Callable[[Any], Any], Any]] = {}
     for dtype in ("bfloat16", "float32"):
         for h in (32, 64, 128, 256):
@@ -94,57 +90,43 @@ def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
                 (bias_activation, (x, w)),
             ):
                 found[f"triton {dtype} {d} {op.__name__}"] = over_rows(op), arrays
-    for h in (64, 128, 192, 256):
-        for kind, heads in HEADS.items():
-            backward = h == 64 or (h == 128 and kind != "window, soft cap")
-            for gradient in (False, True) if backward else (False,):
-                arrays = arrays_of(*heads, h, "bfloat16", OPTIONS[kind])
-                name = f"mosaic_gpu bfloat16 {h} {kind}, {'gradient' if gradient else 'forward'}"
-                found[name] = attend("mosaic_gpu", OPTIONS[kind], gradient=gradient), arrays
-    found |= further()
+    found |= mosaic_cases(chip)
     for name, (function, shapes) in more_cases("triton").items():
         arrays = {x: jax.ShapeDtypeStruct(*v) for x, v in shapes.items()}
         dtype = arrays["query" if "query" in arrays else "x"].dtype
         found[f"triton {dtype} {name}"] = function, arrays
+    for name, (function, types, _) in row_cases("triton").items():
+        if name == "norm, float8" and offline.CHIPS[chip].capability < (8, 9):
+            continue  # refused there
+        arrays = tuple(jax.ShapeDtypeStruct(*t) for t in types)
+        found[f"triton {arrays[0].dtype} {name}"] = over_operands(function), arrays
     return found
 
 
-def further() -> dict[str, tuple[Callable[[Any], Any], Any]]:
-    """Softmax, grouped products, the selective scan and rotary positions, with their gradients."""
-    found: dict[str, tuple[Callable[[Any], Any], Any]] = {}
-
-    def typed(*types: Any) -> tuple[Any, ...]:
-        return tuple(jax.ShapeDtypeStruct(*t) for t in types)
-
-    def product(x: Any, w: Any, sizes: Any) -> Any:
-        return grouped_matmul(x, w, sizes, implementation="triton")
-
-    for dtype in ("bfloat16", "float32"):
-        x, mask = ((2048, 4096), dtype), ((2048, 4096), "bool")
-        found[f"triton {dtype} softmax"] = pulled(lambda x, m: softmax(x, m, implementation="triton")), typed(x, mask)
-        for groups, k, n in ((8, 2048, 4096), (64, 1024, 768)):
-            types = typed(((4096, k), dtype), ((groups, k, n), dtype), ((groups,), "int32"))
-            found[f"triton {dtype} {groups} experts"] = pulled(product, 2), types
-        for size, inner in ((16, 1536), (64, 1000), (128, 5120)):
-            tokens, numbers = ((2, 700, inner), dtype), ((2, 700, size), dtype)
-            types = typed(tokens, tokens, ((inner, size), "float32"), numbers, numbers)
-            scan = functools.partial(selective_scan, implementation="triton")
-            found[f"triton {dtype} scan of {size}"] = pulled(scan, 5), types
-        for heads, size, turned, interleaved in ((32, 128, 128, False), (7, 80, 40, True)):
-            turn = functools.partial(rope, interleaved=interleaved, implementation="triton")
-            types = typed(((2, 1000, heads, size), dtype), *(((1, 1000, turned // 2), "float32"),) * 2)
-            found[f"triton {dtype} rope of {turned}"] = pulled(turn), types
+def mosaic_cases(chip: str) -> dict[str, tuple[Callable[[Any], Any], Any]]:
+    """Mosaic-GPU's attention, where this jax has it for the chip: each case that it does not refuse."""
+    major, minor = offline.CHIPS[chip].capability
+    target, found = Target("cuda", f"{major}.{minor}"), {}
+    if mosaic_gpu.too_old(target):
+        return found
+    for dtype, h, kinds in (("bfloat16", 64, HEADS), ("bfloat16", 128, HEADS), ("float16", 128, ("causal",)),
+                            ("bfloat16", 192, HEADS), ("bfloat16", 256, HEADS)):  # fmt: skip
+        if h not in mosaic_gpu.SIZES[mosaic_gpu.engine_of(target)]:
+            continue
+        for kind in kinds:
+            wide = h > mosaic_gpu.WIDEST_BACKWARD or (
+                major == 9 and h > mosaic_gpu.NARROW and kind.startswith("window")
+            )
+            for gradient in (False,) if wide else (False, True):
+                arrays = arrays_of(*HEADS[kind], h, dtype, OPTIONS[kind])
+                name = f"mosaic_gpu {dtype} {h} {kind}, {'gradient' if gradient else 'forward'}"
+                found[name] = attend("mosaic_gpu", OPTIONS[kind], gradient=gradient), arrays
     return found
 
 
-def pulled(function: Callable[..., Any], count: int = 1) -> Callable[[Any], Any]:
-    """The function and its gradient in the first operands."""
-
-    def both(arrays: Any) -> Any:
-        y, pull = jax.vjp(lambda *smooth: function(*smooth, *arrays[count:]), *arrays[:count])
-        return y, pull(jax.tree.map(lambda z: jnp.sin(z.astype(jnp.float32)).astype(z.dtype), y))
-
-    return both
+def over_operands(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A function of operands as one of their tuple."""
+    return lambda arrays: function(*arrays)
 
 
 def over_rows(op: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -161,9 +143,10 @@ def over_rows(op: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def main(chip: str, names: list[str]) -> None:
-    """Compiles the cases for one chip; Mosaic's for Hopper alone."""
-    for name, (function, arrays) in cases().items():
-        if (names and name not in names) or (chip != "H100" and name.startswith("mosaic_gpu")):
+    """Compiles the cases for one chip; on an L4, which takes an A10's tiles of Triton, Mosaic's alone."""
+    begins = tuple(names) or (("mosaic_gpu",) if chip == "L4" else ("",))
+    for name, (function, arrays) in cases(chip).items():
+        if not name.startswith(begins):
             continue
         found: dict[str, Any] = {"chip": chip, "case": name, "ok": True}
         try:

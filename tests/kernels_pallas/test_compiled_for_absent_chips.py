@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels_pallas import _compat
+
 ROOT = Path(__file__).parents[2]
 PLACE = os.environ.get("TRUSTCORE_LIBTPU", "")
 CUDA = os.environ.get("TRUSTCORE_CUDA", "")
@@ -23,7 +25,7 @@ def compiled(script: str, place: str, chip: str, *cases: str) -> list[dict]:
     paths = os.pathsep.join([str(ROOT), *([place] if place else [])])
     command = [sys.executable, str(Path(__file__).with_name(f"compile_{script}.py")), chip, *cases]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "PYTHONPATH": paths}, check=False
+        command, capture_output=True, text=True, timeout=3600, env={**os.environ, "PYTHONPATH": paths}, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -60,12 +62,14 @@ def test_grouped_products_scans_rope_and_ops_over_rows_for_tpus(topology: str) -
 @pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.skipif(not CUDA and importlib.util.find_spec("nvidia") is None, reason="needs CUDA's compiler: make aot")
-@pytest.mark.parametrize("chip", ["A100", "A10", "H100", "B200"])
+@pytest.mark.parametrize("chip", ["A100", "A10", "L4", "H100", "B200"])
 def test_kernels_for_gpus(chip: str) -> None:
     """Every kernel is assembled and fits; one that spills registers to memory fails."""
+    if chip == "L4" and _compat.JAX_VERSION < (0, 11):
+        pytest.skip("for an L4 there are Mosaic-GPU's cases alone, which jax 0.10 has not")
     found = compiled("for_gpu", CUDA, chip)
     assert [line for line in found if not line["ok"]] == []
-    assert len(found) > 50 and all(line["kernels"] for line in found)
+    assert len(found) > (10 if chip == "L4" else 100) and all(line["kernels"] for line in found)
     spilled = {
         (line["case"], kernel["kernel"]): kernel["spilled"]
         for line in found

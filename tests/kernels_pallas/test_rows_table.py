@@ -35,9 +35,11 @@ from kernels_pallas.norm import (
     layer_norm_oracle,
     norm_quantized,
     norm_quantized_oracle,
+    quantized,
     rms_norm,
     rms_norm_oracle,
 )
+from kernels_pallas.norm import front as norm_front
 from kernels_pallas.softmax import SOFTMAX, softmax, softmax_oracle
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_tpu")
@@ -267,6 +269,18 @@ def test_norms_with_codes_for_output(dtype: str, implementation: str, small_tile
         assert np.all(np.abs(codes - truth) <= step) and np.mean(codes != truth) < 0.01
         assert centre or not codes[1, 3].any()
         np.testing.assert_array_equal(found[2].astype(np.float32), expected[2].astype(np.float32))
+
+
+def test_codes_of_8_bit_floats_are_refused_where_triton_cannot_convert() -> None:
+    """Its compiler would end the process."""
+    x = jax.ShapeDtypeStruct((8, 1000), "bfloat16")
+    for dtype in ("int8", "float8_e4m3fn"):
+        spec = quantized.Spec(norm_front.Spec(False, 1e-6, 0.0), dtype)
+        for architecture in ("8.0", "8.6", "8.9", "9.0"):
+            found = quantized.NORM_QUANTIZED.explain(spec, {"x": x}, "cuda", architecture)
+            able = dtype == "int8" or architecture in ("8.9", "9.0")
+            assert found.taken == ("triton" if able else "xla"), found
+            assert able or "codes of 8-bit floats need compute capability 8.9" in str(found)
 
 
 def test_norms_with_codes_lower_and_refuse_gradients() -> None:
