@@ -6,6 +6,7 @@ where they are asked for alone. The choice among implementations is `dispatch.py
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, cast
 
@@ -15,12 +16,14 @@ from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas import _compat
 from kernels_pallas.attention import cudnn, mosaic_gpu, tpu, triton, xla
+from kernels_pallas.attention.block_mask import BlockMask, checked
 from kernels_pallas.attention.facts import facts, tuned
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
 from kernels_pallas.attention.spec import Operands, Spec
 from kernels_pallas.dispatch import Explanation, Implementation, ImplementationError, Op, Target, primitive
 
 _BY_BATCH = ("query", "key", "value", "query_positions", "key_positions", "query_segments", "key_segments")
+_BROADCAST = ("mask", "bias", "block_counts", "block_indices")  # whose batch may be 1
 _ROWS = ("lse", "delta", "cotangent")
 _SMOOTH = ("query", "key", "value", "bias", "slopes", "relative", "sinks")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -51,6 +54,7 @@ def attention(
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
     mask: jax.Array | None = None,
+    block_mask: BlockMask | None = None,
     bias: jax.Array | None = None,
     slopes: jax.Array | None = None,
     relative: jax.Array | None = None,
@@ -77,6 +81,7 @@ def attention(
         query, key, value: float16, bfloat16, float32 or float64, all of one dtype.
         query_positions, key_positions, query_segments, key_segments: see `attention_oracle`, as are those that follow.
         mask, bias, slopes, relative, sinks: arrays.
+        block_mask: a `BlockMask`: blocks that it does not list are not computed.
         causal, window, scale, soft_cap, dropout: static.
         dropout_key: a key of `jax.random`.
         return_lse: the pair of output and log-sum-exp, `[B, N, T]`.
@@ -93,7 +98,7 @@ def attention(
             query, key, value, query_positions, key_positions, query_segments, key_segments, mask, bias, slopes,
             relative, sinks, dropout_seed(dropout_key) if dropout else None,
         ),
-        causal=causal, window=window, scale=scale, soft_cap=soft_cap, dropout=dropout,
+        causal=causal, window=window, scale=scale, soft_cap=soft_cap, dropout=dropout, block_mask=block_mask,
     )  # fmt: skip
     ATTENTION.check(call, implementation, interpret)
     fields = call.ops._asdict()
@@ -119,7 +124,9 @@ def explain(
     if platform is None:
         platform = _compat.default_platform()
     architecture = architecture or _compat.device_kind(platform)
-    static = {n: options.pop(n) for n in ("causal", "window", "scale", "soft_cap", "dropout") if n in options}
+    static = {
+        n: options.pop(n) for n in ("causal", "window", "scale", "soft_cap", "dropout", "block_mask") if n in options
+    }
     if static.get("dropout"):
         options.pop("dropout_key", None)
         options["seed"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -135,6 +142,7 @@ def _checked(
     scale: float | None = None,
     soft_cap: float | None = None,
     dropout: float = 0.0,
+    block_mask: BlockMask | None = None,
 ) -> Call:
     query, key, value = ops[:3]
     shapes = f"query [B, T, N, H] {list(query.shape)}"
@@ -196,6 +204,10 @@ def _checked(
         raise ValueError(f"attention: window is {window}; as a number it counts at least the query itself, 1.")
     factor = size**-0.5 if scale is None else float(scale)
     spec = Spec(factor, left, right, None if soft_cap is None else float(soft_cap), float(dropout))
+    if block_mask is not None:
+        counts, indices = checked(block_mask, batch, heads, length, span)
+        spec = dataclasses.replace(spec, blocks=(block_mask.block_q, block_mask.block_k))
+        ops = ops._replace(block_counts=counts, block_indices=indices)
     return Call(spec, ops)
 
 
@@ -253,10 +265,10 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
         return results, [0] * len(results)
 
     def folded(name: str, x: jax.Array) -> jax.Array:
-        if name not in (*_BY_BATCH, *_ROWS, "mask", "bias"):
+        if name not in (*_BY_BATCH, *_ROWS, *_BROADCAST):
             return x
         if mapped[name] is None:
-            if x.shape[0] != batch or (batch == 1 and name in ("mask", "bias")):
+            if x.shape[0] != batch or (batch == 1 and name in _BROADCAST):
                 return x
             x = jnp.broadcast_to(x[None], (count, *x.shape))
         elif x.shape[1] != batch:
@@ -268,12 +280,12 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
 
 
 def _xla_forward(target: Target, call: Call, interpret: bool) -> Any:
-    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "forward", "xla"))
+    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "forward", "xla"), call.spec.blocks)
     return xla.forward(call.spec, call.ops, platform=target.platform, plan=plan)
 
 
 def _xla_backward(target: Target, call: Call, interpret: bool) -> Any:
-    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "backward", "xla"))
+    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "backward", "xla"), call.spec.blocks)
     made = call.lse, call.delta, call.cotangent
     return xla.backward(call.spec, call.ops, *made, wanted=call.wanted, platform=target.platform, plan=plan)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.block_mask import BlockMask
 from kernels_pallas.attention.spec import Spec, kept, row_numbers
 
 
@@ -20,6 +21,7 @@ def attention_oracle(
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
     mask: jax.Array | None = None,
+    block_mask: BlockMask | None = None,
     bias: jax.Array | None = None,
     slopes: jax.Array | None = None,
     relative: jax.Array | None = None,
@@ -46,6 +48,7 @@ def attention_oracle(
         key_positions: int `[B, S]`; None: 0 .. S - 1. A negative position is never visible.
         query_segments, key_segments: int `[B, T]` and `[B, S]`: a query sees the keys of its own segment; None: of all.
         mask: bool, `[B, N, T, S]`, each but the last axis may be 1: True where a key is visible; None: everywhere.
+        block_mask: lists of the blocks of keys that each block of queries sees; None: all.
         bias: of the scores, of a shape like the mask's; None adds nothing.
         slopes: `[N]`, of ALiBi (Press et al., arXiv 2108.12409); None: scores do not depend on the distance.
         relative: `[N, 2 R + 1]`, added by distance from -R to R; beyond, the ends count. None adds nothing.
@@ -76,6 +79,8 @@ def attention_oracle(
     if query_segments is not None and key_segments is not None:
         visible = visible & (query_segments[:, :, None] == key_segments[:, None, :])
     visible = visible[:, None] if mask is None else visible[:, None] & mask
+    if block_mask is not None:
+        visible = visible & block_mask.elementwise(length, span)
 
     groups = heads // kv_heads
     q = query.astype(jnp.float32)

@@ -30,6 +30,7 @@ class Spec:
     right: int | None = None
     soft_cap: float | None = None
     dropout: float = 0.0
+    blocks: tuple[int, int] | None = None  # queries and keys of a block of the block mask
 
 
 class Operands(NamedTuple):
@@ -48,6 +49,8 @@ class Operands(NamedTuple):
     relative: jax.Array | None = None  # [N, 2 R + 1]
     sinks: jax.Array | None = None  # [N]
     seed: jax.Array | None = None  # uint32 [2], of the dropout
+    block_counts: jax.Array | None = None  # int32 [B0, N0, Tb], see block_mask.py
+    block_indices: jax.Array | None = None  # int32 [B0, N0, Tb, M]
 
 
 def masked_bias(ops: Operands) -> jax.Array | None:

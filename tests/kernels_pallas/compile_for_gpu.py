@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from chip_cases import more_cases
 
 from kernels_pallas import offline
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import BlockMask, attention
 from kernels_pallas.glu import bias_activation, glu
 from kernels_pallas.norm import layer_norm, rms_norm
 
@@ -60,7 +60,7 @@ def attend(implementation: str, options: dict[str, Any], *, gradient: bool) -> C
             out, lse = forward({**arrays, **part})
             return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
 
-        smooth = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        smooth = {n: x for n, x in arrays.items() if n != "block_mask" and jnp.issubdtype(x.dtype, jnp.floating)}
         return jax.grad(loss)(smooth)
 
     return backward if gradient else forward
@@ -77,6 +77,12 @@ def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
         for h in (64, 128):
             arrays = arrays_of(2, 700, 4, 2, h, dtype, EVERYTHING)
             found[f"triton {dtype} {h} everything"] = attend("triton", EVERYTHING, gradient=True), arrays
+            for by in ((1, 1), (2, 4)):
+                mask = BlockMask(128, 128, *(jax.ShapeDtypeStruct((*by, 6, *m), _INT) for m in ((), (4,))))
+                arrays = arrays_of(2, 700, 4, 2, h, dtype, {}) | {"block_mask": mask}
+                found[f"triton {dtype} {h} blocks{' by head' if by[1] > 1 else ''}"] = (
+                    attend("triton", {}, gradient=True), arrays,
+                )  # fmt: skip
         for d in (1000, 4096, 8192):
             x, w = jax.ShapeDtypeStruct((2048, d), dtype), jax.ShapeDtypeStruct((d,), dtype)
             for op, arrays in (

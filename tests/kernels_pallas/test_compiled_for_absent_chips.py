@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLACE = os.environ.get("TRUSTCORE_LIBTPU", "")
 CUDA = os.environ.get("TRUSTCORE_CUDA", "")
-CASES = 9  # of attention, forward and with its gradient
+CASES = 11  # of attention, forward and with its gradient
 FORWARD = 7 + 4 * 9  # of decode attention and of packed products
 SPILLS = {"bfloat16": 0, "float32": 128}  # bytes; float32's products are not what these kernels are for
 
