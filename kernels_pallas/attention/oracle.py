@@ -32,6 +32,9 @@ def attention_oracle(
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    query_scale: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Returns attention outputs `[B, T, N, Hv]` in float32.
@@ -60,6 +63,8 @@ def attention_oracle(
         soft_cap: None applies none.
         dropout: share of the weights that is dropped, after the softmax; what is kept is divided by `1 - dropout`.
         dropout_key: of `jax.random`, says which.
+        query_scale, key_scale, value_scale: float32 scales of float8 codes, `[]`, or `[B, N]` and `[B, K]`, where each
+            axis may be 1: a number is code * scale. None: 1.
         return_lse: returns the pair of output and log-sum-exp of the scores (and sink), float32 `[B, N, T]`, as well;
             -inf where nothing is seen.
 
@@ -83,9 +88,9 @@ def attention_oracle(
         visible = visible & block_mask.elementwise(length, span)
 
     groups = heads // kv_heads
-    q = query.astype(jnp.float32)
-    k = jnp.repeat(key.astype(jnp.float32), groups, axis=2)
-    v = jnp.repeat(value.astype(jnp.float32), groups, axis=2)
+    q = scaled(query, query_scale)
+    k = jnp.repeat(scaled(key, key_scale), groups, axis=2)
+    v = jnp.repeat(scaled(value, value_scale), groups, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * (size**-0.5 if scale is None else scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -115,6 +120,14 @@ def attention_oracle(
         return out
     lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
     return out, lse[..., 0]
+
+
+def scaled(codes: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Returns the numbers `[B, T, N, H]` of codes with scales by row and head, float32."""
+    x = codes.astype(jnp.float32)
+    if scale is None:
+        return x
+    return x * (scale.reshape(1, 1, 1, 1) if scale.ndim == 0 else scale[:, None, :, None])
 
 
 def dropout_weights(

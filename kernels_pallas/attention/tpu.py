@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import block_mask
+from kernels_pallas.attention import spec as float8
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
 from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
@@ -63,8 +64,8 @@ def refusal(target: Target, call: Any) -> str:
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
     if reason := no_sizes(sizes):
         return reason
-    if ops.query.dtype.name not in ("float32", "bfloat16"):
-        return f"it takes float32 and bfloat16, not {ops.query.dtype}."
+    if ops.query.dtype.name not in ("float32", "bfloat16", *float8.FLOAT8):
+        return f"it takes float32, bfloat16 and float8, not {ops.query.dtype}."
     widest = max(ops.query.shape[3], ops.value.shape[3])
     if widest > LARGEST:
         return f"head size {widest} is above {LARGEST}."
@@ -75,7 +76,8 @@ def refusal(target: Target, call: Any) -> str:
 
 def _no_lists(call: Any) -> str:
     ops, lengths = call.ops, (call.ops.query.shape[1], call.ops.key.shape[1])
-    for name, block, length, unit in zip(("queries", "keys"), call.spec.blocks, lengths, TILE, strict=True):
+    tile = (2 * TILE[0], TILE[1]) if ops.query.dtype.itemsize == 1 else TILE
+    for name, block, length, unit in zip(("queries", "keys"), call.spec.blocks, lengths, tile, strict=True):
         if block < length and block % unit:
             return f"blocks of {block} {name} in the block mask are no multiple of {unit}."
     direction = "forward" if call.cotangent is None else "backward"
@@ -129,7 +131,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
     batch, length, heads, _ = ops.query.shape
     value_size = ops.value.shape[3]
     shapes = [
-        jax.ShapeDtypeStruct((batch, heads, length, value_size), ops.query.dtype),
+        jax.ShapeDtypeStruct((batch, heads, length, value_size), float8.working_dtype(ops)),
         jax.ShapeDtypeStruct((batch, heads, length, 1), jnp.float32),
     ]
     rows = made.blocks.queries
@@ -274,6 +276,8 @@ class _Made:
         bias = masked_bias(ops)
         if bias is not None:
             self.add("bias", bias, "bias")
+        for name, x in zip(("factor", "value_factor"), float8.factors(ops) or (), strict=False):
+            self.add(name, x.reshape(-1), "scalars")
         for name in ("slopes", "sinks"):
             if arrays[name] is not None:
                 self.add(name, arrays[name].astype(jnp.float32), "scalars")
@@ -320,7 +324,7 @@ class _Step:
 
     def __init__(self, made: _Made, refs: dict[str, Any], begins: Any, ends: Any) -> None:
         self.made, self.refs = made, refs
-        self.spec, self.dtype = made.call.spec, made.call.ops.query.dtype
+        self.spec, self.dtype = made.call.spec, float8.working_dtype(made.call.ops)
         ids = [pl.program_id(i) for i in range(5 if made.of_keys else 4)]
         self.batch, self.turn = ids[0], ids[-1]
         self.visible, moving = made.visit(ids, begins, ends)
@@ -340,11 +344,20 @@ class _Step:
 
     def rows(self, name: str) -> jax.Array:
         """Of queries, `[Q, H]` or `[Q, 1]`."""
-        return self.ended(self.refs[name][...], self.query, self.made.length, self.made.blocks.queries)
+        return self.ended(self.numbers(name), self.query, self.made.length, self.made.blocks.queries)
 
     def columns(self, name: str) -> jax.Array:
         """Of keys, `[C, H]`."""
-        return self.ended(self.refs[name][...], self.key_rows, self.made.span, self.made.blocks.keys)
+        return self.ended(self.numbers(name), self.key_rows, self.made.span, self.made.blocks.keys)
+
+    def numbers(self, name: str) -> jax.Array:
+        """What a block holds; float8 codes become bfloat16, exactly."""
+        x = self.refs[name][...]
+        return x.astype(self.dtype) if x.dtype.itemsize == 1 else x
+
+    def factor(self, name: str, x: jax.Array) -> jax.Array:
+        """x times what goes with float8 codes, "factor" or "value_factor"; as it is for other operands."""
+        return x * self.refs[name][self.batch * self.made.heads + self.head] if name in self.refs else x
 
     def ended(self, x: jax.Array, number: jax.Array, end: int, block: int) -> jax.Array:
         return x if end % block == 0 else jnp.where(number < end, x, jnp.zeros((), x.dtype))
@@ -407,7 +420,8 @@ def _forward_kernel(step: _Step, out_ref: Any, lse_ref: Any, out: Any, top: Any,
     @pl.when(step.visible)
     def _tile() -> None:
         v = step.columns("value")
-        scores, _, _, keep = step.scores(step.dot(step.rows("query"), step.columns("key"), (1, 1)))
+        product = step.dot(step.rows("query"), step.columns("key"), (1, 1))
+        scores, _, _, keep = step.scores(step.factor("factor", product))
         higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
         floor = jnp.maximum(higher, NOTHING)
         weights = jnp.exp(scores - floor)
@@ -421,7 +435,7 @@ def _forward_kernel(step: _Step, out_ref: Any, lse_ref: Any, out: Any, top: Any,
     def _end() -> None:
         some = total[...] > 0
         sums = jnp.where(some, total[...], 1.0)
-        out_ref[...] = (out[...] / sums).astype(out_ref.dtype)
+        out_ref[...] = step.factor("value_factor", out[...] / sums).astype(out_ref.dtype)
         lse_ref[...] = jnp.where(some, top[...] + jnp.log(sums), -jnp.inf)
 
 

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
 from kernels_pallas.attention import block_mask
+from kernels_pallas.attention import spec as float8
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
 from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
@@ -43,6 +44,7 @@ from kernels_pallas.attention.spec import (
 from kernels_pallas.dispatch import Target, no_sizes, no_triton
 
 SIZES = (1, 256)  # head sizes
+FLOAT8 = 8.9  # compute capability from which there are products of float8
 SMALLEST = 16  # rows and columns of a tile, as Triton's products want them
 
 
@@ -64,8 +66,8 @@ def refusal(target: Target, call: Any) -> str:
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
     if reason := no_sizes(sizes):
         return reason
-    if ops.query.dtype.name not in ("float32", "bfloat16", "float16"):
-        return f"it takes float32, bfloat16 and float16, not {ops.query.dtype}."
+    if reason := _no_dtype(target, call):
+        return reason
     widest = max(ops.query.shape[3], ops.value.shape[3])
     if widest > SIZES[1]:
         return f"head size {widest} is above {SIZES[1]}."
@@ -78,10 +80,23 @@ def refusal(target: Target, call: Any) -> str:
     return ""
 
 
+def _no_dtype(target: Target, call: Any) -> str:
+    dtype, size = call.ops.query.dtype, call.ops.query.shape[3]
+    if dtype.name not in float8.FLOAT8:
+        known = dtype.name in ("float32", "bfloat16", "float16")
+        return "" if known else f"it takes float32, bfloat16, float16 and float8, not {dtype}."
+    if target.platform == "rocm":
+        return f"it has no products of {dtype} on AMD's chips."
+    if target.capability is not None and target.capability < FLOAT8:
+        return f"products of float8 need compute capability {FLOAT8} and the chip has {target.capability}."
+    return "" if size > 16 else f"head size {size} is below the 17 that products of float8 want."
+
+
 # (queries, keys) of a tile by direction, bytes of an operand's number and filled-up head size, for eight warps: the
 # largest of those tried that do not spill (float32: up to 128 bytes) and fit a block's shared memory, as assembled for
 # A100, A10, H100 and B200. Chips that are not ROOMY take the second pair.
 _TILES = {
+    ("forward", 1): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
     ("forward", 2): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
     ("forward", 4): {32: ((64, 64), (64, 64)), 64: ((64, 32), (64, 32)), 256: ((16, 32), (16, 32))},
     ("backward", 2): {
@@ -142,7 +157,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
     operands.add_runs(transposed=False)
     value_size = call.ops.value.shape[3]
     shapes = [
-        jax.ShapeDtypeStruct((batch, length, heads, value_size), call.ops.query.dtype),
+        jax.ShapeDtypeStruct((batch, length, heads, value_size), float8.working_dtype(call.ops)),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     ]
     return operands.run(_forward_kernel, "attention_forward", shapes, ("head", "row"), interpret)
@@ -226,6 +241,8 @@ class _Operands:
         bias = masked_bias(ops)
         if bias is not None:
             self.add("bias", bias, self.by_tile(bias.shape))
+        for name, x in zip(("factor", "value_factor"), float8.factors(ops) or (), strict=False):
+            self.add(name, x, pl.BlockSpec((None, self.heads), lambda i, n, b: (b, 0)))
         for name in ("slopes", "sinks", "seed"):
             if arrays[name] is not None:
                 self.add(name, arrays[name], pl.BlockSpec(arrays[name].shape, lambda i, n, b: (0,)))
@@ -321,7 +338,7 @@ class _Tiles:
     def __init__(self, made: _Operands, refs: dict[str, Any]) -> None:
         self.made, self.refs = made, refs
         self.spec, self.blocks = made.call.spec, made.blocks
-        self.dtype = made.call.ops.query.dtype
+        self.dtype = float8.working_dtype(made.call.ops)
         self.wanted = made.call.wanted
         self.batch = pl.program_id(2)  # the interpreter knows it outside of loops only
 
@@ -434,6 +451,7 @@ def _forward_kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
         out, top, total = carry
         s = at(j) * tiles.blocks.keys
         product = tiles.dot(q, tiles.columns("key", s), (1, 1))
+        product = product * tiles.refs["factor"][n] if "factor" in tiles.refs else product
         scores, _, _, keep = tiles.scores(product, t, s, n)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         floor = jnp.maximum(higher, NOTHING)
@@ -441,7 +459,7 @@ def _forward_kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
         less = jnp.exp(top - floor)
         total = total * less + jnp.sum(weights, axis=1)
         weights = weights if keep is None else weights * keep
-        part = tiles.dot(weights.astype(tiles.dtype), tiles.columns("value", s), (1, 0))
+        part = tiles.dot(weights.astype(tiles.dtype), tiles.columns("value", s).astype(tiles.dtype), (1, 0))
         return out * less[:, None] + part, higher, total
 
     rows = tiles.blocks.queries
@@ -454,7 +472,9 @@ def _forward_kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
     out, top, total = jax.lax.fori_loop(begin, end, step, (out, top, total))
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    tiles.store_rows(out_ref, out / total[:, None], t, of_keys=False, size=tiles.made.call.ops.value.shape[3])
+    out = out / total[:, None]
+    out = out * tiles.refs["value_factor"][n] if "value_factor" in tiles.refs else out
+    tiles.store_rows(out_ref, out, t, of_keys=False, size=tiles.made.call.ops.value.shape[3])
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
     tiles.store(lse_ref.at[pl.ds(t, rows)], lse, tiles.inside(t, rows, tiles.made.length))
 

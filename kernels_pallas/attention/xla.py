@@ -31,10 +31,12 @@ from kernels_pallas.attention.spec import (
     Spec,
     added,
     capped,
+    factors,
     kept,
     row_numbers,
     seen,
     uncapped,
+    working_dtype,
 )
 
 
@@ -126,6 +128,8 @@ class _Head(NamedTuple):
     slopes: jax.Array | None  # [G]
     relative: jax.Array | None  # [G, W]
     sinks: jax.Array | None  # [G]
+    factor: jax.Array | None  # [G], of products of float8 codes
+    value_factor: jax.Array | None  # [G]
 
 
 class _Visits(NamedTuple):
@@ -168,7 +172,7 @@ def forward(spec: Spec, ops: Operands, *, platform: str, plan: Plan | None = Non
     one = functools.partial(_forward_head, spec, plan, ops, made.shared)
     out, lse = _over_heads(one, made.heads, plan)  # [B K, G, T, Hv], [B K, G, T]
     out = out[:, :, :length].reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
-    return out.astype(ops.query.dtype), lse[:, :, :length].reshape(batch, heads, length)
+    return out.astype(working_dtype(ops)), lse[:, :, :length].reshape(batch, heads, length)
 
 
 def backward(
@@ -236,7 +240,8 @@ def backward(
 def _dtypes(query: jax.Array, platform: str) -> tuple[Any, Any]:
     """The dtype of sums, and that of the factors of products: on the CPU, narrow products are the slower ones."""
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    return wide, wide if platform == "cpu" else query.dtype
+    narrow = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype
+    return wide, wide if platform == "cpu" else narrow
 
 
 def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transposed: bool) -> _Prepared:
@@ -257,6 +262,9 @@ def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transpose
         None if x is None else jnp.tile(x.reshape(kv_heads, groups, *x.shape[1:]), (batch, *[1] * x.ndim))
         for x in (ops.slopes, ops.relative, ops.sinks)
     ]
+
+    of_codes = factors(ops)
+    per_head += [None] * 2 if of_codes is None else [x.reshape(batch * kv_heads, groups) for x in of_codes]
 
     def by_group(x: jax.Array | None) -> jax.Array | None:  # [B0, N0, T0, S] -> [B0, K0, G0, T0, S]
         if x is None:
@@ -409,8 +417,8 @@ def _forward_head(
 
     def products(q: jax.Array, s: Any) -> tuple[jax.Array, jax.Array]:  # q [G Q, H]
         k, v = (_sliced(x, 0, s, plan.block_k) for x in (head.key, head.value))
-        scores = jnp.einsum("qh,sh->qs", q, k, preferred_element_type=wide)
-        return scores.reshape(groups, plan.block_q, -1), v
+        scores = jnp.einsum("qh,sh->qs", q, k, preferred_element_type=wide).reshape(groups, plan.block_q, -1)
+        return scores if head.factor is None else scores * head.factor[:, None, None], v
 
     def block(i: Any) -> tuple[jax.Array, jax.Array]:
         t = i * plan.block_q
@@ -444,9 +452,10 @@ def _forward_head(
             begin, end, at = _visited(shared, ops.key.shape[2], number, i)
             out, top, total = jax.lax.fori_loop(begin, end, step, (out, top, total))
         some = total > 0
-        out = out / jnp.where(some, total, 1.0).reshape(-1, 1)
+        out = (out / jnp.where(some, total, 1.0).reshape(-1, 1)).reshape(groups, plan.block_q, value_size)
+        out = out if head.value_factor is None else out * head.value_factor[:, None, None]
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
-        return out.reshape(groups, plan.block_q, value_size), lse
+        return out, lse
 
     if same(plan.block_q, queries):
         return block(0)

@@ -92,6 +92,13 @@ def cases() -> dict[str, tuple[Callable[[Any], Any], Any]]:
                 (bias_activation, (x, w)),
             ):
                 found[f"triton {dtype} {d} {op.__name__}"] = over_rows(op), arrays
+    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+        for h in (64, 128, 256):
+            for kind, heads in HEADS.items():
+                options = OPTIONS[kind] | {"key_scale": ((1, heads[3]), _FLOAT)}
+                found[f"triton {dtype} {h} {kind}"] = (
+                    attend("triton", options, gradient=False), arrays_of(*heads, h, dtype, options),
+                )  # fmt: skip
     for h in (64, 128, 192, 256):
         for kind, heads in HEADS.items():
             backward = h == 64 or (h == 128 and kind != "window, soft cap")
@@ -123,6 +130,8 @@ def main(chip: str, names: list[str]) -> None:
     """Compiles the cases for one chip; Mosaic's for Hopper alone."""
     for name, (function, arrays) in cases().items():
         if (names and name not in names) or (chip != "H100" and name.startswith("mosaic_gpu")):
+            continue
+        if name.startswith("triton float8") and offline.CHIPS[chip].capability < (8, 9):
             continue
         found: dict[str, Any] = {"chip": chip, "case": name, "ok": True}
         try:
