@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas.attention.blocks import positions, segments, visible_blocks
 from kernels_pallas.attention.spec import Operands, Spec
@@ -63,7 +62,8 @@ class BlockMask:
             )
         pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
         if not isinstance(pairs, jax.core.Tracer):
-            longest = int(np.max(np.sum(np.asarray(pairs), axis=-1), initial=0))
+            with jax.ensure_compile_time_eval():
+                longest = int(jnp.max(jnp.sum(jnp.asarray(pairs, bool), axis=-1), initial=0))
             if most is not None and most < longest:
                 raise ValueError(f"BlockMask: most is {most}, and a row visits {longest} blocks.")
             most = longest if most is None else most
@@ -72,7 +72,7 @@ class BlockMask:
 
     @staticmethod
     def from_function(
-        function: Callable[[np.ndarray, np.ndarray], Any], length: int, span: int, block_q: int, block_k: int
+        function: Callable[[jax.Array, jax.Array], Any], length: int, span: int, block_q: int, block_k: int
     ) -> BlockMask:
         """Returns the lists of the blocks in which a function of positions is true for any pair.
 
@@ -80,18 +80,21 @@ class BlockMask:
         `causal`, `window`, segments or `mask` as well.
 
         Args:
-            function: of NumPy arrays of query and key numbers, `[Q, 1]` and `[1, S]`, bool broadcasting to `[Q, S]`.
+            function: of int32 arrays of query and key numbers, `[Q, 1]` and `[1, S]`, bool broadcasting to `[Q, S]`.
             length, span: T and S.
             block_q, block_k: queries and keys of a block.
         """
-        keys, rows = np.arange(span)[None, :], []
-        for start in range(0, length, block_q):
-            queries = np.arange(start, min(start + block_q, length))[:, None]
-            seen = np.any(np.broadcast_to(np.asarray(function(queries, keys)), (len(queries), span)), axis=0)
-            seen = np.pad(seen, (0, -span % block_k))
-            rows.append(np.any(seen.reshape(-1, block_k), axis=1))
-        blocks_k = -(-span // block_k)
-        return BlockMask.from_dense(np.stack(rows) if rows else np.zeros((0, blocks_k), bool), block_q, block_k)
+        columns = -(-span // block_k)
+        with jax.ensure_compile_time_eval():
+            keys, rows = jnp.arange(span, dtype=jnp.int32)[None, :], []
+            for start in range(0, length, block_q):
+                queries = jnp.arange(start, min(start + block_q, length), dtype=jnp.int32)[:, None]
+                shape = queries.shape[0], span
+                seen = jnp.any(jnp.broadcast_to(jnp.asarray(function(queries, keys), bool), shape), axis=0)
+                seen = jnp.pad(seen, (0, columns * block_k - span))
+                rows.append(jnp.any(seen.reshape(columns, block_k), axis=1))
+            pairs = jnp.stack(rows) if rows else jnp.zeros((0, columns), bool)
+        return BlockMask.from_dense(pairs, block_q, block_k)
 
     def dense(self, span: int) -> jax.Array:
         """Returns which block of queries visits which of keys, bool `[B0, N0, Tb, Sb]`; `span`: S."""
@@ -171,9 +174,10 @@ def tiles(spec: Spec, ops: Operands, block_q: int, block_k: int) -> tuple[jax.Ar
     length, span = ops.query.shape[1], ops.key.shape[1]
     pairs = _dense(ops.block_counts, ops.block_indices, -(-span // spec.blocks[1]))
     count_q, count_k = -(-length // block_q), -(-span // block_k)
-    at_q = np.minimum(np.arange(count_q) * block_q // spec.blocks[0], pairs.shape[2] - 1)
-    at_k = np.minimum(np.arange(count_k) * block_k // spec.blocks[1], pairs.shape[3] - 1)
-    pairs = jnp.take(jnp.take(pairs, at_q, axis=2), at_k, axis=3)
+    at_q = [min(i * block_q // spec.blocks[0], pairs.shape[2] - 1) for i in range(count_q)]
+    at_k = [min(i * block_k // spec.blocks[1], pairs.shape[3] - 1) for i in range(count_k)]
+    pairs = jnp.take(pairs, jnp.asarray(at_q, jnp.int32), axis=2)
+    pairs = jnp.take(pairs, jnp.asarray(at_k, jnp.int32), axis=3)
     here, there = positions(ops, count_q * block_q, count_k * block_k)
     packed = segments(ops, count_q * block_q, count_k * block_k)
     pairs = pairs & visible_blocks(spec, here, there, packed, block_q, block_k)[:, None]

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
-from kernels_pallas import _compat
+from kernels_pallas import _compat, sharded
 from kernels_pallas.attention import cudnn, mosaic_gpu, tpu, triton, xla
+from kernels_pallas.attention import split as splitting
 from kernels_pallas.attention.block_mask import BlockMask, checked
 from kernels_pallas.attention.facts import facts, tuned
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
@@ -68,6 +70,7 @@ def attention(
     query_scale: jax.Array | None = None,
     key_scale: jax.Array | None = None,
     value_scale: jax.Array | None = None,
+    split: PartitionSpec | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
@@ -92,6 +95,9 @@ def attention(
         causal, window, scale, soft_cap, dropout: static.
         dropout_key: a key of `jax.random`.
         query_scale, key_scale, value_scale: of float8 codes, see `attention_oracle`; None: 1.
+        split: on a mesh with automatic axes (that of `jax.set_mesh`), over which of them batch and heads are split:
+            `jax.P("data", "model")`. On one with explicit axes the operands' types say it. Each device computes its
+            own rows and heads; with dropout, drops others than one device alone would.
         return_lse: the pair of output and log-sum-exp, `[B, N, T]`.
         implementation: None takes the first that can compute the call where it runs, see `explain`. A name is taken, or
             raises.
@@ -110,13 +116,29 @@ def attention(
         causal=causal, window=window, scale=scale, soft_cap=soft_cap, dropout=dropout, block_mask=block_mask,
     )  # fmt: skip
     ATTENTION.check(call, implementation, interpret)
-    fields = call.ops._asdict()
-    names = [n for n, x in fields.items() if x is not None]
-    alike = dict(zip(names, _compat.vary_alike([fields[n] for n in names]), strict=True))
+    arrays = {n: x for n, x in call.ops._asdict().items() if x is not None}
+    static = call.spec, implementation, interpret
+    parts = splitting.parts(arrays, split)
+    if parts is None:
+        out, lse = _attended(static, arrays)
+    else:
+        batch, heads = parts
+        out, lse = sharded.over(
+            functools.partial(_attended, static, parts=parts),
+            arrays,
+            splitting.specs(arrays, parts),
+            (PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)),
+        )
+    return (out, lse) if return_lse else out
+
+
+def _attended(static: Any, arrays: dict[str, jax.Array], parts: PartitionSpec | None = None) -> tuple[Any, Any]:
+    if parts is not None and "seed" in arrays:
+        arrays = {**arrays, "seed": splitting.own_seed(arrays["seed"], parts)}
+    alike = dict(zip(arrays, _compat.vary_alike(list(arrays.values())), strict=True))
     smooth = {n: x for n, x in alike.items() if n in _SMOOTH}
     fixed = {n: x for n, x in alike.items() if n not in _SMOOTH}
-    out, lse = cast(tuple[Any, Any], _attend((call.spec, implementation, interpret), smooth, fixed))
-    return (out, lse) if return_lse else out
+    return cast(tuple[Any, Any], _attend(static, smooth, fixed))
 
 
 def explain(

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
-from kernels_pallas import _compat
+from kernels_pallas import _compat, sharded
 from kernels_pallas.cross_entropy import xla
 from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 
@@ -109,8 +110,9 @@ def cross_entropy(
             says V): packed codes are then decoded chunk by chunk. A function at the top of a module, and no gradient of
             the table.
         axis: inside of `jax.shard_map`, the axis (or axes) of the mesh over which V is split: `table` and `bias` are a
-            device's columns, in the order of the devices and as many on each, `hidden` and `labels` (numbers of the whole
-            vocabulary) are what the devices of that axis share. Losses are alike on all of them. None: the table is whole.
+            device's columns, in the order of the devices and as many on each; `hidden` and `labels` (numbers of the
+            whole vocabulary) are what the devices of that axis share. Losses are alike on all of them. None: the table
+            is whole, or split over explicit axes of a mesh, which its type says (as that of `hidden` says of rows).
         return_lse: the pair of losses and log-sum-exp.
         implementation: "xla", which is the only one, or None.
 
@@ -118,6 +120,18 @@ def cross_entropy(
         ValueError: the shapes do not fit each other.
         ImplementationError: there is no implementation of that name.
     """
+    if axis is None and (split := _split(hidden, table, labels, bias, transposed)) is not None:
+        specs, axis = split
+
+        def part(given: dict[str, Any]) -> Any:
+            return cross_entropy(
+                **given, transposed=transposed, scale=scale, soft_cap=soft_cap, label_smoothing=label_smoothing,
+                z_loss=z_loss, ignore_index=ignore_index, chunk=chunk, take=take, axis=axis, return_lse=return_lse,
+                implementation=implementation,
+            )  # fmt: skip
+
+        given = {"hidden": hidden, "table": table, "labels": labels, "bias": bias}
+        return sharded.over(part, {n: x for n, x in given.items() if x is not None}, specs, specs["labels"])
     rows = hidden.shape[:-1]
     parts = 1 if axis is None else _parts(axis)
     spec = Spec(
@@ -153,6 +167,37 @@ def cross_entropy(
     return (losses, lse) if return_lse else losses
 
 
+def _split(hidden: Any, table: Any, labels: Any, bias: Any, transposed: bool) -> tuple[dict[str, Any], Any] | None:
+    """How operands are split over explicit axes of a mesh, by name, and the vocabulary's axis; None: they are not.
+
+    Raises:
+        ValueError: D is split, or two operands differ.
+    """
+    arrays = {"hidden": hidden, "labels": labels, "bias": bias}
+    arrays |= {"table": table} if isinstance(table, jax.Array) else {}
+    found = {n: axes for n, x in arrays.items() if x is not None and (axes := sharded.axes_of(x)) is not None}
+    if not found:
+        return None
+    rows = found["hidden"][:-1] if "hidden" in found else found.get("labels", (None,) * (hidden.ndim - 1))
+    columns = None
+    if "table" in found:
+        columns = found["table"][0 if transposed else 1]
+    specs = {
+        "hidden": PartitionSpec(*rows, None),
+        "labels": PartitionSpec(*rows),
+        "table": PartitionSpec(columns, None) if transposed else PartitionSpec(None, columns),
+        "bias": PartitionSpec(columns),
+    }
+    specs["table"] = specs["table"] if "table" in arrays else PartitionSpec()
+    for name, axes in found.items():
+        if any(a not in (None, b) for a, b in zip(axes, specs[name], strict=True)):
+            raise ValueError(
+                f"cross_entropy: {name} is split over {axes}; rows can be, alike in hidden and labels, and the "
+                f"vocabulary, alike in table and bias: write jax.sharding.reshard({name}, jax.P{tuple(specs[name])})."
+            )
+    return specs, columns
+
+
 def _parts(axis: str | tuple[str, ...]) -> int:
     try:
         return jax.lax.axis_size(axis)
@@ -169,8 +214,8 @@ def _merged(whole: Spec, part: Spec, axis: Any, labels: jax.Array, target: jax.A
     lse = top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
     losses = lse - jax.lax.psum(target, axis) + whole.z_loss * lse**2
     known = (labels >= 0) & (labels < (part.whole or 0))
-    losses = losses * jnp.where(known, jnp.ones((), losses.dtype), jnp.nan)
-    return jnp.where(labels == whole.ignore_index, jnp.zeros((), losses.dtype), losses), lse
+    counts = jnp.where(known, jnp.ones((), losses.dtype), jnp.nan)
+    return losses * jnp.where(labels == whole.ignore_index, jnp.zeros((), losses.dtype), counts), lse
 
 
 def explain(

@@ -104,6 +104,7 @@ def attention(
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    split: jax.sharding.PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H_v"]:
     """Returns `softmax(scale * q k^T + bias + mask) v` with grouped heads; see `kernels_pallas.attention`.
@@ -133,6 +134,7 @@ def attention(
             soft_cap=soft_cap,
             dropout=dropout,
             dropout_key=dropout_key,
+            split=split,
             implementation=implementation,
         )
     except kernels_pallas.ImplementationError as error:
