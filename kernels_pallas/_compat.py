@@ -4,6 +4,7 @@ Pallas-Triton    importing it warns from 0.11 on, where it is deprecated
 compiler         `pallas_call` without parameters means Mosaic-GPU for cuda in 0.10.2 and Triton later: kernels here
                  always name theirs
 shard_map        a primitive's outputs must say over which axes of the mesh they vary
+races            the TPU's interpreter tells of them (0.10, 0.11) or raises (0.12)
 devices          an abstract device stands in for one that is not here
 """
 
@@ -47,6 +48,32 @@ def load_numbers(ref: Any, layout: Any) -> jax.Array:
     """Returns what a buffer of shared memory holds, in registers of that layout of Mosaic-GPU."""
     load = mosaic_gpu().load
     return load(ref, layout=layout) if JAX_VERSION >= (0, 11) else load(ref, (), layout=layout)
+
+
+def race_detector(cores: int = 2) -> Any:
+    """Returns what stands in `pallas_call(interpret=...)` for a TPU's cores, memories and copies, and looks for races.
+
+    Steps of a grid that may run in parallel are spread over `cores`. What it found: `races_found`.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+
+
+def races_found(run: Any) -> tuple[Any, bool]:
+    """Returns the results of `run()`, kernels under `race_detector`, and whether one of them had a race.
+
+    Up to 0.11 the detector keeps what it found of the last kernel; from 0.12 on it raises, and the result is None.
+    """
+    import jax._src.pallas.mosaic.interpret.interpret_pallas_call as interpreter
+
+    try:
+        results = jax.block_until_ready(run())
+    except Exception as error:
+        if "race detected" not in str(error).lower():
+            raise
+        return None, True
+    return results, interpreter.races is not None and interpreter.races.races_found
 
 
 def cudnn_attention(
