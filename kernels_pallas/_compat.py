@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.core
+from jax._src.config import _check_vma
 from jax.extend import core
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType
@@ -140,7 +141,8 @@ def register_lowering(primitive: core.Primitive, function: Any, platform: str | 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         # The function is traced for one device's part: it has loops, whose carries would have to vary alike.
         plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
-        with warnings.catch_warnings():
+        # For the same reason `pallas_call` is not to ask how results vary, though a `shard_map` around it checks that.
+        with warnings.catch_warnings(), _check_vma(False):
             warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
             return rule(ctx.replace(avals_in=plain), *operands, **params)
 

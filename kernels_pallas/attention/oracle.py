@@ -109,7 +109,7 @@ def attention_oracle(
         everything = jnp.concatenate([scores, sink], axis=-1)
     else:
         everything = scores
-    top = jnp.max(everything, axis=-1, keepdims=True)
+    top = jnp.max(everything, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(jnp.exp(everything - top), axis=-1, keepdims=True)
     weights = jnp.where(visible, jnp.exp(scores - top), 0.0) / jnp.where(total > 0, total, 1.0)

@@ -166,8 +166,13 @@ def forward(spec: Spec, ops: Operands, *, platform: str, plan: Plan | None = Non
 
     The log-sum-exp is -inf where a query sees neither a key nor a sink.
     """
-    plan = plan or plan_of(ops, platform, blocks=spec.blocks)
     batch, length, heads, _ = ops.query.shape
+    if _empty(ops):
+        wide = _dtypes(ops.query, platform)[0]
+        sinks = jnp.full(heads, -jnp.inf, wide) if ops.sinks is None else ops.sinks.astype(wide)
+        out = jnp.zeros((batch, length, heads, ops.value.shape[3]), working_dtype(ops))
+        return out, jnp.broadcast_to(sinks[None, :, None], (batch, heads, length))
+    plan = plan or plan_of(ops, platform, blocks=spec.blocks)
     made = _prepared(spec, ops, plan, platform, transposed=False)
     one = functools.partial(_forward_head, spec, plan, ops, made.shared)
     out, lse = _over_heads(one, made.heads, plan)  # [B K, G, T, Hv], [B K, G, T]
@@ -196,9 +201,14 @@ def backward(
         wanted: of "slopes" (given by batch, `[B, N]`), "relative" (`[B, N, W]`) and "bias" (of its shape, float32).
         platform, plan: where and how it is computed.
     """
-    plan = plan or plan_of(ops, platform, blocks=spec.blocks)
     batch, length, heads, size = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]
+    if _empty(ops):
+        wide, shapes = lse.dtype, {"slopes": (batch, heads)}
+        shapes |= {} if ops.relative is None else {"relative": (batch, *ops.relative.shape)}
+        shapes |= {} if ops.bias is None else {"bias": ops.bias.shape}
+        return *(jnp.zeros_like(x) for x in ops[:3]), *(jnp.zeros(shapes[name], wide) for name in wanted)
+    plan = plan or plan_of(ops, platform, blocks=spec.blocks)
     made = _prepared(spec, ops, plan, platform, transposed=True)
     wide, narrow = _dtypes(ops.query, platform)
     groups = heads // kv_heads
@@ -235,6 +245,12 @@ def backward(
         dv.astype(ops.value.dtype),
         *(more[name] for name in wanted),
     )
+
+
+def _empty(ops: Operands) -> bool:
+    """Whether there are no queries, no keys or no rows, so that nothing is seen."""
+    sizes = (*ops.query.shape[:2], ops.key.shape[1])
+    return any(isinstance(n, int) and n == 0 for n in sizes)
 
 
 def _dtypes(query: jax.Array, platform: str) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.attention import attention, attention_oracle, dropout_weights
+from kernels_pallas.attention import BlockMask, attention, attention_oracle, dropout_weights
 from tests.kernels_pallas.attention_cases import SMOOTH, close, loss, operands, small_tiles, weights_for
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_tpu")
@@ -161,6 +161,51 @@ def test_any_shape(b, t, k, g, s, h, causal, window, sunk, seed) -> None:
         for f in (functools.partial(attention, implementation="xla"), attention_oracle)
     ]
     close(*results, 3e-5)
+
+
+@settings(max_examples=3, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.sampled_from((1, 16, 21, 40)), k=st.integers(1, 2), g=st.integers(1, 2),
+    s=st.integers(1, 70), h=st.sampled_from((16, 20)), causal=st.booleans(), window=st.none() | st.integers(1, 12),
+    blocks=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@pytest.mark.parametrize("implementation", [pytest.param("triton", marks=pytest.mark.slow), "mosaic_tpu"])
+def test_any_shape_by_kernels(implementation, b, t, k, g, s, h, causal, window, blocks, seed) -> None:
+    """The kernels alike; positions in any order, so that rows may see nothing, and lists of blocks."""
+    rng = np.random.default_rng(seed)
+    arrays, _ = operands((b, t, k * g, k, h, s), {}, seed)
+    fixed = {"query_positions": rng.integers(0, s + 5, (b, t)), "key_positions": rng.integers(-2, s + 5, (b, s))}
+    fixed: dict[str, Any] = {n: jnp.asarray(x, jnp.int32) for n, x in fixed.items()}
+    if blocks:
+        fixed["block_mask"] = BlockMask.from_dense(rng.random((b, 1, -(-t // 16), -(-s // 32))) < 0.6, 16, 32)
+    weights = weights_for((b, t, k * g), h)
+    ours = functools.partial(attention, implementation=implementation, interpret=True)
+    results = [
+        jax.jit(jax.grad(lambda a, p, f=f: loss(functools.partial(f, causal=causal, window=window), p, weights, a)[0]))(
+            arrays, fixed
+        )
+        for f in (ours, attention_oracle)
+    ]
+    close(*results, 3e-5)
+
+
+@pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 0), (0, 3), (0, 0)])
+def test_empty_axes(t: int, s: int) -> None:
+    """No keys: zeros, and the log-sum-exp of the sinks; no queries: zero gradients."""
+    arrays, _ = operands((2, t, 4, 2, 8, s), {"bias": (1, 4, t, s)})
+    mask = BlockMask.from_dense(np.ones((-(-t // 4), -(-s // 4)), bool), 4, 4)
+    more = {"slopes": jnp.ones(4), "sinks": jnp.linspace(-1.0, 1.0, 4)}
+    weights = weights_for((2, t, 4), 8)
+    for others in (more, {"slopes": more["slopes"]}):
+        found, expected = (
+            jax.jit(jax.grad(functools.partial(loss, f, {}, weights), has_aux=True))({**arrays, **others})
+            for f in (
+                functools.partial(attention, block_mask=mask),
+                functools.partial(attention_oracle, block_mask=mask),
+            )
+        )
+        close(found, expected, 1e-6)
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

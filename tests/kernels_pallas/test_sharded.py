@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+
+from kernels_pallas.attention import attention
+
 START = """
     import functools, jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -107,6 +114,123 @@ def test_attention_on_automatic_axes_that_are_named(fresh_python: Any) -> None:
         devices=4,
     )
     assert printed.split() == ["same"]
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.slow), "mosaic_tpu"])
+def test_rows_of_the_case_table(fresh_python: Any, implementation: str) -> None:
+    """Cases by batch and heads on four devices, with gradients of everything, by each implementation."""
+    printed = fresh_python(
+        START
+        + f"""
+    from tests.kernels_pallas import attention_cases as cases
+    import pytest
+    name = "{implementation}"
+    patch = pytest.MonkeyPatch()
+    cases.small_tiles(patch)
+    mesh, shape = mesh_of(AxisType.Auto), (2, 36, 4, 2, 16, 40)
+    with jax.set_mesh(mesh):
+        for options in (
+            {{"sinks": (4,), "slopes": (4,), "bias": (1, 4, 36, 40), "causal": False}},
+            {{"mask": (2, 1, 36, 40), "blocks": (1, 4, 16, 32), "window": 30, "soft_cap": 5.0, "offset": 4}},
+        ):
+            arrays, static = cases.operands(shape, options)
+            smooth = {{n: arrays.pop(n) for n in cases.SMOOTH if n in arrays}}
+            weights = cases.weights_for(shape, 16)
+            ours = functools.partial(attention, split=P("b", "n"), implementation=name, interpret=name != "xla")
+            found, expected = (
+                jax.jit(jax.grad(functools.partial(cases.loss, functools.partial(f, **static), arrays, weights),
+                                 has_aux=True))(smooth)
+                for f in (ours, attention_oracle)
+            )
+            cases.close(found, expected, 3e-5)
+    print("same")
+    """,
+        devices=4,
+    )
+    assert printed.split() == ["same"]
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("triton", marks=pytest.mark.slow), "mosaic_tpu"])
+def test_kernels_over_rows_on_explicit_axes(fresh_python: Any, implementation: str) -> None:
+    """The kernels, in the interpreter, as plain XLA below."""
+    printed = fresh_python(
+        START
+        + f"""
+    mesh, run = mesh_of(AxisType.Explicit), {{"implementation": "{implementation}", "interpret": True}}
+    x, y, w = arrays((4, 6, 32), (4, 6, 32), (32,))
+    rows = P("b", "n", None)
+    with jax.set_mesh(mesh):
+        same(lambda *a: rms_norm(*a, **run)[0], lambda *a: rms_norm_oracle(*a)[0], [x, w, y], [rows, P(), rows], mesh)
+        same(functools.partial(glu, **run), glu_oracle, [x, y], [rows, rows], mesh)
+        same(functools.partial(softmax, **run), softmax_oracle, [x], [rows], mesh)
+    print("same")
+    """,
+        devices=4,
+    )
+    assert printed.split() == ["same"]
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("triton", marks=pytest.mark.slow), "mosaic_tpu"])
+def test_grouped_products_under_shard_map(fresh_python: Any, implementation: str) -> None:
+    """Each device has rows of its own, sorted by group, and all matrices, whose gradient is summed."""
+    printed = fresh_python(
+        START
+        + f"""
+    from kernels_pallas.grouped_matmul import grouped_matmul, grouped_matmul_oracle
+    mesh, name = mesh_of(AxisType.Auto), "{implementation}"
+    x, w = arrays((48, 20), (3, 20, 24))
+    sizes = jnp.array([[5, 0, 17], [0, 24, 0]], jnp.int32)
+    ours = lambda x, w, s: grouped_matmul(x, w, s[0], implementation=name, interpret=name != "xla")
+    split = jax.shard_map(ours, mesh=mesh, in_specs=(P("b"), P(), P("b")), out_specs=P("b"))
+    whole = lambda x, w, s: jnp.concatenate([grouped_matmul_oracle(x[24 * i:24 * i + 24], w, s[i]) for i in range(2)])
+    same(lambda x, w: split(x, w, sizes), lambda x, w: whole(x, w, sizes), [x, w], [P("b"), P()], mesh)
+    print("same")
+    """,
+        devices=4,
+    )
+    assert printed.split() == ["same"]
+
+
+def test_the_selective_scan_under_shard_map(fresh_python: Any) -> None:
+    """Rows of the batch over one axis, channels over the other."""
+    printed = fresh_python(
+        START
+        + """
+    from kernels_pallas.selective_scan import selective_scan, selective_scan_oracle
+    mesh = mesh_of(AxisType.Auto)
+    x, dt, decay, b, c = arrays((4, 11, 6), (4, 11, 6), (6, 5), (4, 11, 5), (4, 11, 5))
+    given = [x, jnp.log1p(jnp.exp(dt)), -jnp.exp(decay), b, c]
+    both, rows = P("b", None, "n"), P("b")
+    specs = [both, both, P("n"), rows, rows]
+    split = jax.shard_map(lambda *a: selective_scan(*a, chunk=4)[0], mesh=mesh, in_specs=tuple(specs), out_specs=both)
+    same(split, lambda *a: selective_scan_oracle(*a)[0], given, specs, mesh)
+    print("same")
+    """,
+        devices=4,
+    )
+    assert printed.split() == ["same"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "platform", "mark"),
+    [
+        ("NVIDIA H200", "gpu", "cuda", "__gpu$xla.gpu.triton"),
+        ("gfx942", "gpu", "rocm", "__gpu$xla.gpu.triton"),
+        ("TPU v5 lite", "tpu", "tpu", "tpu_custom_call"),
+    ],
+)
+def test_parts_lower_to_kernels_for_chips_that_are_not_here(kind: str, family: str, platform: str, mark: str) -> None:
+    """On a mesh of four such chips: three kernels of each device's rows and heads."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=family)
+    mesh = AbstractMesh((2, 2), ("b", "n"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    x = jax.ShapeDtypeStruct((4, 300, 4, 80), jnp.bfloat16)
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(attention(q, k, v, split=PartitionSpec("b", "n")).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(total, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(mark) >= 3 and "tensor<2x300x2x80xbf16>" in text
 
 
 def test_ops_over_rows_on_explicit_axes(fresh_python: Any) -> None:
