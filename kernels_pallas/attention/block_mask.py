@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from kernels_pallas.attention.blocks import positions, segments, visible_blocks
 from kernels_pallas.attention.spec import Operands, Spec
@@ -61,7 +62,7 @@ class BlockMask:
                 f"BlockMask: pairs has the shape {list(pairs.shape)} and must have [Tb, Sb] or [B0, N0, Tb, Sb]."
             )
         pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
-        if not isinstance(pairs, jax.core.Tracer):
+        if not isinstance(pairs, Tracer):
             with jax.ensure_compile_time_eval():
                 longest = int(jnp.max(jnp.sum(jnp.asarray(pairs, bool), axis=-1), initial=0))
             if most is not None and most < longest:

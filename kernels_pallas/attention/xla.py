@@ -321,7 +321,8 @@ def _visited(shared: _Shared, kv_heads: int, number: jax.Array, row: Any) -> tup
     b, k = number // kv_heads, number % kv_heads
     if shared.visits is None:
         assert shared.begin is not None and shared.end is not None
-        return (*(_picked(_picked(x, b), row) for x in (shared.begin, shared.end)), lambda turn: turn)
+        begin, end = (_picked(_picked(x, b), row) for x in (shared.begin, shared.end))
+        return begin, end, _itself
     count, indices = (_picked(_picked(_picked(x, b), k), row) for x in shared.visits[1:])
     return 0, count, lambda turn: _picked(indices, turn)
 

@@ -123,7 +123,7 @@ def cross_entropy(
     if axis is None and (split := _split(hidden, table, labels, bias, transposed)) is not None:
         specs, axis = split
 
-        def part(given: dict[str, Any]) -> Any:
+        def one(given: dict[str, Any]) -> Any:
             return cross_entropy(
                 **given, transposed=transposed, scale=scale, soft_cap=soft_cap, label_smoothing=label_smoothing,
                 z_loss=z_loss, ignore_index=ignore_index, chunk=chunk, take=take, axis=axis, return_lse=return_lse,
@@ -131,7 +131,7 @@ def cross_entropy(
             )  # fmt: skip
 
         given = {"hidden": hidden, "table": table, "labels": labels, "bias": bias}
-        return sharded.over(part, {n: x for n, x in given.items() if x is not None}, specs, specs["labels"])
+        return sharded.over(one, {n: x for n, x in given.items() if x is not None}, specs, specs["labels"])
     rows = hidden.shape[:-1]
     parts = 1 if axis is None else _parts(axis)
     spec = Spec(

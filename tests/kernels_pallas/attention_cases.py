@@ -36,7 +36,7 @@ def operands(shape: tuple[int, ...], options: dict[str, Any], seed: int = 0) -> 
     hv = options.pop("value_size", h)
     shapes = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, hv)}
     shapes |= {name: options.pop(name) for name in (*SMOOTH[3:], "mask") if name in options}
-    arrays = {name: jnp.asarray(rng.standard_normal(x), jnp.float32) for name, x in shapes.items()}
+    arrays: dict[str, Any] = {name: jnp.asarray(rng.standard_normal(x), jnp.float32) for name, x in shapes.items()}
     if "mask" in arrays:
         arrays["mask"] = (arrays["mask"] > -0.5).at[:, :, 0].set(False)
     if "offset" in options:
