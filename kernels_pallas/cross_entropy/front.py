@@ -178,7 +178,8 @@ def _split(hidden: Any, table: Any, labels: Any, bias: Any, transposed: bool) ->
     found = {n: axes for n, x in arrays.items() if x is not None and (axes := sharded.axes_of(x)) is not None}
     if not found:
         return None
-    rows = found["hidden"][:-1] if "hidden" in found else found.get("labels", (None,) * (hidden.ndim - 1))
+    rows: tuple[Any, ...] = found["labels"] if "labels" in found else (None,) * (hidden.ndim - 1)
+    rows = found["hidden"][:-1] if "hidden" in found else rows
     columns = None
     if "table" in found:
         columns = found["table"][0 if transposed else 1]
