@@ -4,6 +4,7 @@ Pallas-Triton    importing it warns from 0.11 on, where it is deprecated
 compiler         `pallas_call` without parameters means Mosaic-GPU for cuda in 0.10.2 and Triton later: kernels here
                  always name theirs
 shard_map        a primitive's outputs must say over which axes of the mesh they vary
+races            the TPU's interpreter tells of them (0.10, 0.11) or raises (0.12)
 devices          an abstract device stands in for one that is not here
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.core
+from jax._src.config import _check_vma
 from jax.extend import core
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType
@@ -107,6 +109,32 @@ def load_numbers(ref: Any, layout: Any) -> jax.Array:
     return load(ref, layout=layout) if JAX_VERSION >= (0, 11) else load(ref, (), layout=layout)
 
 
+def race_detector(cores: int = 2) -> Any:
+    """Returns what stands in `pallas_call(interpret=...)` for a TPU's cores, memories and copies, and looks for races.
+
+    Steps of a grid that may run in parallel are spread over `cores`. What it found: `races_found`.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+
+
+def races_found(run: Any) -> tuple[Any, bool]:
+    """Returns the results of `run()`, kernels under `race_detector`, and whether one of them had a race.
+
+    Up to 0.11 the detector keeps what it found of the last kernel; from 0.12 on it raises, and the result is None.
+    """
+    import jax._src.pallas.mosaic.interpret.interpret_pallas_call as interpreter
+
+    try:
+        results = jax.block_until_ready(run())
+    except Exception as error:
+        if "race detected" not in str(error).lower():
+            raise
+        return None, True
+    return results, interpreter.races is not None and interpreter.races.races_found
+
+
 def cudnn_attention(
     query: jax.Array,
     key: jax.Array,
@@ -171,7 +199,8 @@ def register_lowering(primitive: core.Primitive, function: Any, platform: str | 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         # The function is traced for one device's part: it has loops, whose carries would have to vary alike.
         plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
-        with warnings.catch_warnings():
+        # For the same reason `pallas_call` is not to ask how results vary, though a `shard_map` around it checks that.
+        with warnings.catch_warnings(), _check_vma(False):
             warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
             return rule(ctx.replace(avals_in=plain), *operands, **params)
 

@@ -21,7 +21,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching
 
-from kernels_pallas import _compat, tuning
+from kernels_pallas import _compat, sharded, tuning
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 ANY_CHIP = "any chip"
@@ -241,6 +241,7 @@ def primitive(
 
     def abstract(*avals: Any, **params: Any) -> Any:
         params = {k: v for k, v in params.items() if k not in ("implementation", "interpret")}
+        sharded.refuse(op.name, avals)
         return [_compat.shaped(s.shape, s.dtype, avals) for s in shapes(call(*avals, **params))]
 
     def run(

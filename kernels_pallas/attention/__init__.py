@@ -4,11 +4,13 @@
 `attention_oracle` is the truth it is tested against. `explain` says which implementation a call takes.
 """
 
+from kernels_pallas.attention.block_mask import BlockMask
 from kernels_pallas.attention.front import ATTENTION, attention, explain
 from kernels_pallas.attention.oracle import attention_oracle, dropout_weights
 
 __all__ = [
     "ATTENTION",
+    "BlockMask",
     "attention",
     "attention_oracle",
     "dropout_weights",

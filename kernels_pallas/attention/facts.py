@@ -12,14 +12,14 @@ MORE = ("query_positions", "key_positions", "query_segments", "mask", "bias", "s
 
 
 def facts(spec: Spec, ops: Operands) -> tuning.Facts | None:
-    """Returns the facts of a call; None where a size is symbolic or an axis is empty.
+    """Returns the facts of a call; None where a size is symbolic, an axis is empty, or blocks are listed.
 
     `window` is how many keys a query sees on its left, itself included; 0: all. `more` names what else there is.
     """
     batch, length, heads, size = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]
     sizes = {"B": batch, "T": length, "S": span, "N": heads, "K": kv_heads, "H": size, "Hv": ops.value.shape[3]}
-    if not all(isinstance(n, int) and n > 0 for n in sizes.values()):
+    if not all(isinstance(n, int) and n > 0 for n in sizes.values()) or spec.blocks is not None:
         return None
     more = [n for n in MORE if getattr(ops, n) is not None]
     more += ["soft_cap"] if spec.soft_cap is not None else []

@@ -6,21 +6,26 @@ where they are asked for alone. The choice among implementations is `dispatch.py
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
-from kernels_pallas import _compat
+from kernels_pallas import _compat, sharded
 from kernels_pallas.attention import cudnn, mosaic_gpu, tpu, triton, xla
+from kernels_pallas.attention import split as splitting
+from kernels_pallas.attention.block_mask import BlockMask, checked
 from kernels_pallas.attention.facts import facts, tuned
 from kernels_pallas.attention.oracle import dropout_seed, window_bounds
-from kernels_pallas.attention.spec import Operands, Spec
+from kernels_pallas.attention.spec import FLOAT8, Operands, Spec, working_dtype
 from kernels_pallas.dispatch import Explanation, Implementation, ImplementationError, Op, Target, primitive
 
 _BY_BATCH = ("query", "key", "value", "query_positions", "key_positions", "query_segments", "key_segments")
+_BROADCAST = ("mask", "bias", "block_counts", "block_indices", "query_scale", "key_scale", "value_scale")
 _ROWS = ("lse", "delta", "cotangent")
 _SMOOTH = ("query", "key", "value", "bias", "slopes", "relative", "sinks")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -51,6 +56,7 @@ def attention(
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
     mask: jax.Array | None = None,
+    block_mask: BlockMask | None = None,
     bias: jax.Array | None = None,
     slopes: jax.Array | None = None,
     relative: jax.Array | None = None,
@@ -61,11 +67,19 @@ def attention(
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    query_scale: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
+    split: PartitionSpec | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Any:
     """Returns attention outputs `[B, T, N, Hv]` in the dtype of `query`; arguments as in `attention_oracle`.
+
+    float8 codes give outputs in bfloat16 and no gradient. Their products are those of the codes, exact but for the sum;
+    the weights of the softmax are bfloat16 where they meet the values, which become bfloat16 as well, exactly (on the
+    CPU both are float32).
 
     Scores and sums are float32 (float64 for float64). Beyond operands and results it takes O(T) memory, forward and
     backward. Blocks that no query sees are skipped.
@@ -74,11 +88,16 @@ def attention(
     log-sum-exp.
 
     Args:
-        query, key, value: float16, bfloat16, float32 or float64, all of one dtype.
+        query, key, value: float16, bfloat16, float32, float64, float8_e4m3fn or float8_e5m2, all of one dtype.
         query_positions, key_positions, query_segments, key_segments: see `attention_oracle`, as are those that follow.
         mask, bias, slopes, relative, sinks: arrays.
+        block_mask: a `BlockMask`: blocks that it does not list are not computed.
         causal, window, scale, soft_cap, dropout: static.
         dropout_key: a key of `jax.random`.
+        query_scale, key_scale, value_scale: of float8 codes, see `attention_oracle`; None: 1.
+        split: on a mesh with automatic axes (that of `jax.set_mesh`), over which of them batch and heads are split:
+            `jax.P("data", "model")`. On one with explicit axes the operands' types say it. Each device computes its
+            own rows and heads; with dropout, drops others than one device alone would.
         return_lse: the pair of output and log-sum-exp, `[B, N, T]`.
         implementation: None takes the first that can compute the call where it runs, see `explain`. A name is taken, or
             raises.
@@ -92,17 +111,34 @@ def attention(
         Operands(
             query, key, value, query_positions, key_positions, query_segments, key_segments, mask, bias, slopes,
             relative, sinks, dropout_seed(dropout_key) if dropout else None,
+            query_scale=query_scale, key_scale=key_scale, value_scale=value_scale,
         ),
-        causal=causal, window=window, scale=scale, soft_cap=soft_cap, dropout=dropout,
+        causal=causal, window=window, scale=scale, soft_cap=soft_cap, dropout=dropout, block_mask=block_mask,
     )  # fmt: skip
     ATTENTION.check(call, implementation, interpret)
-    fields = call.ops._asdict()
-    names = [n for n, x in fields.items() if x is not None]
-    alike = dict(zip(names, _compat.vary_alike([fields[n] for n in names]), strict=True))
+    arrays = {n: x for n, x in call.ops._asdict().items() if x is not None}
+    static = call.spec, implementation, interpret
+    parts = splitting.parts(arrays, split)
+    if parts is None:
+        out, lse = _attended(static, arrays)
+    else:
+        batch, heads = parts
+        out, lse = sharded.over(
+            functools.partial(_attended, static, parts=parts),
+            arrays,
+            splitting.specs(arrays, parts),
+            (PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)),
+        )
+    return (out, lse) if return_lse else out
+
+
+def _attended(static: Any, arrays: dict[str, jax.Array], parts: PartitionSpec | None = None) -> tuple[Any, Any]:
+    if parts is not None and "seed" in arrays:
+        arrays = {**arrays, "seed": splitting.own_seed(arrays["seed"], parts)}
+    alike = dict(zip(arrays, _compat.vary_alike(list(arrays.values())), strict=True))
     smooth = {n: x for n, x in alike.items() if n in _SMOOTH}
     fixed = {n: x for n, x in alike.items() if n not in _SMOOTH}
-    out, lse = cast(tuple[Any, Any], _attend((call.spec, implementation, interpret), smooth, fixed))
-    return (out, lse) if return_lse else out
+    return cast(tuple[Any, Any], _attend(static, smooth, fixed))
 
 
 def explain(
@@ -119,7 +155,9 @@ def explain(
     if platform is None:
         platform = _compat.default_platform()
     architecture = architecture or _compat.device_kind(platform)
-    static = {n: options.pop(n) for n in ("causal", "window", "scale", "soft_cap", "dropout") if n in options}
+    static = {
+        n: options.pop(n) for n in ("causal", "window", "scale", "soft_cap", "dropout", "block_mask") if n in options
+    }
     if static.get("dropout"):
         options.pop("dropout_key", None)
         options["seed"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -135,6 +173,7 @@ def _checked(
     scale: float | None = None,
     soft_cap: float | None = None,
     dropout: float = 0.0,
+    block_mask: BlockMask | None = None,
 ) -> Call:
     query, key, value = ops[:3]
     shapes = f"query [B, T, N, H] {list(query.shape)}"
@@ -149,10 +188,10 @@ def _checked(
         raise ValueError(
             f"attention: key {list(key.shape)} and value {list(value.shape)} must agree in all but their last axis."
         )
-    if not (query.dtype == key.dtype == value.dtype) or query.dtype.name not in _DTYPES:
+    if not (query.dtype == key.dtype == value.dtype) or query.dtype.name not in (*_DTYPES, *FLOAT8):
         raise ValueError(
             f"attention: query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; they must be of one "
-            f"dtype of {', '.join(_DTYPES)}: write key.astype(query.dtype)."
+            f"dtype of {', '.join((*_DTYPES, *FLOAT8))}: write key.astype(query.dtype)."
         )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"attention: dropout is {dropout}; it must be at least 0 and below 1.")
@@ -195,8 +234,41 @@ def _checked(
     if (left is not None and left < 0) or (right is not None and right < 0):
         raise ValueError(f"attention: window is {window}; as a number it counts at least the query itself, 1.")
     factor = size**-0.5 if scale is None else float(scale)
+    ops = _with_scales(ops)
     spec = Spec(factor, left, right, None if soft_cap is None else float(soft_cap), float(dropout))
+    if block_mask is not None:
+        counts, indices = checked(block_mask, batch, heads, length, span)
+        spec = dataclasses.replace(spec, blocks=(block_mask.block_q, block_mask.block_k))
+        ops = ops._replace(block_counts=counts, block_indices=indices)
     return Call(spec, ops)
+
+
+def _with_scales(ops: Operands) -> Operands:
+    """The operands with all scales as `[B0, N0]` or `[B0, K0]` where they are float8."""
+    batch, _, heads, _ = ops.query.shape
+    made = {}
+    for name, count in (("query_scale", heads), ("key_scale", ops.key.shape[2]), ("value_scale", ops.key.shape[2])):
+        x = getattr(ops, name)
+        if ops.query.dtype.name not in FLOAT8:
+            if x is not None:
+                raise ValueError(
+                    f"attention: {name} goes with float8 codes, and query, key and value are {ops.query.dtype}: "
+                    "multiply them, or leave it out."
+                )
+            continue
+        if x is None:
+            x = jnp.ones((1, 1), jnp.float32)
+        if x.dtype != jnp.float32 or not (
+            len(x.shape) == 0 or (len(x.shape) == 2 and x.shape[0] in (1, batch) and x.shape[1] in (1, count))
+        ):
+            raise ValueError(
+                f"attention: {name} is {x.dtype}{list(x.shape)} and must be float32, [] or {[batch, count]}, where "
+                "each axis may be 1."
+            )
+        if not x.shape:
+            x = jax.ShapeDtypeStruct((1, 1), x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(1, 1)
+        made[name] = x
+    return ops._replace(**made)
 
 
 def _call(*operands: Any, spec: Spec, fields: tuple[str, ...], wanted: tuple[str, ...] = ()) -> Call:
@@ -210,7 +282,7 @@ def _forward_shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     batch, length, heads, _ = query.shape
     return [
-        jax.ShapeDtypeStruct((batch, length, heads, value.shape[3]), query.dtype),
+        jax.ShapeDtypeStruct((batch, length, heads, value.shape[3]), working_dtype(call.ops)),
         jax.ShapeDtypeStruct((batch, heads, length), wide),
     ]
 
@@ -253,10 +325,10 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
         return results, [0] * len(results)
 
     def folded(name: str, x: jax.Array) -> jax.Array:
-        if name not in (*_BY_BATCH, *_ROWS, "mask", "bias"):
+        if name not in (*_BY_BATCH, *_ROWS, *_BROADCAST):
             return x
         if mapped[name] is None:
-            if x.shape[0] != batch or (batch == 1 and name in ("mask", "bias")):
+            if x.shape[0] != batch or (batch == 1 and name in _BROADCAST):
                 return x
             x = jnp.broadcast_to(x[None], (count, *x.shape))
         elif x.shape[1] != batch:
@@ -268,12 +340,12 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
 
 
 def _xla_forward(target: Target, call: Call, interpret: bool) -> Any:
-    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "forward", "xla"))
+    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "forward", "xla"), call.spec.blocks)
     return xla.forward(call.spec, call.ops, platform=target.platform, plan=plan)
 
 
 def _xla_backward(target: Target, call: Call, interpret: bool) -> Any:
-    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "backward", "xla"))
+    plan = xla.plan_of(call.ops, target.platform, tuned(target, call, "backward", "xla"), call.spec.blocks)
     made = call.lse, call.delta, call.cotangent
     return xla.backward(call.spec, call.ops, *made, wanted=call.wanted, platform=target.platform, plan=plan)
 
@@ -325,6 +397,11 @@ def _attend(static: Any, smooth: dict[str, jax.Array], fixed: dict[str, jax.Arra
 
 
 def _attend_forward(static: Any, smooth: Any, fixed: Any) -> Any:
+    if smooth["query"].value.dtype.name in FLOAT8 and any(x.perturbed for x in (*smooth.values(), *fixed.values())):
+        raise ImplementationError(
+            "attention: float8 operands have a forward pass alone and no gradient; attend in bfloat16 where it is "
+            "wanted, or write jax.lax.stop_gradient around them."
+        )
     wanted = _Wanted(n for n in ("slopes", "relative", "bias") if n in smooth and smooth[n].perturbed)
     smooth, fixed = ({n: x.value for n, x in part.items()} for part in (smooth, fixed))
     out, lse = cast(tuple[Any, Any], _attend(static, smooth, fixed))

@@ -131,7 +131,7 @@ def tile_of(target: Target, call: Any, kernel: str) -> int:
 
 
 def _chosen(target: Target, call: Any, kernel: str, engine: str) -> Blocks:
-    """The blocks of `kernel`: the engine's, but for the length and the stages that were found for all of a direction."""
+    """The engine's blocks of `kernel`, but for the length and the stages that were found for its direction."""
     plain = blocks_of(call, kernel, engine)
     found = tuned(target, call, "forward" if kernel == "forward" else "backward", "mosaic_gpu")
     return dataclasses.replace(plain, length=found["length"], stages=found["stages"]) if "length" in found else plain
@@ -141,9 +141,8 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
     engine = engine_of(target)
     module, kind = _ENGINES[engine]
-    made = Made(
-        call, blocks or _chosen(target, call, "forward", engine), module.workers("forward", _more(call)), interpret
-    )
+    blocks = blocks or _chosen(target, call, "forward", engine)
+    made = Made(call, blocks, module.workers("forward", _more(call)), interpret)
     ops = call.ops
     rows, numbers = module.extents(made)
     shapes = [

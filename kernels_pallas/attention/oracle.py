@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.block_mask import BlockMask
 from kernels_pallas.attention.spec import Spec, kept, row_numbers
 
 
@@ -20,6 +21,7 @@ def attention_oracle(
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
     mask: jax.Array | None = None,
+    block_mask: BlockMask | None = None,
     bias: jax.Array | None = None,
     slopes: jax.Array | None = None,
     relative: jax.Array | None = None,
@@ -30,6 +32,9 @@ def attention_oracle(
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    query_scale: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Returns attention outputs `[B, T, N, Hv]` in float32.
@@ -46,6 +51,7 @@ def attention_oracle(
         key_positions: int `[B, S]`; None: 0 .. S - 1. A negative position is never visible.
         query_segments, key_segments: int `[B, T]` and `[B, S]`: a query sees the keys of its own segment; None: of all.
         mask: bool, `[B, N, T, S]`, each but the last axis may be 1: True where a key is visible; None: everywhere.
+        block_mask: lists of the blocks of keys that each block of queries sees; None: all.
         bias: of the scores, of a shape like the mask's; None adds nothing.
         slopes: `[N]`, of ALiBi (Press et al., arXiv 2108.12409); None: scores do not depend on the distance.
         relative: `[N, 2 R + 1]`, added by distance from -R to R; beyond, the ends count. None adds nothing.
@@ -57,6 +63,8 @@ def attention_oracle(
         soft_cap: None applies none.
         dropout: share of the weights that is dropped, after the softmax; what is kept is divided by `1 - dropout`.
         dropout_key: of `jax.random`, says which.
+        query_scale, key_scale, value_scale: float32 scales of float8 codes, `[]`, or `[B, N]` and `[B, K]`, where each
+            axis may be 1: a number is code * scale. None: 1.
         return_lse: returns the pair of output and log-sum-exp of the scores (and sink), float32 `[B, N, T]`, as well;
             -inf where nothing is seen.
 
@@ -76,11 +84,13 @@ def attention_oracle(
     if query_segments is not None and key_segments is not None:
         visible = visible & (query_segments[:, :, None] == key_segments[:, None, :])
     visible = visible[:, None] if mask is None else visible[:, None] & mask
+    if block_mask is not None:
+        visible = visible & block_mask.elementwise(length, span)
 
     groups = heads // kv_heads
-    q = query.astype(jnp.float32)
-    k = jnp.repeat(key.astype(jnp.float32), groups, axis=2)
-    v = jnp.repeat(value.astype(jnp.float32), groups, axis=2)
+    q = scaled(query, query_scale)
+    k = jnp.repeat(scaled(key, key_scale), groups, axis=2)
+    v = jnp.repeat(scaled(value, value_scale), groups, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * (size**-0.5 if scale is None else scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -99,7 +109,7 @@ def attention_oracle(
         everything = jnp.concatenate([scores, sink], axis=-1)
     else:
         everything = scores
-    top = jnp.max(everything, axis=-1, keepdims=True)
+    top = jnp.max(everything, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(jnp.exp(everything - top), axis=-1, keepdims=True)
     weights = jnp.where(visible, jnp.exp(scores - top), 0.0) / jnp.where(total > 0, total, 1.0)
@@ -110,6 +120,14 @@ def attention_oracle(
         return out
     lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
     return out, lse[..., 0]
+
+
+def scaled(codes: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Returns the numbers `[B, T, N, H]` of codes with scales by row and head, float32."""
+    x = codes.astype(jnp.float32)
+    if scale is None:
+        return x
+    return x * (scale.reshape(1, 1, 1, 1) if scale.ndim == 0 else scale[:, None, :, None])
 
 
 def dropout_weights(

@@ -30,6 +30,7 @@ class Spec:
     right: int | None = None
     soft_cap: float | None = None
     dropout: float = 0.0
+    blocks: tuple[int, int] | None = None  # queries and keys of a block of the block mask
 
 
 class Operands(NamedTuple):
@@ -48,6 +49,33 @@ class Operands(NamedTuple):
     relative: jax.Array | None = None  # [N, 2 R + 1]
     sinks: jax.Array | None = None  # [N]
     seed: jax.Array | None = None  # uint32 [2], of the dropout
+    block_counts: jax.Array | None = None  # int32 [B0, N0, Tb], see block_mask.py
+    block_indices: jax.Array | None = None  # int32 [B0, N0, Tb, M]
+    query_scale: jax.Array | None = None  # float32 [B0, N0], with float8 as the two that follow
+    key_scale: jax.Array | None = None  # float32 [B0, K0]
+    value_scale: jax.Array | None = None  # float32 [B0, K0]
+
+
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+
+
+def working_dtype(ops: Operands) -> Any:
+    """Returns the dtype of outputs, and of weights and values where they meet in a kernel: bfloat16 for float8."""
+    return jnp.dtype(jnp.bfloat16) if ops.query.dtype.name in FLOAT8 else ops.query.dtype
+
+
+def factors(ops: Operands) -> tuple[jax.Array, jax.Array] | None:
+    """Returns what products of float8 codes and sums of values are multiplied by, float32 `[B, N]` each; else None."""
+    if ops.query_scale is None or ops.key_scale is None or ops.value_scale is None:
+        return None
+    batch, _, heads, _ = ops.query.shape
+    kv_heads = ops.key.shape[2]
+
+    def by_head(x: jax.Array, count: int) -> jax.Array:
+        return jnp.repeat(jnp.broadcast_to(x, (batch, count)), heads // count, axis=1)
+
+    products = by_head(ops.query_scale, heads) * by_head(ops.key_scale, kv_heads)
+    return products, by_head(ops.value_scale, kv_heads)
 
 
 def masked_bias(ops: Operands) -> jax.Array | None:

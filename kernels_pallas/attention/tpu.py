@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.attention import block_mask
+from kernels_pallas.attention import spec as float8
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
 from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
@@ -41,6 +44,8 @@ from kernels_pallas.attention.spec import (
 from kernels_pallas.dispatch import Target, no_mosaic_tpu, no_sizes
 
 LARGEST = 256  # head size
+TILE = (16, 128)  # queries and keys of a tile are multiples of these, or whole axes
+LISTS = 2**18  # bytes of lists of blocks in SMEM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +64,47 @@ def refusal(target: Target, call: Any) -> str:
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
     if reason := no_sizes(sizes):
         return reason
-    if ops.query.dtype.name not in ("float32", "bfloat16"):
-        return f"it takes float32 and bfloat16, not {ops.query.dtype}."
+    if ops.query.dtype.name not in ("float32", "bfloat16", *float8.FLOAT8):
+        return f"it takes float32, bfloat16 and float8, not {ops.query.dtype}."
     widest = max(ops.query.shape[3], ops.value.shape[3])
     if widest > LARGEST:
         return f"head size {widest} is above {LARGEST}."
     if ops.relative is not None:
         return "it has no relative positions; give them as a bias."
+    return "" if call.spec.blocks is None else _no_lists(call)
+
+
+def _no_lists(call: Any) -> str:
+    ops, lengths = call.ops, (call.ops.query.shape[1], call.ops.key.shape[1])
+    tile = (2 * TILE[0], TILE[1]) if ops.query.dtype.itemsize == 1 else TILE
+    for name, block, length, unit in zip(("queries", "keys"), call.spec.blocks, lengths, tile, strict=True):
+        if block < length and block % unit:
+            return f"blocks of {block} {name} in the block mask are no multiple of {unit}."
+    direction = "forward" if call.cotangent is None else "backward"
+    blocks = _fitted(call, blocks_of(call, direction))
+    rows, columns = pl.cdiv(lengths[0], blocks.queries), pl.cdiv(lengths[1], blocks.keys)
+    most = min(columns, ops.block_indices.shape[3] * pl.cdiv(call.spec.blocks[1], blocks.keys))
+    lists = max(rows * (1 + most), columns * (1 + rows) if direction == "backward" else 0)
+    size = 4 * (ops.query.shape[0] if _by_row(call) else 1) * ops.block_counts.shape[1] * lists
+    if size > LISTS:
+        return f"the block mask's lists take {size} bytes of SMEM, above {LISTS}; larger blocks have shorter ones."
     return ""
+
+
+def _by_row(call: Any) -> bool:
+    """Whether lists differ by row of the batch: by themselves, or with positions and segments."""
+    ops = call.ops
+    given = ops.query_positions, ops.key_positions, ops.query_segments
+    return ops.block_counts.shape[0] > 1 or any(x is not None for x in given)
+
+
+def _fitted(call: Any, blocks: Blocks) -> Blocks:
+    """The blocks, made smaller where those of a block mask are no whole number of them."""
+    if call.spec.blocks is None:
+        return blocks
+    lengths = call.ops.query.shape[1], call.ops.key.shape[1]
+    pairs = zip((blocks.queries, blocks.keys), call.spec.blocks, lengths, strict=True)
+    return Blocks(*(tile if block >= length else math.gcd(tile, block) for tile, block, length in pairs))
 
 
 def blocks_of(call: Any, direction: str) -> Blocks:
@@ -86,14 +124,14 @@ def tuned_blocks(target: Target, call: Any, direction: str) -> Blocks | None:
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward")
+    blocks = _fitted(call, blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward"))
     made = _Made(call, blocks, of_keys=False)
     made.add_all(("query", "key", "value"))
     ops = call.ops
     batch, length, heads, _ = ops.query.shape
     value_size = ops.value.shape[3]
     shapes = [
-        jax.ShapeDtypeStruct((batch, heads, length, value_size), ops.query.dtype),
+        jax.ShapeDtypeStruct((batch, heads, length, value_size), float8.working_dtype(ops)),
         jax.ShapeDtypeStruct((batch, heads, length, 1), jnp.float32),
     ]
     rows = made.blocks.queries
@@ -104,7 +142,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
-    blocks = blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward")
+    blocks = _fitted(call, blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward"))
     ops = call.ops
     batch, length, heads, size = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]
@@ -136,7 +174,8 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
         found["slopes"] = jnp.sum(more.pop(0), axis=(2, 3))
     if "bias" in call.wanted:
         spread = tuple(i for i, n in enumerate(ops.bias.shape) if n == 1)
-        found["bias"] = jnp.sum(more.pop(0), axis=spread, keepdims=True)
+        of_bias = block_mask.visited(call.spec, ops, blocks.queries, blocks.keys, more.pop(0))
+        found["bias"] = jnp.sum(of_bias, axis=spread, keepdims=True)
     return [*(x.transpose(0, 2, 1, 3) for x in (dq, dk, dv)), *(found[name] for name in call.wanted)]
 
 
@@ -154,6 +193,14 @@ class _Made:
         self.arrays: list[jax.Array] = []
         self.specs: list[pl.BlockSpec] = []
 
+        if call.spec.blocks is not None:
+            pairs, most = block_mask.tiles(call.spec, ops, blocks.queries, blocks.keys)
+            pairs, most = (pairs.swapaxes(2, 3), pairs.shape[2]) if of_keys else (pairs, most)
+            counts, indices = block_mask.lists(pairs, most)
+            self.lists, self.turns = counts.shape, indices.shape[3]  # [B or 1, N or 1, blocks]
+            self.runs = counts.reshape(-1), indices.reshape(-1)
+            return
+        self.lists, self.turns = None, self.blocks_q if of_keys else self.blocks_k
         queries, keys = self.blocks_q * blocks.queries, self.blocks_k * blocks.keys
         here, there = positions(ops, queries, keys)
         pairs = visible_blocks(call.spec, here, there, segments(ops, queries, keys), blocks.queries, blocks.keys)
@@ -163,12 +210,23 @@ class _Made:
         """Batch, query head, key head, query block and key block of a grid's step; blocks that are seen alone."""
         *ids, begins, ends = given
         fixed = ids[2]
-        b = 0 if begins.shape[0] == 1 else ids[0]
-        begin, end = begins[b, fixed], ends[b, fixed]
-        moving = jnp.minimum(jnp.maximum(ids[-1], begin), jnp.maximum(end - 1, 0))
+        _, moving = self.visit(ids, begins, ends)
         if self.of_keys:
             return ids[0], ids[1] * self.groups + ids[3], ids[1], moving, fixed
         return ids[0], ids[1], jax.lax.div(ids[1], jnp.int32(self.groups)), fixed, moving
+
+    def visit(self, ids: Any, begins: Any, ends: Any) -> tuple[Any, Any]:
+        """Whether a step visits a block, and which one; where it does not, that of a step near by."""
+        turn, fixed = ids[-1], ids[2]
+        if self.lists is None:
+            b = 0 if begins.shape[0] == 1 else ids[0]
+            begin, end = begins[b, fixed], ends[b, fixed]
+            return (turn >= begin) & (turn < end), jnp.minimum(jnp.maximum(turn, begin), jnp.maximum(end - 1, 0))
+        batch, heads, blocks = self.lists
+        head = ids[1] * self.groups + ids[3] if self.of_keys else ids[1]
+        row = ((ids[0] if batch > 1 else 0) * heads + (head if heads > 1 else 0)) * blocks + fixed
+        count = begins[row]
+        return turn < count, ends[row * self.turns + jnp.minimum(turn, jnp.maximum(count - 1, 0))]
 
     def spec(self, kind: str, shape: tuple[int, ...]) -> pl.BlockSpec:
         block_q, block_k = self.blocks.queries, self.blocks.keys
@@ -181,7 +239,7 @@ class _Made:
                 "key": (b, k, j, 0),
                 "column": (b, 0, j),
                 "bias": (b if shape[0] > 1 else 0, n if shape[1] > 1 else 0, i if shape[2] > 1 else 0, j),
-                "tile": (b, n, i, ids[3]),
+                "tile": (b, n, i, ids[3] if self.lists is None else j),
             }[kind]
 
         block = {
@@ -218,6 +276,8 @@ class _Made:
         bias = masked_bias(ops)
         if bias is not None:
             self.add("bias", bias, "bias")
+        for name, x in zip(("factor", "value_factor"), float8.factors(ops) or (), strict=False):
+            self.add(name, x.reshape(-1), "scalars")
         for name in ("slopes", "sinks"):
             if arrays[name] is not None:
                 self.add(name, arrays[name].astype(jnp.float32), "scalars")
@@ -234,9 +294,9 @@ class _Made:
         interpret: bool,
     ) -> list[jax.Array]:
         if self.of_keys:
-            grid = self.batch, self.kv_heads, self.blocks_k, self.groups, self.blocks_q
+            grid = self.batch, self.kv_heads, self.blocks_k, self.groups, self.turns
         else:
-            grid = self.batch, self.heads, self.blocks_q, self.blocks_k
+            grid = self.batch, self.heads, self.blocks_q, self.turns
 
         def body(begins: Any, ends: Any, *refs: Any) -> None:
             inputs = dict(zip(self.names, refs[: len(self.names)], strict=True))
@@ -264,19 +324,19 @@ class _Step:
 
     def __init__(self, made: _Made, refs: dict[str, Any], begins: Any, ends: Any) -> None:
         self.made, self.refs = made, refs
-        self.spec, self.dtype = made.call.spec, made.call.ops.query.dtype
+        self.spec, self.dtype = made.call.spec, float8.working_dtype(made.call.ops)
         ids = [pl.program_id(i) for i in range(5 if made.of_keys else 4)]
         self.batch, self.turn = ids[0], ids[-1]
-        b = 0 if begins.shape[0] == 1 else ids[0]
-        self.visible = (self.turn >= begins[b, ids[2]]) & (self.turn < ends[b, ids[2]])
+        self.visible, moving = made.visit(ids, begins, ends)
+        moving = self.turn if made.lists is None else moving
         if made.of_keys:
             self.head = ids[1] * made.groups + ids[3]
             self.first = (ids[3] == 0) & (self.turn == 0)
-            self.last = (ids[3] == made.groups - 1) & (self.turn == made.blocks_q - 1)
-            i, j = self.turn, ids[2]
+            self.last = (ids[3] == made.groups - 1) & (self.turn == made.turns - 1)
+            i, j = moving, ids[2]
         else:
-            self.head, self.first, self.last = ids[1], self.turn == 0, self.turn == made.blocks_k - 1
-            i, j = ids[2], self.turn
+            self.head, self.first, self.last = ids[1], self.turn == 0, self.turn == made.turns - 1
+            i, j = ids[2], moving
         iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32)
         self.query = i * made.blocks.queries + iota((made.blocks.queries, 1), 0)
         self.key = j * made.blocks.keys + iota((1, made.blocks.keys), 1)
@@ -284,11 +344,20 @@ class _Step:
 
     def rows(self, name: str) -> jax.Array:
         """Of queries, `[Q, H]` or `[Q, 1]`."""
-        return self.ended(self.refs[name][...], self.query, self.made.length, self.made.blocks.queries)
+        return self.ended(self.numbers(name), self.query, self.made.length, self.made.blocks.queries)
 
     def columns(self, name: str) -> jax.Array:
         """Of keys, `[C, H]`."""
-        return self.ended(self.refs[name][...], self.key_rows, self.made.span, self.made.blocks.keys)
+        return self.ended(self.numbers(name), self.key_rows, self.made.span, self.made.blocks.keys)
+
+    def numbers(self, name: str) -> jax.Array:
+        """What a block holds; float8 codes become bfloat16, exactly."""
+        x = self.refs[name][...]
+        return x.astype(self.dtype) if x.dtype.itemsize == 1 else x
+
+    def factor(self, name: str, x: jax.Array) -> jax.Array:
+        """x times what goes with float8 codes, "factor" or "value_factor"; as it is for other operands."""
+        return x * self.refs[name][self.batch * self.made.heads + self.head] if name in self.refs else x
 
     def ended(self, x: jax.Array, number: jax.Array, end: int, block: int) -> jax.Array:
         return x if end % block == 0 else jnp.where(number < end, x, jnp.zeros((), x.dtype))
@@ -351,7 +420,8 @@ def _forward_kernel(step: _Step, out_ref: Any, lse_ref: Any, out: Any, top: Any,
     @pl.when(step.visible)
     def _tile() -> None:
         v = step.columns("value")
-        scores, _, _, keep = step.scores(step.dot(step.rows("query"), step.columns("key"), (1, 1)))
+        product = step.dot(step.rows("query"), step.columns("key"), (1, 1))
+        scores, _, _, keep = step.scores(step.factor("factor", product))
         higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
         floor = jnp.maximum(higher, NOTHING)
         weights = jnp.exp(scores - floor)
@@ -365,7 +435,7 @@ def _forward_kernel(step: _Step, out_ref: Any, lse_ref: Any, out: Any, top: Any,
     def _end() -> None:
         some = total[...] > 0
         sums = jnp.where(some, total[...], 1.0)
-        out_ref[...] = (out[...] / sums).astype(out_ref.dtype)
+        out_ref[...] = step.factor("value_factor", out[...] / sums).astype(out_ref.dtype)
         lse_ref[...] = jnp.where(some, top[...] + jnp.log(sums), -jnp.inf)
 
 
@@ -381,7 +451,7 @@ def _dq_kernel(step: _Step, dq_ref: Any, *others: Any) -> None:
         if slopes is not None:
             slopes[...] = jnp.zeros_like(slopes)
 
-    if bias_ref is not None:
+    if bias_ref is not None and step.made.lists is None:
 
         @pl.when(jnp.logical_not(step.visible))
         def _nothing() -> None:

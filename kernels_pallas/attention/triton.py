@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import _compat
+from kernels_pallas.attention import block_mask
+from kernels_pallas.attention import spec as float8
 from kernels_pallas.attention.blocks import positions, runs, segments, visible_blocks
 from kernels_pallas.attention.facts import tuned
 from kernels_pallas.attention.spec import (
@@ -42,6 +44,8 @@ from kernels_pallas.attention.spec import (
 from kernels_pallas.dispatch import Target, no_sizes, no_triton
 
 SIZES = (1, 256)  # head sizes
+FLOAT8 = 8.9  # compute capability from which there are products of float8
+SMALLEST = 16  # rows and columns of a tile, as Triton's products want them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +66,37 @@ def refusal(target: Target, call: Any) -> str:
     sizes = (*ops.query.shape, *ops.key.shape, ops.value.shape[3])
     if reason := no_sizes(sizes):
         return reason
-    if ops.query.dtype.name not in ("float32", "bfloat16", "float16"):
-        return f"it takes float32, bfloat16 and float16, not {ops.query.dtype}."
+    if reason := _no_dtype(target, call):
+        return reason
     widest = max(ops.query.shape[3], ops.value.shape[3])
     if widest > SIZES[1]:
         return f"head size {widest} is above {SIZES[1]}."
     if ops.relative is not None:
         return "it has no relative positions; give them as a bias."
+    lengths = ops.query.shape[1], ops.key.shape[1]
+    for name, block, length in zip(("queries", "keys"), call.spec.blocks or lengths, lengths, strict=True):
+        if block < length and block % SMALLEST:
+            return f"blocks of {block} {name} in the block mask are no multiple of {SMALLEST}."
     return ""
+
+
+def _no_dtype(target: Target, call: Any) -> str:
+    dtype, size = call.ops.query.dtype, call.ops.query.shape[3]
+    if dtype.name not in float8.FLOAT8:
+        known = dtype.name in ("float32", "bfloat16", "float16")
+        return "" if known else f"it takes float32, bfloat16, float16 and float8, not {dtype}."
+    if target.platform == "rocm":
+        return f"it has no products of {dtype} on AMD's chips."
+    if target.capability is not None and target.capability < FLOAT8:
+        return f"products of float8 need compute capability {FLOAT8} and the chip has {target.capability}."
+    return "" if size > 16 else f"head size {size} is below the 17 that products of float8 want."
 
 
 # (queries, keys) of a tile by direction, bytes of an operand's number and filled-up head size, for eight warps: the
 # largest of those tried that do not spill (float32: up to 128 bytes) and fit a block's shared memory, as assembled for
 # A100, A10, H100 and B200. Chips that are not ROOMY take the second pair.
 _TILES = {
+    ("forward", 1): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
     ("forward", 2): {128: ((128, 64), (128, 64)), 256: ((64, 64), (64, 32))},
     ("forward", 4): {32: ((64, 64), (64, 64)), 64: ((64, 32), (64, 32)), 256: ((16, 32), (16, 32))},
     ("backward", 2): {
@@ -114,19 +135,29 @@ def tuned_blocks(target: Target, call: Any, direction: str) -> Blocks | None:
 
 def _power(n: int) -> int:
     """The power of two that holds n, at least the 16 that Triton's products want."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(SMALLEST, 1 << (n - 1).bit_length())
+
+
+def _fitted(call: Any, blocks: Blocks) -> Blocks:
+    """The blocks, made smaller where those of a block mask are no whole number of them."""
+    if call.spec.blocks is None:
+        return blocks
+    (of_q, of_k), (length, span) = call.spec.blocks, (call.ops.query.shape[1], call.ops.key.shape[1])
+    queries = blocks.queries if of_q >= length else min(blocks.queries, of_q & -of_q)
+    keys = blocks.keys if of_k >= span else min(blocks.keys, of_k & -of_k)
+    return dataclasses.replace(blocks, queries=queries, keys=keys)
 
 
 def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the output `[B, T, N, Hv]` and the log-sum-exp `[B, N, T]`."""
-    blocks = blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward", target)
+    blocks = _fitted(call, blocks or tuned_blocks(target, call, "forward") or blocks_of(call, "forward", target))
     batch, length, heads, _ = call.ops.query.shape
     operands = _Operands(call, blocks)
     operands.add_all(("query", "key", "value"))
     operands.add_runs(transposed=False)
     value_size = call.ops.value.shape[3]
     shapes = [
-        jax.ShapeDtypeStruct((batch, length, heads, value_size), call.ops.query.dtype),
+        jax.ShapeDtypeStruct((batch, length, heads, value_size), float8.working_dtype(call.ops)),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     ]
     return operands.run(_forward_kernel, "attention_forward", shapes, ("head", "row"), interpret)
@@ -134,7 +165,7 @@ def forward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = 
 
 def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None = None) -> list[jax.Array]:
     """Returns the gradients of query, key, value and of each of `call.wanted` (no "relative")."""
-    blocks = blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward", target)
+    blocks = _fitted(call, blocks or tuned_blocks(target, call, "backward") or blocks_of(call, "backward", target))
     ops = call.ops
     batch, length, heads, _ = ops.query.shape
     span = ops.key.shape[1]
@@ -165,7 +196,8 @@ def backward(target: Target, call: Any, interpret: bool, blocks: Blocks | None =
         found["slopes"] = jnp.sum(more.pop(0), axis=2)
     if "bias" in call.wanted:
         spread = tuple(i for i, n in enumerate(ops.bias.shape) if n == 1)
-        found["bias"] = jnp.sum(more.pop(0), axis=spread, keepdims=True)
+        of_bias = block_mask.visited(call.spec, ops, blocks.queries, blocks.keys, more.pop(0))
+        found["bias"] = jnp.sum(of_bias, axis=spread, keepdims=True)
     return [dq, dk, dv, *(found[name] for name in call.wanted)]
 
 
@@ -183,6 +215,7 @@ class _Operands:
         self.groups = self.heads // self.kv_heads
         self.queries = pl.cdiv(self.length, blocks.queries) * blocks.queries
         self.keys = pl.cdiv(self.span, blocks.keys) * blocks.keys
+        self.lists_by_group = False
         self.names: list[str] = []
         self.arrays: list[jax.Array] = []
         self.specs: list[pl.BlockSpec] = []
@@ -208,12 +241,19 @@ class _Operands:
         bias = masked_bias(ops)
         if bias is not None:
             self.add("bias", bias, self.by_tile(bias.shape))
+        for name, x in zip(("factor", "value_factor"), float8.factors(ops) or (), strict=False):
+            self.add(name, x, pl.BlockSpec((None, self.heads), lambda i, n, b: (b, 0)))
         for name in ("slopes", "sinks", "seed"):
             if arrays[name] is not None:
                 self.add(name, arrays[name], pl.BlockSpec(arrays[name].shape, lambda i, n, b: (0,)))
 
     def add_runs(self, *, transposed: bool) -> None:
-        """Adds where the visible blocks of each block begin and end; a bias whose gradient is wanted needs all."""
+        """Adds where the visible blocks of each block begin and end, or which ones are listed.
+
+        A bias whose gradient is wanted needs all, or what was not visited taken out afterwards.
+        """
+        if self.call.spec.blocks is not None:
+            return self.add_lists(transposed=transposed)
         here, there = positions(self.call.ops, self.queries, self.keys)
         packed = segments(self.call.ops, self.queries, self.keys)
         pairs = visible_blocks(self.call.spec, here, there, packed, self.blocks.queries, self.blocks.keys)
@@ -223,6 +263,20 @@ class _Operands:
         for name, x in zip(("begin", "end"), runs(pairs), strict=True):
             spec = pl.BlockSpec((None, x.shape[1]), lambda i, n, b: (0 if shared else b, 0))
             self.add(name, x, spec)
+
+    def add_lists(self, *, transposed: bool) -> None:
+        """Adds how many blocks each block visits, and which ones, by head; kernels over keys see all their heads."""
+        pairs, most = block_mask.tiles(self.call.spec, self.call.ops, self.blocks.queries, self.blocks.keys)
+        pairs, most = (pairs.swapaxes(2, 3), pairs.shape[2]) if transposed else (pairs, most)
+        many_b, many_n = pairs.shape[0] > 1, pairs.shape[1] > 1
+        self.lists_by_group = self.of_keys and many_n
+        group = self.groups if self.lists_by_group else None
+        for name, x in zip(("count", "indices"), block_mask.lists(pairs, most), strict=True):
+
+            def at(i: Any, n: Any, b: Any, rank: int = x.ndim) -> Any:
+                return (b if many_b else 0, n if many_n else 0, *(0,) * (rank - 2))
+
+            self.add(name, x, pl.BlockSpec((None, group, *x.shape[2:]), at))
 
     def by_batch(self, width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, width), lambda i, n, b: (b, 0))
@@ -284,7 +338,7 @@ class _Tiles:
     def __init__(self, made: _Operands, refs: dict[str, Any]) -> None:
         self.made, self.refs = made, refs
         self.spec, self.blocks = made.call.spec, made.blocks
-        self.dtype = made.call.ops.query.dtype
+        self.dtype = float8.working_dtype(made.call.ops)
         self.wanted = made.call.wanted
         self.batch = pl.program_id(2)  # the interpreter knows it outside of loops only
 
@@ -333,9 +387,17 @@ class _Tiles:
         dims = ((over[0],), (over[1],)), ((), ())
         return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
-    def run(self, i: Any) -> tuple[Any, Any]:
-        """The first block that is seen, and the one after the last."""
-        return self.refs["begin"][i], self.refs["end"][i]
+    def run(self, i: Any, g: Any = None) -> tuple[Any, Any, Callable[[Any], Any]]:
+        """Begin and end of a loop over the blocks that block i sees, and which one a turn of it is.
+
+        `g`: the query head of a block that has several.
+        """
+        if "count" not in self.refs:
+            return self.refs["begin"][i], self.refs["end"][i], lambda turn: turn
+        counts, indices = self.refs["count"], self.refs["indices"]
+        if self.made.lists_by_group:
+            return 0, counts[g, i], lambda turn: indices[g, i, turn]
+        return 0, counts[i], lambda turn: indices[i, turn]
 
     def scores(self, product: jax.Array, t: Any, s: Any, head: Any, g: Any = None) -> Any:
         """`(scores, capped scores, distance, dropout weights)` of a tile of query head `head`, in the block `g`."""
@@ -383,10 +445,13 @@ def _forward_kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
     q = tiles.rows("query", t)
     width = tiles.refs["value"].shape[-1]
 
+    begin, end, at = tiles.run(i)
+
     def step(j: Any, carry: Any) -> Any:
         out, top, total = carry
-        s = j * tiles.blocks.keys
+        s = at(j) * tiles.blocks.keys
         product = tiles.dot(q, tiles.columns("key", s), (1, 1))
+        product = product * tiles.refs["factor"][n] if "factor" in tiles.refs else product
         scores, _, _, keep = tiles.scores(product, t, s, n)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         floor = jnp.maximum(higher, NOTHING)
@@ -394,7 +459,7 @@ def _forward_kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
         less = jnp.exp(top - floor)
         total = total * less + jnp.sum(weights, axis=1)
         weights = weights if keep is None else weights * keep
-        part = tiles.dot(weights.astype(tiles.dtype), tiles.columns("value", s), (1, 0))
+        part = tiles.dot(weights.astype(tiles.dtype), tiles.columns("value", s).astype(tiles.dtype), (1, 0))
         return out * less[:, None] + part, higher, total
 
     rows = tiles.blocks.queries
@@ -404,11 +469,12 @@ def _forward_kernel(tiles: _Tiles, out_ref: Any, lse_ref: Any) -> None:
         total = jnp.ones((rows,), jnp.float32)
     else:
         top, total = jnp.full((rows,), HIDDEN, jnp.float32), jnp.zeros((rows,), jnp.float32)
-    begin, end = tiles.run(i)
     out, top, total = jax.lax.fori_loop(begin, end, step, (out, top, total))
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    tiles.store_rows(out_ref, out / total[:, None], t, of_keys=False, size=tiles.made.call.ops.value.shape[3])
+    out = out / total[:, None]
+    out = out * tiles.refs["value_factor"][n] if "value_factor" in tiles.refs else out
+    tiles.store_rows(out_ref, out, t, of_keys=False, size=tiles.made.call.ops.value.shape[3])
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
     tiles.store(lse_ref.at[pl.ds(t, rows)], lse, tiles.inside(t, rows, tiles.made.length))
 
@@ -433,9 +499,11 @@ def _dq_kernel(tiles: _Tiles, dq_ref: Any, *more_refs: Any) -> None:
     t = i * tiles.blocks.queries
     q, do = tiles.rows("query", t), tiles.rows("cotangent", t)
 
+    begin, end, at = tiles.run(i)
+
     def step(j: Any, carry: Any) -> Any:
         dq, slopes = carry
-        s = j * tiles.blocks.keys
+        s = at(j) * tiles.blocks.keys
         k, v = tiles.columns("key", s), tiles.columns("value", s)
         _, ds, product, distance = _tile_gradient(tiles, q, k, v, do, t, s, n, None)
         if slopes_ref is not None:
@@ -446,7 +514,6 @@ def _dq_kernel(tiles: _Tiles, dq_ref: Any, *more_refs: Any) -> None:
             tiles.store(bias_ref.at[pl.ds(t, tiles.blocks.queries), pl.ds(s, tiles.blocks.keys)], ds, inside)
         return dq + tiles.dot(product, k, (1, 0)), slopes
 
-    begin, end = tiles.run(i)
     start = jnp.zeros(q.shape, jnp.float32), jnp.zeros((tiles.blocks.queries,), jnp.float32)
     dq, slopes = jax.lax.fori_loop(begin, end, step, start)
     tiles.store_rows(dq_ref, dq * tiles.spec.scale, t, of_keys=False, size=tiles.made.size)
@@ -458,18 +525,18 @@ def _dkv_kernel(tiles: _Tiles, dk_ref: Any, dv_ref: Any) -> None:
     j, kv = pl.program_id(0), pl.program_id(1)
     s = j * tiles.blocks.keys
     k, v = tiles.columns("key", s), tiles.columns("value", s)
-    begin, end = tiles.run(j)
 
-    def step(i: Any, carry: Any, g: Any) -> Any:
+    def step(i: Any, carry: Any, g: Any, at: Callable[[Any], Any]) -> Any:
         dk, dv = carry
-        t = i * tiles.blocks.queries
+        t = at(i) * tiles.blocks.queries
         q, do = tiles.rows("query", t, g), tiles.rows("cotangent", t, g)
         head = kv * tiles.made.groups + g
         dropped, _, product, _ = _tile_gradient(tiles, q, k, v, do, t, s, head, g)
         return dk + tiles.dot(product, q, (0, 0)), dv + tiles.dot(dropped.astype(tiles.dtype), do, (0, 0))
 
     def group(g: Any, carry: Any) -> Any:
-        return jax.lax.fori_loop(begin, end, functools.partial(step, g=g), carry)
+        begin, end, at = tiles.run(j, g)
+        return jax.lax.fori_loop(begin, end, functools.partial(step, g=g, at=at), carry)
 
     start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, tiles.made.groups, group, start)

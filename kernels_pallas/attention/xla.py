@@ -6,7 +6,8 @@ and the running output (Dao, arXiv 2307.08691, algorithm 1); the backward pass c
 log-sum-exp (algorithm 2), keys outside, so that all of dK and dV is written once. Beyond operands and results both hold
 one tile a head, O(T) in all. Scores and sums are float32, float64 for float64.
 
-On the CPU one head is computed after the other, so that a tile stays in the cache; elsewhere all at once.
+On the CPU one head is computed after the other, so that a tile stays in the cache; elsewhere all at once. Of a block
+mask the listed tiles are visited, those of any query head of a group; what another one lists is hidden in the tile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention import block_mask
 from kernels_pallas.attention.blocks import padded, positions, runs, segments, visible_blocks
 from kernels_pallas.attention.spec import (
     HIDDEN,
@@ -29,10 +31,12 @@ from kernels_pallas.attention.spec import (
     Spec,
     added,
     capped,
+    factors,
     kept,
     row_numbers,
     seen,
     uncapped,
+    working_dtype,
 )
 
 
@@ -53,8 +57,18 @@ FEWEST_QUERIES = 64
 ONE_TILE = 512
 
 
-def plan_of(ops: Operands, platform: str, tuned: Mapping[str, Any] = MappingProxyType({})) -> Plan:
-    """Returns the plan for a call, by its shapes and the platform; tuned values say how large blocks may be."""
+def plan_of(
+    ops: Operands,
+    platform: str,
+    tuned: Mapping[str, Any] = MappingProxyType({}),
+    blocks: tuple[int, int] | None = None,
+) -> Plan:
+    """Returns the plan for a call, by its shapes and the platform.
+
+    Tuned values say how large its blocks may be; those of a block mask, `blocks`, are whole numbers of its own.
+    """
+    if blocks is not None:
+        return _listed_plan(ops, platform, blocks)
     batch, length, heads, _ = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]
     rows, groups = batch * kv_heads, heads // kv_heads
@@ -80,6 +94,18 @@ def plan_of(ops: Operands, platform: str, tuned: Mapping[str, Any] = MappingProx
     return Plan(block_q, block_k, at_once)
 
 
+def _listed_plan(ops: Operands, platform: str, blocks: tuple[int, int]) -> Plan:
+    """Tiles that divide the blocks of a mask; lists differ by head, so on the CPU it is one head after the other."""
+    length, heads = ops.query.shape[1:3]
+    span, kv_heads = ops.key.shape[1:3]
+    block_q, block_k = BLOCK.get(platform, BLOCK["other"])
+    if platform == "cpu":
+        block_q = max(FEWEST_QUERIES, block_q // (heads // kv_heads))
+    block_q = block_mask.fitted(_even(length, block_q), blocks[0], length)
+    block_k = block_mask.fitted(_even(span, block_k), blocks[1], span)
+    return Plan(block_q, block_k, 1 if platform == "cpu" else ops.query.shape[0] * kv_heads)
+
+
 def same(a: Any, b: Any) -> bool:
     """Returns whether two sizes are equal; they may be symbolic, and one object only by chance."""
     return a is b or a == b
@@ -102,6 +128,16 @@ class _Head(NamedTuple):
     slopes: jax.Array | None  # [G]
     relative: jax.Array | None  # [G, W]
     sinks: jax.Array | None  # [G]
+    factor: jax.Array | None  # [G], of products of float8 codes
+    value_factor: jax.Array | None  # [G]
+
+
+class _Visits(NamedTuple):
+    """Tiles that are visited, by key head: those that any of its query heads lists."""
+
+    listed: jax.Array  # bool [B or 1, K or 1, G or 1, query blocks, key blocks]
+    counts: jax.Array  # [B or 1, K or 1, blocks]
+    indices: jax.Array  # [B or 1, K or 1, blocks, M]
 
 
 class _Shared(NamedTuple):
@@ -113,8 +149,9 @@ class _Shared(NamedTuple):
     mask: jax.Array | None  # [B or 1, K or 1, G or 1, T or 1, S]
     bias: jax.Array | None
     seed: jax.Array | None
-    begin: jax.Array  # [B or 1, blocks]
-    end: jax.Array
+    begin: jax.Array | None  # [B or 1, blocks]
+    end: jax.Array | None
+    visits: _Visits | None  # in the place of begin and end, where a call has a block mask
 
 
 class _Prepared(NamedTuple):
@@ -129,13 +166,18 @@ def forward(spec: Spec, ops: Operands, *, platform: str, plan: Plan | None = Non
 
     The log-sum-exp is -inf where a query sees neither a key nor a sink.
     """
-    plan = plan or plan_of(ops, platform)
     batch, length, heads, _ = ops.query.shape
+    if _empty(ops):
+        wide = _dtypes(ops.query, platform)[0]
+        sinks = jnp.full(heads, -jnp.inf, wide) if ops.sinks is None else ops.sinks.astype(wide)
+        out = jnp.zeros((batch, length, heads, ops.value.shape[3]), working_dtype(ops))
+        return out, jnp.broadcast_to(sinks[None, :, None], (batch, heads, length))
+    plan = plan or plan_of(ops, platform, blocks=spec.blocks)
     made = _prepared(spec, ops, plan, platform, transposed=False)
     one = functools.partial(_forward_head, spec, plan, ops, made.shared)
     out, lse = _over_heads(one, made.heads, plan)  # [B K, G, T, Hv], [B K, G, T]
     out = out[:, :, :length].reshape(batch, heads, length, -1).transpose(0, 2, 1, 3)
-    return out.astype(ops.query.dtype), lse[:, :, :length].reshape(batch, heads, length)
+    return out.astype(working_dtype(ops)), lse[:, :, :length].reshape(batch, heads, length)
 
 
 def backward(
@@ -159,9 +201,14 @@ def backward(
         wanted: of "slopes" (given by batch, `[B, N]`), "relative" (`[B, N, W]`) and "bias" (of its shape, float32).
         platform, plan: where and how it is computed.
     """
-    plan = plan or plan_of(ops, platform)
     batch, length, heads, size = ops.query.shape
     span, kv_heads = ops.key.shape[1:3]
+    if _empty(ops):
+        wide, shapes = lse.dtype, {"slopes": (batch, heads)}
+        shapes |= {} if ops.relative is None else {"relative": (batch, *ops.relative.shape)}
+        shapes |= {} if ops.bias is None else {"bias": ops.bias.shape}
+        return *(jnp.zeros_like(x) for x in ops[:3]), *(jnp.zeros(shapes[name], wide) for name in wanted)
+    plan = plan or plan_of(ops, platform, blocks=spec.blocks)
     made = _prepared(spec, ops, plan, platform, transposed=True)
     wide, narrow = _dtypes(ops.query, platform)
     groups = heads // kv_heads
@@ -200,10 +247,17 @@ def backward(
     )
 
 
+def _empty(ops: Operands) -> bool:
+    """Whether there are no queries, no keys or no rows, so that nothing is seen."""
+    sizes = (*ops.query.shape[:2], ops.key.shape[1])
+    return any(isinstance(n, int) and n == 0 for n in sizes)
+
+
 def _dtypes(query: jax.Array, platform: str) -> tuple[Any, Any]:
     """The dtype of sums, and that of the factors of products: on the CPU, narrow products are the slower ones."""
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    return wide, wide if platform == "cpu" else query.dtype
+    narrow = jnp.bfloat16 if query.dtype.itemsize == 1 else query.dtype
+    return wide, wide if platform == "cpu" else narrow
 
 
 def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transposed: bool) -> _Prepared:
@@ -225,6 +279,9 @@ def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transpose
         for x in (ops.slopes, ops.relative, ops.sinks)
     ]
 
+    of_codes = factors(ops)
+    per_head += [None] * 2 if of_codes is None else [x.reshape(batch * kv_heads, groups) for x in of_codes]
+
     def by_group(x: jax.Array | None) -> jax.Array | None:  # [B0, N0, T0, S] -> [B0, K0, G0, T0, S]
         if x is None:
             return None
@@ -234,16 +291,40 @@ def _prepared(spec: Spec, ops: Operands, plan: Plan, platform: str, *, transpose
 
     here, there = positions(ops, queries, keys)
     packed = segments(ops, queries, keys)
-    if single:
-        begin = end = jnp.zeros((1, 1), jnp.int32)  # not looked at
-    else:
+    begin = end = visits = None
+    if spec.blocks is not None:
+        visits = _visits(spec, ops, plan, (kv_heads, groups), transposed=transposed)
+    elif not single:
         pairs = visible_blocks(spec, here, there, packed, plan.block_q, plan.block_k)
         begin, end = runs(pairs.swapaxes(1, 2) if transposed else pairs)
         if plan.heads > 1:  # computed together: what any of them sees
             begin, end = jnp.min(begin, axis=0, keepdims=True), jnp.max(end, axis=0, keepdims=True)
-    shared = _Shared(here, there, packed, by_group(ops.mask), by_group(ops.bias), ops.seed, begin, end)
+    shared = _Shared(here, there, packed, by_group(ops.mask), by_group(ops.bias), ops.seed, begin, end, visits)
     made = _Head(query, by_head(ops.key, keys), by_head(ops.value, keys), *per_head)
     return _Prepared(made, shared, queries, keys)
+
+
+def _visits(spec: Spec, ops: Operands, plan: Plan, split: tuple[int, int], *, transposed: bool) -> _Visits:
+    listed, most = block_mask.tiles(spec, ops, plan.block_q, plan.block_k)
+    groups = split if listed.shape[1] == split[0] * split[1] else (1, 1)
+    listed = listed.reshape(listed.shape[0], *groups, *listed.shape[2:])
+    some = jnp.any(listed, axis=2)
+    if transposed:
+        counts, indices = block_mask.lists(some.swapaxes(2, 3), some.shape[2])
+    else:
+        counts, indices = block_mask.lists(some, min(some.shape[3], most * groups[1]))
+    return _Visits(listed, counts, indices)
+
+
+def _visited(shared: _Shared, kv_heads: int, number: jax.Array, row: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Begin and end of a loop over what row `row` of blocks sees, and which block a turn of it is."""
+    b, k = number // kv_heads, number % kv_heads
+    if shared.visits is None:
+        assert shared.begin is not None and shared.end is not None
+        begin, end = (_picked(_picked(x, b), row) for x in (shared.begin, shared.end))
+        return begin, end, _itself
+    count, indices = (_picked(_picked(_picked(x, b), k), row) for x in shared.visits[1:])
+    return 0, count, lambda turn: _picked(indices, turn)
 
 
 def _over_heads(one: Callable[..., Any], operands: Any, plan: Plan) -> Any:
@@ -303,15 +384,18 @@ def _tile(
         x = _sliced(_picked(_picked(x, b), k), 2, s, block_k)
         return x if x.shape[1] == 1 else _sliced(x, 1, t, block_q)
 
+    mask = block(shared.mask)
+    if shared.visits is not None:
+        listed = _picked(_picked(shared.visits.listed, b), k)  # [G0, query blocks, key blocks]
+        listed = _picked(_picked(listed.transpose(1, 2, 0), t // block_q), s // block_k)[:, None, None]
+        mask = listed if mask is None else mask & listed
     relative = None
     if head.relative is not None:
         relative = jnp.take(head.relative, _places(head.relative, distance[0]), axis=1)
     slope = None if head.slopes is None else head.slopes[:, None, None]
     bent = capped(spec, product)
     scores = added(bent, distance, slope=slope, bias=block(shared.bias), relative=relative)
-    scores = jnp.where(
-        seen(spec, there, distance, packed, block(shared.mask)), scores, jnp.asarray(HIDDEN, scores.dtype)
-    )
+    scores = jnp.where(seen(spec, there, distance, packed, mask), scores, jnp.asarray(HIDDEN, scores.dtype))
     keep = None
     if shared.seed is not None:
         iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32)
@@ -319,6 +403,10 @@ def _tile(
         row = row_numbers(heads, ops.query.shape[1], iota((1, block_q, 1), 1) + t)
         keep = kept(spec, shared.seed, row, (iota((1, 1, block_k), 2) + s).astype(jnp.uint32)).astype(scores.dtype)
     return _Tile(scores, bent, distance, keep)
+
+
+def _itself(turn: Any) -> Any:
+    return turn
 
 
 def _places(table: jax.Array, distance: jax.Array) -> jax.Array:
@@ -346,8 +434,8 @@ def _forward_head(
 
     def products(q: jax.Array, s: Any) -> tuple[jax.Array, jax.Array]:  # q [G Q, H]
         k, v = (_sliced(x, 0, s, plan.block_k) for x in (head.key, head.value))
-        scores = jnp.einsum("qh,sh->qs", q, k, preferred_element_type=wide)
-        return scores.reshape(groups, plan.block_q, -1), v
+        scores = jnp.einsum("qh,sh->qs", q, k, preferred_element_type=wide).reshape(groups, plan.block_q, -1)
+        return scores if head.factor is None else scores * head.factor[:, None, None], v
 
     def block(i: Any) -> tuple[jax.Array, jax.Array]:
         t = i * plan.block_q
@@ -355,7 +443,7 @@ def _forward_head(
 
         def step(j: Any, carry: Any) -> Any:
             out, top, total = carry
-            s = j * plan.block_k
+            s = at(j) * plan.block_k
             product, v = products(q, s)
             tile = _tile(spec, ops, shared, head, number, product, t, s)
             higher = jnp.maximum(top, jnp.max(tile.scores, axis=-1))
@@ -375,15 +463,16 @@ def _forward_head(
             top = jnp.broadcast_to(head.sinks.astype(wide)[:, None], (groups, plan.block_q))
             total = jnp.ones((groups, plan.block_q), wide)
         if same(plan.block_k, keys):
+            at = _itself
             out, top, total = step(0, (out, top, total))
         else:
-            number_b = number // ops.key.shape[2]
-            begin, end = (_picked(_picked(x, number_b), i) for x in (shared.begin, shared.end))
+            begin, end, at = _visited(shared, ops.key.shape[2], number, i)
             out, top, total = jax.lax.fori_loop(begin, end, step, (out, top, total))
         some = total > 0
-        out = out / jnp.where(some, total, 1.0).reshape(-1, 1)
+        out = (out / jnp.where(some, total, 1.0).reshape(-1, 1)).reshape(groups, plan.block_q, value_size)
+        out = out if head.value_factor is None else out * head.value_factor[:, None, None]
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
-        return out.reshape(groups, plan.block_q, value_size), lse
+        return out, lse
 
     if same(plan.block_q, queries):
         return block(0)
@@ -454,16 +543,15 @@ def _backward_head(
         return (dq.reshape(groups, queries, size) * spec.scale, dk.T * spec.scale, dv.T, more), bias
 
     blocks_q, blocks_k = queries // plan.block_q, keys // plan.block_k
-    number_b = number // kv_heads
-    begin, end = (_picked(x, number_b) for x in (shared.begin, shared.end))
 
-    def column(carry: Any, xs: Any) -> Any:
+    def column(carry: Any, j: Any) -> Any:
         dq, more, bias = carry
-        j, begin, end = xs
+        begin, end, at = _visited(shared, kv_heads, number, j)
         s = j * plan.block_k
         k, v = (_sliced(x, 0, s, plan.block_k) for x in (head.key, head.value))
 
-        def step(i: Any, inner: Any) -> Any:
+        def step(turn: Any, inner: Any) -> Any:
+            i = at(turn)
             dq, *rest = inner
             part, rest = tile_gradients(i * plan.block_q, s, k, v, tuple(rest))
             part = part + jax.lax.dynamic_index_in_dim(dq, i, 0, keepdims=False)
@@ -474,7 +562,7 @@ def _backward_head(
 
     dq = jnp.zeros((blocks_q, rows, size), wide)
     numbers = jax.lax.broadcasted_iota(jnp.int32, (blocks_k,), 0)
-    (dq, more, bias), (dk, dv) = jax.lax.scan(column, (dq, more, bias), (numbers, begin, end))
+    (dq, more, bias), (dk, dv) = jax.lax.scan(column, (dq, more, bias), numbers)
     dq = dq.reshape(blocks_q, groups, plan.block_q, size).swapaxes(0, 1).reshape(groups, queries, size) * spec.scale
     return (dq, dk.reshape(keys, size), dv.reshape(keys, value_size), more), bias
 

@@ -2,6 +2,10 @@
 
 The backward pass keeps operands and log-sum-exp, and computes the gradients that are asked for. With a frozen table the
 forward pass leaves the gradient of hidden up to the cotangents, and the backward pass has no product to compute.
+
+Where the vocabulary is split over devices (`axis`), the primitives compute a device's columns: the log-sum-exp of them,
+and the target's part of the loss, `(1 - s) z[label] + s / V sum(z)` of what of it lies there. Both are merged by a
+maximum and sums over the devices in plain jax, whose derivatives are jax's: no device has all of the table or logits.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
-from kernels_pallas import _compat
+from kernels_pallas import _compat, sharded
 from kernels_pallas.cross_entropy import xla
 from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_NO_LABEL = -(2**31)  # which no label is
 _BY_ROW = ("hidden", "labels", "lse", "of_loss", "of_lse")
 
 
@@ -36,6 +42,12 @@ class Spec:
     z_loss: float
     ignore_index: int
     chunk: int | None
+    whole: int | None = None  # V of the whole table, where this is a part of it: other labels are in other parts
+
+    @property
+    def spread(self) -> float:
+        """What label smoothing gives to each column."""
+        return self.label_smoothing / (self.whole or self.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +90,7 @@ def cross_entropy(
     ignore_index: int = -100,
     chunk: int | None = None,
     take: Callable[[Any, jax.Array], jax.Array] | None = None,
+    axis: str | tuple[str, ...] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -96,6 +109,10 @@ def cross_entropy(
         take: `take(table, indices)` returns rows `[*indices, D]` of a table that is no array, `[V, D]` (`table.shape`
             says V): packed codes are then decoded chunk by chunk. A function at the top of a module, and no gradient of
             the table.
+        axis: inside of `jax.shard_map`, the axis (or axes) of the mesh over which V is split: `table` and `bias` are a
+            device's columns, in the order of the devices and as many on each; `hidden` and `labels` (numbers of the
+            whole vocabulary) are what the devices of that axis share. Losses are alike on all of them. None: the table
+            is whole, or split over explicit axes of a mesh, which its type says (as that of `hidden` says of rows).
         return_lse: the pair of losses and log-sum-exp.
         implementation: "xla", which is the only one, or None.
 
@@ -103,7 +120,20 @@ def cross_entropy(
         ValueError: the shapes do not fit each other.
         ImplementationError: there is no implementation of that name.
     """
+    if axis is None and (split := _split(hidden, table, labels, bias, transposed)) is not None:
+        specs, axis = split
+
+        def one(given: dict[str, Any]) -> Any:
+            return cross_entropy(
+                **given, transposed=transposed, scale=scale, soft_cap=soft_cap, label_smoothing=label_smoothing,
+                z_loss=z_loss, ignore_index=ignore_index, chunk=chunk, take=take, axis=axis, return_lse=return_lse,
+                implementation=implementation,
+            )  # fmt: skip
+
+        given = {"hidden": hidden, "table": table, "labels": labels, "bias": bias}
+        return sharded.over(one, {n: x for n, x in given.items() if x is not None}, specs, specs["labels"])
     rows = hidden.shape[:-1]
+    parts = 1 if axis is None else _parts(axis)
     spec = Spec(
         _vocabulary(table, transposed or take is not None), transposed or take is not None, float(scale),
         None if soft_cap is None else float(soft_cap), float(label_smoothing), float(z_loss), int(ignore_index), chunk,
@@ -112,8 +142,14 @@ def cross_entropy(
     if implementation is not None:
         CROSS_ENTROPY.named(implementation)
     count = math.prod(rows)
+    whole, labels = spec, labels.reshape(count).astype(jnp.int32)
+    numbers = labels
+    if axis is not None:
+        part = spec.vocabulary
+        numbers = labels - jnp.int32(part) * jax.lax.axis_index(axis)
+        spec = dataclasses.replace(spec, whole=parts * part, z_loss=0.0, ignore_index=_NO_LABEL)
     smooth = {"hidden": hidden.reshape(count, hidden.shape[-1])}
-    fixed = {"labels": labels.reshape(count).astype(jnp.int32)}
+    fixed = {"labels": numbers}
     packed = None
     if take is None:
         smooth["table"] = table
@@ -126,9 +162,61 @@ def cross_entropy(
     alike = _vary_alike({**smooth, **fixed})
     smooth, fixed = {n: alike[n] for n in smooth}, {n: alike[n] for n in fixed}
     found: Any = _losses((spec, packed, implementation), smooth, fixed)
-    losses, lse = found
+    losses, lse = found if axis is None else _merged(whole, spec, axis, labels, *found)
     losses, lse = losses.reshape(rows), lse.reshape(rows)
     return (losses, lse) if return_lse else losses
+
+
+def _split(hidden: Any, table: Any, labels: Any, bias: Any, transposed: bool) -> tuple[dict[str, Any], Any] | None:
+    """How operands are split over explicit axes of a mesh, by name, and the vocabulary's axis; None: they are not.
+
+    Raises:
+        ValueError: D is split, or two operands differ.
+    """
+    arrays = {"hidden": hidden, "labels": labels, "bias": bias}
+    arrays |= {"table": table} if isinstance(table, jax.Array) else {}
+    found = {n: axes for n, x in arrays.items() if x is not None and (axes := sharded.axes_of(x)) is not None}
+    if not found:
+        return None
+    rows: tuple[Any, ...] = found["labels"] if "labels" in found else (None,) * (hidden.ndim - 1)
+    rows = found["hidden"][:-1] if "hidden" in found else rows
+    columns = None
+    if "table" in found:
+        columns = found["table"][0 if transposed else 1]
+    specs = {
+        "hidden": PartitionSpec(*rows, None),
+        "labels": PartitionSpec(*rows),
+        "table": PartitionSpec(columns, None) if transposed else PartitionSpec(None, columns),
+        "bias": PartitionSpec(columns),
+    }
+    specs["table"] = specs["table"] if "table" in arrays else PartitionSpec()
+    for name, axes in found.items():
+        if any(a not in (None, b) for a, b in zip(axes, specs[name], strict=True)):
+            raise ValueError(
+                f"cross_entropy: {name} is split over {axes}; rows can be, alike in hidden and labels, and the "
+                f"vocabulary, alike in table and bias: write jax.sharding.reshard({name}, jax.P{tuple(specs[name])})."
+            )
+    return specs, columns
+
+
+def _parts(axis: str | tuple[str, ...]) -> int:
+    try:
+        return jax.lax.axis_size(axis)
+    except NameError:
+        raise ValueError(
+            f"cross_entropy: axis is {axis!r}, which is no axis of a shard_map around the call; leave it out where the "
+            "table is whole."
+        ) from None
+
+
+def _merged(whole: Spec, part: Spec, axis: Any, labels: jax.Array, target: jax.Array, lse: jax.Array) -> Any:
+    """Losses and log-sum-exp of the whole vocabulary, of each device's target and log-sum-exp."""
+    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
+    lse = top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
+    losses = lse - jax.lax.psum(target, axis) + whole.z_loss * lse**2
+    known = (labels >= 0) & (labels < (part.whole or 0))
+    counts = jnp.where(known, jnp.ones((), losses.dtype), jnp.nan)
+    return losses * jnp.where(labels == whole.ignore_index, jnp.zeros((), losses.dtype), counts), lse
 
 
 def explain(
@@ -300,9 +388,12 @@ def _losses_forward(static: Any, smooth: Any, fixed: Any) -> Any:
 def _losses_backward(static: Any, kept: Any, cotangents: Any) -> Any:
     smooth, fixed, lse, wanted = kept
     of_loss, of_lse = (jnp.zeros_like(lse) if isinstance(g, SymbolicZero) else g for g in cotangents)
+    if static[0].whole is not None:  # the first result is the target's part, lse - loss
+        of_loss, of_lse = -of_loss, of_lse + of_loss
     if wanted is None:
         spec, labels = static[0], fixed["labels"]
         counts, known = labels != spec.ignore_index, (labels >= 0) & (labels < spec.vocabulary)
+        known = known if spec.whole is None else jnp.ones_like(known)
         of_loss = jnp.where(counts, jnp.where(known, of_loss, jnp.nan), 0)
         share = of_loss * (1 + 2 * spec.z_loss * lse) + of_lse
         hidden = share[:, None] * fixed["of_lse"] - of_loss[:, None] * fixed["target"]

@@ -60,7 +60,7 @@ def chunk_of(call: Any, platform: str, direction: str = "forward") -> int:
 
 
 def forward(call: Any, platform: str) -> list[jax.Array]:
-    """Returns the losses and the log-sum-exp, `[R]` each."""
+    """Returns the losses and the log-sum-exp, `[R]` each; of a part of a table the target in the place of losses."""
     return _forward(call, platform, mean=False)
 
 
@@ -105,15 +105,22 @@ def _forward(call: Any, platform: str, *, mean: bool) -> list[jax.Array]:
     start = jnp.full(rows, NOTHING, made.wide), zero, zero, zero, mixed, whole
     top, total, picked, sums, mixed, whole = made.through(step, start)
     lse = top + jnp.log(total)
-    losses = lse - (1 - smooth) * picked - smooth / call.vocabulary * sums + spec.z_loss * lse**2
-    losses = jnp.where((labels >= 0) & (labels < call.vocabulary), losses, jnp.nan)
-    losses = jnp.where(labels == spec.ignore_index, zero, losses)
+    target = (1 - smooth) * picked + spec.spread * sums
+    if spec.whole is None:
+        losses = lse - target + spec.z_loss * lse**2
+        losses = jnp.where((labels >= 0) & (labels < call.vocabulary), losses, jnp.nan)
+        losses = jnp.where(labels == spec.ignore_index, zero, losses)
+    else:
+        losses = target
     if not mean:
         return [losses, lse]
     slope = jnp.ones_like(picked) if spec.soft_cap is None else 1 - jnp.square(picked / spec.soft_cap)
-    target = ((1 - smooth) * slope)[:, None] * made.rows(labels)
+    here = (1 - smooth) * slope
+    if spec.whole is not None:
+        here = jnp.where((labels >= 0) & (labels < call.vocabulary), here, zero)
+    target = here[:, None] * made.rows(labels)
     if smooth:
-        target = target + jnp.broadcast_to(smooth / call.vocabulary * whole, target.shape)
+        target = target + jnp.broadcast_to(spec.spread * whole, target.shape)
     return [losses, lse, spec.scale * mixed / total[:, None], spec.scale * target]
 
 
@@ -123,11 +130,11 @@ def backward(call: Any, platform: str) -> list[jax.Array]:
     spec, given, wanted = call.spec, call.arrays, call.wanted
     labels, lse = given["labels"], given["lse"]
     counts = labels != spec.ignore_index
-    known = (labels >= 0) & (labels < call.vocabulary)
+    known = (labels >= 0) & (labels < call.vocabulary) if spec.whole is None else jnp.ones_like(counts)
     zero = jnp.zeros((), made.wide)
     of_loss = jnp.where(counts, jnp.where(known, given["of_loss"], jnp.nan), zero)
     of_weights = of_loss * (1 + 2 * spec.z_loss * lse) + given["of_lse"]
-    of_label, of_all = (1 - spec.label_smoothing) * of_loss, spec.label_smoothing / call.vocabulary * of_loss
+    of_label, of_all = (1 - spec.label_smoothing) * of_loss, spec.spread * of_loss
     turned = made.hidden.T if "table" in wanted else None  # [D, R]
 
     def step(i: Any, found: Any) -> Any:

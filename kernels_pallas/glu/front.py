@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from kernels_pallas.dispatch import Explanation
 from kernels_pallas.glu.oracle import ACTIVATIONS
 from kernels_pallas.rows import Program, RowOp, Tile, flattened
+from kernels_pallas.sharded import over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,13 @@ def glu(
         ValueError: shapes, dtypes or the activation's name are wrong.
         ImplementationError: the named implementation cannot compute the call.
     """
-    shape, (x, y) = flattened("glu", gate, up=up)
-    return GLU(_spec("glu", activation), {"x": x, "up": y}, implementation, interpret)[0].reshape(shape)
+    spec = _spec("glu", activation)
+
+    def run(gate: jax.Array, up: jax.Array) -> jax.Array:
+        shape, (x, y) = flattened("glu", gate, up=up)
+        return GLU(spec, {"x": x, "up": y}, implementation, interpret)[0].reshape(shape)
+
+    return over_rows("glu", run, {"gate": gate, "up": up}, elementwise=True)
 
 
 def bias_activation(
@@ -64,12 +70,16 @@ def bias_activation(
     interpret: bool = False,
 ) -> jax.Array:
     """Returns `activation(x + bias)` as `bias_activation_oracle` does; otherwise as `glu`."""
-    shape, (rows,) = flattened("bias_activation", x)
-    if bias is not None and tuple(bias.shape) != shape[-1:]:
-        raise ValueError(f"bias_activation: bias has the shape {list(bias.shape)} and must have [{shape[-1]}].")
-    arrays = {"x": rows} if bias is None else {"x": rows, "bias": bias}
     spec = _spec("bias_activation", activation)
-    return BIAS_ACTIVATION(spec, arrays, implementation, interpret)[0].reshape(shape)
+
+    def run(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+        shape, (rows,) = flattened("bias_activation", x)
+        if bias is not None and tuple(bias.shape) != shape[-1:]:
+            raise ValueError(f"bias_activation: bias has the shape {list(bias.shape)} and must have [{shape[-1]}].")
+        arrays = {"x": rows} if bias is None else {"x": rows, "bias": bias}
+        return BIAS_ACTIVATION(spec, arrays, implementation, interpret)[0].reshape(shape)
+
+    return over_rows("bias_activation", run, {"x": x}, {"bias": bias}, elementwise=True)
 
 
 def explain(

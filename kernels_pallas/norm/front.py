@@ -14,6 +14,7 @@ rows. Forward reads x (and residual) and writes y (and s) once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Explanation
 from kernels_pallas.rows import Program, RowOp, Tile, flattened
+from kernels_pallas.sharded import over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ def rms_norm(
         ValueError: the shapes do not fit each other.
         ImplementationError: the named implementation cannot compute the call.
     """
-    return _run(Spec(False, float(eps), float(shift)), x, weight, None, residual, implementation, interpret)
+    run = functools.partial(_run, Spec(False, float(eps), float(shift)), implementation, interpret)
+    return over_rows("norm", run, {"x": x, "residual": residual}, {"weight": weight, "bias": None})
 
 
 def layer_norm(
@@ -71,7 +74,8 @@ def layer_norm(
     interpret: bool = False,
 ) -> Any:
     """Returns what `layer_norm_oracle` does, in the dtype of x; otherwise as `rms_norm`."""
-    return _run(Spec(True, float(eps)), x, weight, bias, residual, implementation, interpret)
+    run = functools.partial(_run, Spec(True, float(eps)), implementation, interpret)
+    return over_rows("norm", run, {"x": x, "residual": residual}, {"weight": weight, "bias": bias})
 
 
 def explain(
@@ -93,7 +97,7 @@ def operands(x: Any, weight: Any, bias: Any, residual: Any) -> tuple[tuple[int, 
     return shape, {n: a for n, a in arrays.items() if a is not None}
 
 
-def _run(spec: Spec, x: Any, weight: Any, bias: Any, residual: Any, implementation: Any, interpret: bool) -> Any:
+def _run(spec: Spec, implementation: Any, interpret: bool, *, x: Any, weight: Any, bias: Any, residual: Any) -> Any:
     shape, arrays = operands(x, weight, bias, residual)
     found = [y.reshape(shape) for y in NORM(spec, arrays, implementation, interpret)]
     return found[0] if residual is None else tuple(found)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.dispatch import Explanation
 from kernels_pallas.rows import Program, RowOp, Tile, flattened
+from kernels_pallas.sharded import axes_of, over_rows
 
 _HIDDEN = -1e30  # finite, so that no NaN comes of a row of which nothing is left
 
@@ -50,8 +51,14 @@ def softmax(
         ValueError: x or the mask has a wrong shape or dtype.
         ImplementationError: the named implementation cannot compute the call.
     """
-    shape, arrays = _operands(x, mask)
-    return SOFTMAX(Spec(float(scale)), arrays, implementation, interpret)[0].reshape(shape)
+
+    def run(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        shape, arrays = _operands(x, mask)
+        return SOFTMAX(Spec(float(scale)), arrays, implementation, interpret)[0].reshape(shape)
+
+    if mask is not None and axes_of(x) is not None:
+        mask = jax.sharding.reshard(jnp.broadcast_to(mask, x.shape), jax.typeof(x).sharding)
+    return over_rows("softmax", run, {"x": x, "mask": mask})
 
 
 def explain(x: Any, mask: Any = None, *, platform: str | None = None, architecture: str | None = None) -> Explanation:

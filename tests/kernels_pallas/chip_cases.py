@@ -111,7 +111,10 @@ TURNS = {
 
 
 def row_cases(implementation):
-    """Cases of grouped products, scans, rotary positions, softmax and norms with codes: a function, its operands' types, its kernels' number."""
+    """Cases of grouped products, scans, rotary positions, softmax and norms with codes.
+
+    By name: a function, the types of its operands, and how many kernels it has.
+    """
 
     def total(y):
         return jnp.sum(jnp.sin(y.astype(jnp.float32)))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from chip_cases import more_cases, row_cases
 
 from kernels_pallas import offline
-from kernels_pallas.attention import attention, mosaic_gpu
+from kernels_pallas.attention import BlockMask, attention, mosaic_gpu
 from kernels_pallas.dispatch import Target
 from kernels_pallas.glu import bias_activation, glu
 from kernels_pallas.norm import layer_norm, rms_norm
@@ -64,7 +64,7 @@ def attend(implementation: str, options: dict[str, Any], *, gradient: bool) -> C
             out, lse = forward({**arrays, **part})
             return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
 
-        smooth = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        smooth = {n: x for n, x in arrays.items() if n != "block_mask" and jnp.issubdtype(x.dtype, jnp.floating)}
         return jax.grad(loss)(smooth)
 
     return backward if gradient else forward
@@ -81,6 +81,12 @@ def cases(chip: str) -> dict[str, tuple[Callable[[Any], Any], Any]]:
         for h in (64, 128):
             arrays = arrays_of(2, 700, 4, 2, h, dtype, EVERYTHING)
             found[f"triton {dtype} {h} everything"] = attend("triton", EVERYTHING, gradient=True), arrays
+            for by in ((1, 1), (2, 4)):
+                mask = BlockMask(128, 128, *(jax.ShapeDtypeStruct((*by, 6, *m), _INT) for m in ((), (4,))))
+                arrays = arrays_of(2, 700, 4, 2, h, dtype, {}) | {"block_mask": mask}
+                found[f"triton {dtype} {h} blocks{' by head' if by[1] > 1 else ''}"] = (
+                    attend("triton", {}, gradient=True), arrays,
+                )  # fmt: skip
         for d in (1000, 4096, 8192):
             x, w = jax.ShapeDtypeStruct((2048, d), dtype), jax.ShapeDtypeStruct((d,), dtype)
             for op, arrays in (
@@ -91,6 +97,13 @@ def cases(chip: str) -> dict[str, tuple[Callable[[Any], Any], Any]]:
             ):
                 found[f"triton {dtype} {d} {op.__name__}"] = over_rows(op), arrays
     found |= mosaic_cases(chip)
+    for dtype in ("float8_e4m3fn", "float8_e5m2"):
+        for h in (64, 128, 256):
+            for kind, heads in HEADS.items():
+                options = OPTIONS[kind] | {"key_scale": ((1, heads[3]), _FLOAT)}
+                found[f"triton {dtype} {h} {kind}"] = (
+                    attend("triton", options, gradient=False), arrays_of(*heads, h, dtype, options),
+                )  # fmt: skip
     for name, (function, shapes) in more_cases("triton").items():
         arrays = {x: jax.ShapeDtypeStruct(*v) for x, v in shapes.items()}
         dtype = arrays["query" if "query" in arrays else "x"].dtype
@@ -147,6 +160,8 @@ def main(chip: str, names: list[str]) -> None:
     begins = tuple(names) or (("mosaic_gpu",) if chip == "L4" else ("",))
     for name, (function, arrays) in cases(chip).items():
         if not name.startswith(begins):
+            continue
+        if name.startswith("triton float8") and offline.CHIPS[chip].capability < (8, 9):
             continue
         found: dict[str, Any] = {"chip": chip, "case": name, "ok": True}
         try:

@@ -23,7 +23,7 @@ from chip_cases import more_cases
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import BlockMask, attention
 
 # B, T, N, K, H, S, dtype, options; arrays of options are given by their shapes
 CASES: dict[str, tuple] = {
@@ -41,9 +41,22 @@ CASES: dict[str, tuple] = {
     ),
     "bias": (2, 700, 4, 2, 128, 700, "bfloat16", {"bias": (1, 4, 700, 700)}),
     "mask of keys by head": (2, 700, 4, 2, 128, 700, "bfloat16", {"mask": (1, 4, 1, 700), "causal": False}),
+    "blocks": (1, 4096, 4, 2, 128, 4096, "bfloat16", {"blocks": (1, 1, 128, 128, 8)}),
+    "blocks by row and head, bias": (
+        2, 700, 4, 2, 128, 700, "bfloat16", {"blocks": (2, 4, 128, 256, 3), "bias": (1, 4, 700, 700), "window": 300},
+    ),
+    "float8": (1, 2048, 4, 2, 128, 2048, "float8_e4m3fn", {"key_scale": (1, 2)}),
+    "float8, tails, blocks": (2, 700, 4, 2, 64, 700, "float8_e5m2", {"blocks": (1, 4, 128, 128, 3), "sinks": (4,)}),
     "dropout": (1, 600, 4, 2, 128, 600, "bfloat16", {"dropout": 0.1, "dropout_key": (2,)}),
 }  # fmt: skip
-_DTYPES = {"bias": jnp.float32, "sinks": jnp.float32, "slopes": jnp.float32, "mask": bool, "dropout_key": jnp.uint32}
+_DTYPES = {
+    "bias": jnp.float32,
+    "sinks": jnp.float32,
+    "slopes": jnp.float32,
+    "mask": bool,
+    "key_scale": jnp.float32,
+    "dropout_key": jnp.uint32,
+}
 
 
 def main(topology: str, names: list[str]) -> None:
@@ -61,8 +74,15 @@ def main(topology: str, names: list[str]) -> None:
             continue
         b, t, n, k, h, s, dtype, options = CASES[name]
         shapes = {"query": ((b, t, n, h), dtype), "key": ((b, s, k, h), dtype), "value": ((b, s, k, h), dtype)}
-        shapes |= {x: (v, _DTYPES.get(x, jnp.int32)) for x, v in options.items() if isinstance(v, tuple)}
+        shapes |= {
+            x: (v, _DTYPES.get(x, jnp.int32)) for x, v in options.items() if isinstance(v, tuple) and x != "blocks"
+        }
         arrays = {x: jax.ShapeDtypeStruct(*v, sharding=where) for x, v in shapes.items()}
+        if "blocks" in options:
+            b0, n0, block_q, block_k, most = options["blocks"]
+            rows = jax.ShapeDtypeStruct((b0, n0, -(-t // block_q)), jnp.int32, sharding=where)
+            listed = jax.ShapeDtypeStruct((*rows.shape, most), jnp.int32, sharding=where)
+            arrays["block_mask"] = BlockMask(block_q, block_k, rows, listed)
         static = {x: v for x, v in options.items() if not isinstance(v, tuple)}
         smooth = [x for x in ("query", "key", "value", "bias", "slopes", "sinks") if x in arrays]
 
@@ -80,7 +100,10 @@ def main(topology: str, names: list[str]) -> None:
 
             return jax.grad(loss)({x: arrays[x] for x in smooth})
 
-        for direction, function in (("forward", forward), ("backward", both)):
+        directions = {"forward": forward, "backward": both}
+        if dtype.startswith("float8"):
+            directions.pop("backward")
+        for direction, function in directions.items():
             report(topology, name, direction, function, arrays, mesh)
 
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.attention import attention, attention_oracle, dropout_weights, tpu, triton, xla
+from kernels_pallas.attention import BlockMask, attention, attention_oracle, dropout_weights
+from tests.kernels_pallas.attention_cases import SMOOTH, close, loss, operands, small_tiles, weights_for
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_tpu")
-SMOOTH = ("query", "key", "value", "bias", "slopes", "relative", "sinks")
 # B, T, N, K, H, S; options, in which a tuple of an array's name is its shape.
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "causal": ((1, 70, 2, 2, 16, 70), {}),
@@ -36,63 +36,26 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "mask and bias": ((2, 20, 2, 2, 16, 33), {"mask": (1, 2, 20, 33), "bias": (2, 2, 1, 33), "causal": False}),
     "relative positions": ((2, 40, 4, 2, 16, 36), {"relative": (4, 13), "causal": False}),
     "dropout": ((2, 33, 4, 2, 16, 40), {"dropout": 0.3, "causal": False}),
+    "blocks": ((2, 70, 2, 2, 16, 90), {"blocks": (1, 1, 16, 32), "causal": False}),
+    "blocks by row and head, causal, window": ((2, 90, 4, 2, 16, 90), {"blocks": (2, 4, 32, 32), "window": 50}),
+    "blocks by head, bias, sinks": (
+        (2, 50, 4, 2, 16, 70),
+        {"blocks": (1, 4, 16, 32), "bias": (1, 4, 50, 70), "sinks": (4,), "causal": False},
+    ),
+    "blocks by row, segments": ((2, 70, 4, 1, 16, 70), {"blocks": (2, 1, 32, 64), "packed": True}),
+    "one block": ((1, 20, 2, 1, 16, 30), {"blocks": (1, 2, 64, 64), "causal": False}),
 }
 ONLY_XLA = ("relative positions",)
 QUICK = (
     "grouped heads, T and S differ, other value size", "window, soft cap, queries behind", "segments",
-    "sinks and slopes", "mask and bias", "dropout",
+    "sinks and slopes", "mask and bias", "dropout", "blocks by row and head, causal, window",
+    "blocks by head, bias, sinks",
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla, "ONE_TILE", 0)
-    monkeypatch.setattr(xla, "FEWEST_QUERIES", 16)
-    monkeypatch.setitem(xla.BLOCK, "cpu", (16, 32))
-    monkeypatch.setattr(triton, "blocks_of", lambda *_: triton.Blocks(16, 32))
-    monkeypatch.setattr(
-        tpu,
-        "blocks_of",
-        lambda call, direction: tpu.Blocks(*map(min, (16, 32), (call.ops.query.shape[1], call.ops.key.shape[1]))),
-    )
-
-
-def operands(shape: tuple[int, ...], options: dict[str, Any], seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays and static options of a case."""
-    b, t, n, k, h, s = shape
-    rng = np.random.default_rng(seed)
-    options = dict(options)
-    hv = options.pop("value_size", h)
-    shapes = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, hv)}
-    shapes |= {name: options.pop(name) for name in (*SMOOTH[3:], "mask") if name in options}
-    arrays = {name: jnp.asarray(rng.standard_normal(x), jnp.float32) for name, x in shapes.items()}
-    if "mask" in arrays:
-        arrays["mask"] = (arrays["mask"] > -0.5).at[:, :, 0].set(False)
-    if "offset" in options:
-        arrays["query_positions"] = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32) + options.pop("offset"), (b, t))
-    if options.pop("packed", False):
-        arrays["query_segments"] = arrays["key_segments"] = jnp.sort(jnp.asarray(rng.integers(0, 4, (b, t)), jnp.int32))
-    if options.pop("padded", False):  # at the left, at the right, everything
-        place = jnp.arange(s, dtype=jnp.int32)
-        hidden = jnp.stack([place < 9, place > 20, place >= 0])
-        arrays["key_positions"] = jnp.where(hidden, -1, place)
-    if options.get("dropout"):
-        options["dropout_key"] = jax.random.key(7)
-    return arrays, options
-
-
-def loss(function: Any, arrays: dict[str, Any], weights: Any, smooth: dict[str, Any]) -> Any:
-    given = {**arrays, **smooth}
-    qkv = [given.pop(x) for x in ("query", "key", "value")]
-    out, lse = function(*qkv, **given, return_lse=True)
-    seen = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    return jnp.sum((out * weights[0]).astype(jnp.float32)) + jnp.sum(seen * weights[1]), (out, lse)
-
-
-def weights_for(shape: tuple[int, ...], value_size: int) -> tuple[jax.Array, jax.Array]:
-    b, t, n, *_ = shape
-    rng = np.random.default_rng(1)
-    return tuple(jnp.asarray(rng.standard_normal(x), jnp.float32) for x in ((b, t, n, value_size), (b, n, t)))
+    small_tiles(monkeypatch)
 
 
 def table() -> Iterator[Any]:
@@ -102,14 +65,6 @@ def table() -> Iterator[Any]:
                 continue
             quick = implementation == "xla" or name in QUICK
             yield pytest.param(name, implementation, marks=() if quick else pytest.mark.slow)
-
-
-def close(found: Any, expected: Any, atol: float) -> None:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        np.testing.assert_allclose(
-            a, b, rtol=0, atol=atol * max(1.0, float(np.max(np.abs(b), where=np.isfinite(b), initial=0)))
-        )
 
 
 @pytest.mark.parametrize(("name", "implementation"), list(table()))
@@ -206,6 +161,51 @@ def test_any_shape(b, t, k, g, s, h, causal, window, sunk, seed) -> None:
         for f in (functools.partial(attention, implementation="xla"), attention_oracle)
     ]
     close(*results, 3e-5)
+
+
+@settings(max_examples=3, deadline=None)
+@given(
+    b=st.integers(1, 2), t=st.sampled_from((1, 16, 21, 40)), k=st.integers(1, 2), g=st.integers(1, 2),
+    s=st.integers(1, 70), h=st.sampled_from((16, 20)), causal=st.booleans(), window=st.none() | st.integers(1, 12),
+    blocks=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@pytest.mark.parametrize("implementation", [pytest.param("triton", marks=pytest.mark.slow), "mosaic_tpu"])
+def test_any_shape_by_kernels(implementation, b, t, k, g, s, h, causal, window, blocks, seed) -> None:
+    """The kernels alike; positions in any order, so that rows may see nothing, and lists of blocks."""
+    rng = np.random.default_rng(seed)
+    arrays, _ = operands((b, t, k * g, k, h, s), {}, seed)
+    fixed = {"query_positions": rng.integers(0, s + 5, (b, t)), "key_positions": rng.integers(-2, s + 5, (b, s))}
+    fixed: dict[str, Any] = {n: jnp.asarray(x, jnp.int32) for n, x in fixed.items()}
+    if blocks:
+        fixed["block_mask"] = BlockMask.from_dense(rng.random((b, 1, -(-t // 16), -(-s // 32))) < 0.6, 16, 32)
+    weights = weights_for((b, t, k * g), h)
+    ours = functools.partial(attention, implementation=implementation, interpret=True)
+    results = [
+        jax.jit(jax.grad(lambda a, p, f=f: loss(functools.partial(f, causal=causal, window=window), p, weights, a)[0]))(
+            arrays, fixed
+        )
+        for f in (ours, attention_oracle)
+    ]
+    close(*results, 3e-5)
+
+
+@pytest.mark.parametrize(("t", "s"), [(1, 0), (5, 0), (0, 3), (0, 0)])
+def test_empty_axes(t: int, s: int) -> None:
+    """No keys: zeros, and the log-sum-exp of the sinks; no queries: zero gradients."""
+    arrays, _ = operands((2, t, 4, 2, 8, s), {"bias": (1, 4, t, s)})
+    mask = BlockMask.from_dense(np.ones((-(-t // 4), -(-s // 4)), bool), 4, 4)
+    more = {"slopes": jnp.ones(4), "sinks": jnp.linspace(-1.0, 1.0, 4)}
+    weights = weights_for((2, t, 4), 8)
+    for others in (more, {"slopes": more["slopes"]}):
+        found, expected = (
+            jax.jit(jax.grad(functools.partial(loss, f, {}, weights), has_aux=True))({**arrays, **others})
+            for f in (
+                functools.partial(attention, block_mask=mask),
+                functools.partial(attention_oracle, block_mask=mask),
+            )
+        )
+        close(found, expected, 1e-6)
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -230,6 +230,77 @@ def test_shard_map_over_rows(fresh_python: Any) -> None:
     assert printed.split() == ["same"]
 
 
+def test_a_vocabulary_that_is_split_over_devices(fresh_python: Any) -> None:
+    """Rows over two devices, columns over four: losses, gradients, and no table gathered.
+
+    Among the labels are the ignored one, the first and the last, and one that by a device's own count is the ignored
+    number; then one that no column has.
+    """
+    printed = fresh_python(
+        """
+        import functools, jax, jax.numpy as jnp
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from trustcore.ops.loss import cross_entropy
+        from kernels_pallas.cross_entropy import cross_entropy_oracle
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        jax.config.update("jax_numpy_rank_promotion", "raise")
+        mesh = jax.make_mesh((2, 4), ("b", "v"), axis_types=(AxisType.Auto,) * 2)
+        keys = jax.random.split(jax.random.key(0), 4)
+        hidden, table, bias, w = (jax.random.normal(k, s) for k, s in zip(keys, ((8, 16), (16, 400), (400,), (8,))))
+        labels = jnp.array([-100, 0, 399, 200, 17, 150, 310, 311], jnp.int32)
+        everything = {"soft_cap": 3.0, "label_smoothing": 0.1, "z_loss": 1e-2, "scale": 0.7}
+
+        def split(transposed, options, check):
+            part = P("v", None) if transposed else P(None, "v")
+            run = lambda h, t, y, b: cross_entropy(
+                h, t, y, bias=b, transposed=transposed, axis="v", chunk=60, return_lse=True, **options
+            )
+            places = {"in_specs": (P("b"), part, P("b"), P("v")), "out_specs": P("b"), "check_vma": check}
+            return jax.shard_map(run, mesh=mesh, **places)
+
+        def total(f, transposed, h, t, b, y=labels):
+            loss, lse = f(h, t.T if transposed else t, y, b)
+            return jnp.sum(loss * w) + jnp.sum(jnp.sin(lse)), loss
+
+        for transposed, options, wanted, check in (
+            (False, {}, (0, 1, 2), True), (False, {}, (0, 1), False), (True, everything, (0, 1, 2), True),
+            (False, {"label_smoothing": 0.2, "z_loss": 1e-2}, (0,), True), (True, {"soft_cap": 2.0}, (0,), False),
+        ):
+            whole = lambda h, t, y, b: cross_entropy_oracle(
+                h, t, y, bias=b, transposed=transposed, return_lse=True, **options
+            )
+            steps = (functools.partial(total, f, transposed) for f in (split(transposed, options, check), whole))
+            found, expected = (
+                jax.jit(jax.value_and_grad(step, wanted, has_aux=True))(hidden, table, bias) for step in steps
+            )
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+                assert jnp.max(jnp.abs(a - b)) < 2e-5, (options, wanted, check, jnp.max(jnp.abs(a - b)))
+
+        run = split(False, {}, True)
+        losses, _ = jax.jit(run)(hidden, table, labels.at[5].set(400), bias)
+        assert jnp.isnan(losses).tolist() == [False] * 5 + [True] + [False] * 2
+
+        def step(h, t, y, b):  # a gradient inside of the shard_map: that of hidden is summed over the columns' devices
+            return jax.grad(lambda h: jnp.sum(cross_entropy(h, t, y, bias=b, axis="v")))(h)
+
+        places = P("b"), P(None, "v"), P("b"), P("v")
+        inside = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=places, out_specs=P("b")))
+        given = [jax.device_put(x, NamedSharding(mesh, p)) for x, p in zip((hidden, table, labels, bias), places)]
+        expected = jax.grad(lambda h: jnp.sum(cross_entropy_oracle(h, table, labels, bias=bias)))(hidden)
+        assert jnp.max(jnp.abs(inside(*given) - expected)) < 2e-5
+        assert "all-gather" not in inside.lower(*given).compile().as_text()
+        print("same")
+        """,
+        devices=8,
+    )
+    assert printed.split() == ["same"]
+
+
+def test_an_axis_that_no_shard_map_has_is_named() -> None:
+    with pytest.raises(ValueError, match="axis is 'v', which is no axis of a shard_map around the call"):
+        front(jnp.ones((3, 4)), jnp.ones((4, 9)), jnp.ones(3, jnp.int32), axis="v")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

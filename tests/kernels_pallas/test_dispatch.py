@@ -56,7 +56,7 @@ def test_explain_says_what_is_taken(platform: str, architecture: str | None, tak
     ("shapes", "options", "reason"),
     [
         ((typed(1, 8, 2, 320), typed(1, 8, 2, 320), typed(1, 8, 2, 320)), {}, "head size 320 is above 256"),
-        ((typed(1, 8, 2, 64, dtype="float64"),) * 3, {}, "takes float32, bfloat16 and float16, not float64"),
+        ((typed(1, 8, 2, 64, dtype="float64"),) * 3, {}, "takes float32, bfloat16, float16 and float8, not float64"),
         ((X, X, X), {"relative": typed(4, 5)}, "it has no relative positions; give them as a bias"),
         ((typed(1, 0, 2, 64),) * 3, {}, "an axis is empty"),
     ],

@@ -93,6 +93,7 @@ def attention(
     key_positions: Int[Array, "B S"] | None = None,
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
+    block_mask: kernels.BlockMask | None = None,
     bias: Float[Array, "_ _ _ _"] | None = None,
     slopes: Float[Array, " N"] | None = None,
     relative: Float[Array, "N W"] | None = None,
@@ -103,6 +104,7 @@ def attention(
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    split: jax.sharding.PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H_v"]:
     """Returns `softmax(scale * q k^T + bias + mask) v` with grouped heads; see `kernels_pallas.attention`.
@@ -121,6 +123,7 @@ def attention(
             key_positions=key_positions,
             query_segments=query_segments,
             key_segments=key_segments,
+            block_mask=block_mask,
             bias=bias,
             slopes=slopes,
             relative=relative,
@@ -131,6 +134,7 @@ def attention(
             soft_cap=soft_cap,
             dropout=dropout,
             dropout_key=dropout_key,
+            split=split,
             implementation=implementation,
         )
     except kernels_pallas.ImplementationError as error:

@@ -26,6 +26,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk: int | None = None,
+    axis: str | tuple[str, ...] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -49,6 +50,8 @@ def cross_entropy(
         z_loss: weight of `lse ** 2`.
         ignore_index: which label means that a row does not count.
         chunk: C; None chooses.
+        axis: inside of `jax.shard_map`, the axis of the mesh over whose devices the columns are split; labels are
+            numbers of all columns. Losses are alike on all of its devices.
         return_lse: the pair of losses and log-sum-exp.
         implementation: "xla" or None.
 
@@ -58,7 +61,8 @@ def cross_entropy(
     """
     options = {
         "bias": bias, "scale": scale, "soft_cap": soft_cap, "label_smoothing": label_smoothing, "z_loss": z_loss,
-        "ignore_index": ignore_index, "chunk": chunk, "return_lse": return_lse, "implementation": implementation,
+        "ignore_index": ignore_index, "chunk": chunk, "axis": axis, "return_lse": return_lse,
+        "implementation": implementation,
     }  # fmt: skip
     try:
         if isinstance(table, Weight):
