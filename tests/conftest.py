@@ -70,6 +70,21 @@ def minilm_path() -> Path:
 
 
 @pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the tuner's tables of this test alone; compiled handlers stay where they are."""
+    from trustcore.cache import cache_folder
+    from trustcore.tune import choosing
+
+    native = cache_folder("native")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "native").symlink_to(native)
+    monkeypatch.setenv("TRUSTCORE_CACHE", str(folder))
+    monkeypatch.setattr(choosing, "_tried", set())
+    return folder / "tune"
+
+
+@pytest.fixture
 def fresh_python() -> Callable[..., str]:
     """A function that runs Python source in a new process and returns what it printed.
 

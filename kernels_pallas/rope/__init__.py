@@ -5,5 +5,6 @@
 
 from kernels_pallas.rope.front import ROPE, explain, rope
 from kernels_pallas.rope.oracle import rope_oracle
+from kernels_pallas.rope.xla import turned
 
-__all__ = ["ROPE", "explain", "rope", "rope_oracle"]
+__all__ = ["ROPE", "explain", "rope", "rope_oracle", "turned"]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from kernels_pallas import _compat
 from kernels_pallas.dispatch import Explanation, Implementation, Op, Target, primitive
 from kernels_pallas.rope import tpu, triton
+from kernels_pallas.rope.xla import turned
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -134,19 +135,8 @@ def _folded(bind: Any, operands: Any, axes: Any, **params: Any) -> Any:
 
 def _xla(target: Target, call: Call, interpret: bool) -> list[jax.Array]:
     """Plain jax, which XLA fuses with what is around."""
-    x = call.x
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    cos, sin = (z.astype(wide)[:, :, None] for z in (call.cos, call.sin))
-    sin = -sin if call.inverse else sin
-    turned, passed = jnp.split(x.astype(wide), [2 * call.pairs], axis=-1)
-    if call.interleaved:
-        pairs = turned.reshape(*turned.shape[:-1], -1, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        turned = jnp.stack((a * cos - b * sin, a * sin + b * cos), axis=-1).reshape(turned.shape)
-    else:
-        a, b = jnp.split(turned, 2, axis=-1)
-        turned = jnp.concatenate((a * cos - b * sin, a * sin + b * cos), axis=-1)
-    return [jnp.concatenate((turned, passed), axis=-1).astype(x.dtype)]
+    cos, sin = (z[:, :, None] for z in (call.cos, call.sin))
+    return [turned(call.x, cos, -sin if call.inverse else sin, interleaved=call.interleaved)]
 
 
 ROPE = Op(

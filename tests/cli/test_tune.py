@@ -14,7 +14,6 @@ import pytest
 
 import trustcore
 from trustcore import tune
-from trustcore.cache import cache_folder
 from trustcore.cli import tune as command
 from trustcore.models import random_model
 from trustcore.tune import table
@@ -22,16 +21,6 @@ from trustcore.tune import table
 ROOT = Path(__file__).parents[2]
 SHAPE = "B=1,T=136,N=1,H=16"
 QUICK = ("--seconds", "0.02", "--most", "1")
-
-
-@pytest.fixture
-def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    native = cache_folder("native")
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "native").symlink_to(native)
-    monkeypatch.setenv("TRUSTCORE_CACHE", str(folder))
-    return folder / "tune"
 
 
 def test_an_op_is_tuned_once(cli, own_tables: Path) -> None:
@@ -130,5 +119,6 @@ def test_refusals_are_one_sentence(cli, own_tables: Path, words: tuple[str, ...]
 
 def test_a_model_without_calls_is_told(cli, own_tables: Path, small_model: Path, monkeypatch) -> None:
     monkeypatch.setattr(tune, "calls_of", lambda *_: [])
+    monkeypatch.setattr(command, "_layers", lambda *_: None)
     done = cli("tune", str(small_model))
     assert (done.status, done.err.count("\n")) == (2, 1) and "none of its calls can be tuned" in done.err

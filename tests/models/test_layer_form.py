@@ -10,7 +10,6 @@ import pytest
 
 import trustcore
 from trustcore import tune
-from trustcore.cache import cache_folder
 from trustcore.errors import ModelError, TuningError
 from trustcore.models import random_model, scan_layers, tuned_layers
 from trustcore.models.layer_form import LAYERS
@@ -22,16 +21,6 @@ SIZES = {
     "num_hidden_layers": 3, "max_position_embeddings": 64,
 }  # fmt: skip
 CALL = {"step": "token", "length": 16, "batch": 1}
-
-
-@pytest.fixture
-def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    native = cache_folder("native")
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "native").symlink_to(native)
-    monkeypatch.setenv("TRUSTCORE_CACHE", str(folder))
-    return folder / "tune"
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +72,10 @@ def test_a_list_is_given_back_where_it_won(own_tables: Path, model) -> None:
     assert not isinstance(tuned_layers(scan_layers(model), **CALL).blocks, Stack)
 
 
+@pytest.mark.serial
 def test_compiling_decides_for_few_calls(own_tables: Path) -> None:
-    """Twelve layers compile in several times the time of one: with a single call, the scan wins."""
-    deep = random_model({**SIZES, "num_hidden_layers": 12})
+    """Thirty layers compile in several times the time of one: with a single call, the scan wins."""
+    deep = random_model({**SIZES, "num_hidden_layers": 30})
     result = tune.search("model_layers", deep, step="forward", length=4, calls=1, seconds=0.02, most=1)
     assert result.values["implementation"] == "scan"
 

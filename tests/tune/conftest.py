@@ -10,22 +10,7 @@ from typing import Any
 
 import pytest
 
-from trustcore.cache import cache_folder
-from trustcore.tune import choosing
-
 TOY = Path(__file__).with_name("toy.py")
-
-
-@pytest.fixture
-def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of tables of this test alone; compiled handlers stay where they are."""
-    native = cache_folder("native")
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "native").symlink_to(native)
-    monkeypatch.setenv("TRUSTCORE_CACHE", str(folder))
-    monkeypatch.setattr(choosing, "_tried", set())
-    return folder / "tune"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from trustcore.dtypes import accumulation_dtype
+from kernels_pallas.rope import turned
 from trustcore.errors import ModelError
 
 Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
@@ -157,15 +157,4 @@ def rotate(
     config: RopeConfig,
 ) -> Float[Array, "B T N H"]:
     """Returns x turned by the cosines and sines of `angles`."""
-    cos, sin = turn
-    wide = accumulation_dtype(x.dtype)
-    cos, sin = cos.astype(wide), sin.astype(wide)
-    turned, passed = jnp.split(x.astype(wide), [config.size], axis=-1)
-    if config.interleaved:
-        pairs = turned.reshape(*turned.shape[:-1], -1, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        turned = jnp.stack((a * cos - b * sin, a * sin + b * cos), axis=-1).reshape(turned.shape)
-    else:
-        a, b = jnp.split(turned, 2, axis=-1)
-        turned = jnp.concatenate((a * cos - b * sin, a * sin + b * cos), axis=-1)
-    return jnp.concatenate((turned, passed), axis=-1).astype(x.dtype)
+    return turned(x, *turn, interleaved=config.interleaved)
