@@ -12,7 +12,7 @@ Formats of blocks of 256, most of which want an importance, are measured on the 
 `benchmarks/small_lm.py`, whose rows they divide. It has no tokenizer; its tokens are bytes:
 
     python benchmarks/small_lm.py --open small_lm.safetensors --gguf small
-    for f in iq2_xxs q2_k; do
+    for f in iq2_xxs q2_k; do  # not mxfp4: llama.cpp gives dense models q8_0 under that name
         trustcore quantize small/F16.gguf -o written/$f.gguf --format $f --importance small/imatrix.gguf
     done
     python tests/oracles/record_perplexity.py --source small/F16.gguf --importance small/imatrix.gguf \
@@ -121,7 +121,8 @@ def evaluate(path: Path, text: bytes, threads: int, reference: Path) -> dict[str
             kept[i] = logits
         before = kept[i]
         divergences.append((np.exp(before) * (before - logits)).sum(-1, dtype=np.float64))
-    return {"losses": np.concatenate(losses).astype(np.float64), "divergences": np.concatenate(divergences)}
+    found = {"losses": np.concatenate(losses).astype(np.float64), "divergences": np.concatenate(divergences)}
+    return {**found, "context": np.array(context)}
 
 
 def figures(found: dict[str, np.ndarray], path: Path) -> dict[str, float]:
@@ -192,6 +193,7 @@ def main() -> None:
         reference, own = Path(folder) / "reference.npy", Path(folder) / "own.gguf"
         found = evaluate(options.source, text, options.threads, reference)
         record["source"] = figures(found, options.source)
+        record["about"]["context"] = int(found["context"])
         for name in options.formats:
             begin = time.perf_counter()
             if not quantize(options.source, own, FILE_TYPES[name], options.threads, importance):

@@ -16,7 +16,8 @@ decoded weights, as for the K-quants:
 Formats that store seven signs of eight turn one sign where the number of minus signs is odd: that of the weight with
 the least `weight * |x|`, for the cost of turning a weight of magnitude v that becomes m is `4 * weight * v * m`.
 
-Without an importance the formats of one and two bits weigh errors as llama.cpp does (`_default_weight`).
+Errors are weighed by the weights' own size as llama.cpp does (`_by_size`): at one and two bits always, at three with an
+importance, which it multiplies.
 """
 
 from __future__ import annotations
@@ -340,8 +341,8 @@ def _iq1_m(found: _Found) -> Encoded:
     return {"codes": _low(found.index), "high": fold(high, 4), "scales": scales | nibbles}
 
 
-def _default_weight(x: jax.Array) -> jax.Array:
-    """Returns `[256, M]`: `sqrt(mean x^2 + x^2)` over the block, what llama.cpp makes of an importance of ones.
+def _by_size(x: jax.Array) -> jax.Array:
+    """Returns `[256, M]`: `sqrt(mean x^2 + x^2)` over the block, what llama.cpp multiplies an importance by.
 
     At one or two bits an error of the mean square keeps the many small weights at the cost of the few large ones, on
     which more depends.
@@ -355,8 +356,9 @@ def _encoder(kind: _Kind, pack: Callable[[_Found], Encoded]) -> Encoder:
     weighted = kind.grid.startswith(("iq1", "iq2"))
 
     def blocks(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
-        if weight is None and weighted:
-            weight = _default_weight(x)
+        if weight is not None or weighted:
+            size = _by_size(x)
+            weight = size if weight is None else size * weight
         return pack(_encode(x, weight, search, kind))
 
     # Well below what the scales reach: weights of about one size are best as the smallest value under a large scale.
