@@ -52,7 +52,7 @@ def in_memory(source, out, format, *, scheme="trustcore", **options):
         ("int4:g32:asym", "gptq"),  # zero points decide the version of the whole file
         ("q4_0", "awq"),
         ("int8:channel", "compressed-tensors"),
-        ("nvfp4", "trustcore"),
+        pytest.param("nvfp4", "trustcore", marks=pytest.mark.slow),
     ],
 )
 def test_the_files_are_those_of_packing_in_memory(source, tmp_path, format, scheme):
@@ -72,7 +72,7 @@ def assert_equal(found, expected):
         )
 
 
-@pytest.mark.parametrize("format", ["q4_0", "fp8_e4m3:128x128", "int8:tensor"])
+@pytest.mark.parametrize("format", ["q4_0", pytest.param("fp8_e4m3:128x128", marks=pytest.mark.slow), "int8:tensor"])
 def test_matrices_in_several_pieces(source, tmp_path, monkeypatch, format):
     expected = in_memory(source, tmp_path / "a", format, search=False)
     monkeypatch.setattr(module, "PIECE", 1 << 11)
@@ -222,7 +222,7 @@ def write_llama(folder, layers, features=512, hidden=2048):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize("scheme", ["trustcore", "compressed-tensors"])
+@pytest.mark.parametrize("scheme", ["trustcore", pytest.param("compressed-tensors", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_model(fresh_python, tmp_path, scheme):
     """Of a model of 203 MB, whose largest matrix has 4 MB, less than half of it is in memory at a time."""
     write_llama(tmp_path / "one", 1)
