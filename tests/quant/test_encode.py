@@ -197,8 +197,10 @@ def test_hardly_an_entry_of_the_grid_is_cheaper_under_the_stored_scales(name, di
     codes = codes.astype(np.float64).reshape(-1, kind.d, N).swapaxes(1, 2).reshape(-1, kind.d)
     scale = np.repeat(scale.astype(np.float64), kind.sub // kind.d, axis=-2).reshape(-1, 1)
     if kind.coarse:
+        squares = weights.astype(np.float64).reshape(-1, 256, N) ** 2
+        weight = np.sqrt(np.mean(squares, 1, keepdims=True) + squares) ** kind.power
         product, square = (
-            a.reshape(-1, 256, N).sum(1, keepdims=True) for a in (weights.astype(np.float64) * decoded, decoded**2)
+            np.sum(weight * (decoded * other).reshape(weight.shape), 1, keepdims=True) for other in (weights, decoded)
         )
         fit = np.broadcast_to(product / square, (len(weights) // 256, 256 // kind.d, N)).reshape(-1, 1)
         assert np.all(fit > 0.75)
