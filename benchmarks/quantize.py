@@ -12,13 +12,20 @@ References, none of which lies on the grid of a format:
 
 The matrices of the blocks are packed; embedding, output layer and norms stay. Perplexity and divergence are measured on
 one half of a text, calibration reads another. Packed weights are decoded before they are measured: products with packed
-weights equal those with decoded ones up to the order of sums, and one program then serves every format.
+weights equal those with decoded ones up to the order of sums, and one program then serves every format. Formats like
+"int8:channel+int8" are weights and inputs that are both rounded, the inputs by the function that packed products use.
 
-Methods:
+Methods, several of which may go together:
     nearest      the scale that fits the largest weight, codes to nearest: what "round to nearest" means elsewhere
     search       scales searched for the least squared error
     importance   the same, each input weighted by its mean square on the calibration text
     gptq, awq, hqq    as in their papers; see `trustcore.quant`
+    rotate       a Hadamard matrix turns the residual stream and the heads' values first, then as search (QuaRot)
+    smoothquant  ranges of activations are moved into the weights first, alpha 0.5, then as search
+    unrotated    smollm2 with the residual stream that was published: the same function, with outlying channels
+    static       one scale for all inputs of a matrix, from the calibration text's largest magnitude, in place of one
+                 for each token
+    cache        weights stay float; keys and values pass through a cache of that dtype. Bits are those of the cache
 """
 
 from __future__ import annotations
@@ -43,6 +50,7 @@ import numpy as np
 from benchmarks.harness import ROOT, fill, machine, versions, write_result
 from trustcore.ops.weight import Weight
 from trustcore.quant import QuantizedArray, quantize
+from trustcore.quant.activations import INPUTS, ActivationQuantized, quantize_activations, quantize_inputs
 
 CONTEXT = 256
 TEXT = ROOT / "tests" / "data" / "moby_dick.txt"
@@ -61,8 +69,9 @@ class Reference:
         fn: a function of (tree, *batch).
         batches: calibration data.
         where: which leaves are packed.
-        links: for AWQ; empty where there is no description of the model.
+        links: for AWQ and SmoothQuant; empty where there is no description of the model.
         measure: a tree of float weights to figures by name.
+        unrotated: makes the tree before the reference's own rotation; None where there was none.
     """
 
     name: str
@@ -72,6 +81,67 @@ class Reference:
     where: Callable[[str, Any], bool]
     links: tuple[Any, ...]
     measure: Callable[[Any], dict[str, float]]
+    unrotated: Callable[[], Any] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cached:
+    """A decoder that reads what it has seen from a cache of keys and values of `dtype`."""
+
+    model: Any
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def hidden_states(self, tokens: jax.Array) -> Any:
+        cache = self.model.new_cache(*tokens.shape, dtype=jnp.dtype(self.dtype))
+        return self.model.hidden_states(tokens, cache=cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return self.model.logits(hidden)
+
+    @property
+    def bits(self) -> float:
+        """Bits for each number of the cache, scales included."""
+        slots, c = 64, self.model.config
+        nbytes = self.model.new_cache(1, slots, dtype=jnp.dtype(self.dtype)).nbytes - 4  # the length
+        return 8 * nbytes / (2 * c.layers * c.kv_heads * c.head_dim * slots)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class RoundedInputs(Weight):
+    """A float matrix whose product rounds x first, as the `ActivationQuantized` that it stands for."""
+
+    matrix: jax.Array
+    input_scale: Any
+    inputs: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.matrix.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.matrix.dtype
+
+    @classmethod
+    def products(cls, x: jax.Array, weights: Any, *, implementation: str | None = None) -> tuple[jax.Array, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        made = []
+        for weight in weights:
+            codes, scale, _ = quantize_inputs(rows, weight.inputs, scale=weight.input_scale)
+            made.append((codes.astype(jnp.float32) * scale @ weight.matrix).reshape(*x.shape[:-1], -1))
+        return tuple(made)
+
+    def take(self, indices: jax.Array) -> jax.Array:
+        return self.matrix[indices]
+
+    def dequantize(self) -> jax.Array:
+        return self.matrix
 
 
 def language_model(name: str, model: Any, ids: list[int], calibration: list[int]) -> Reference:
@@ -101,12 +171,16 @@ def language_model(name: str, model: Any, ids: list[int], calibration: list[int]
 
 
 def smollm2() -> Reference:
+    import trustcore as tc
     from benchmarks.rotated_smollm2 import rotated_smollm2
+    from trustcore.models import untie
 
     model = rotated_smollm2()
     ids = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
     half = len(ids) // 2
-    return language_model("smollm2", model, ids[:half], ids[half:])
+    reference = language_model("smollm2", model, ids[:half], ids[half:])
+    reference.unrotated = lambda: untie(tc.load("smollm2", dtype="float32"))
+    return reference
 
 
 def small(path: Path) -> Reference:
@@ -123,6 +197,7 @@ def small(path: Path) -> Reference:
 def minilm() -> Reference:
     import trustcore as tc
     from benchmarks import minilm as model
+    from trustcore.quant.folding import Link
 
     encoder = tc.load("minilm", dtype="float32")
     sentences = [s.strip() for s in TEXT.read_text(encoding="utf-8").replace("\n", " ").split(".") if len(s) > 40]
@@ -131,6 +206,10 @@ def minilm() -> Reference:
     embed = jax.jit(model.embed)
     expected = np.asarray(embed(encoder, tokens[:half], mask[:half]), np.float64)
     pairs = np.triu_indices(half, 1)
+    # Its norms stand behind the products and are read by the residual stream, too: values alone are a link.
+    attention = [f"blocks.{i}.attention." for i in range(encoder.config.layers)]
+    heads = (encoder.config.heads, encoder.config.heads)
+    links = [Link((f"{a}value.kernel", f"{a}value.bias"), (f"{a}out.kernel",), heads=heads) for a in attention]
 
     def measure(tree: Any) -> dict[str, float]:
         found = np.asarray(embed(tree, tokens[:half], mask[:half]), np.float64)
@@ -144,7 +223,7 @@ def minilm() -> Reference:
         model.embed,
         [(jnp.asarray(tokens[half:]), jnp.asarray(mask[half:]))],
         lambda path, leaf: path.startswith("blocks.") and path.endswith("kernel"),
-        (),
+        tuple(links),
         measure,
     )
 
@@ -176,6 +255,10 @@ class Methods:
 
     def pack(self, format: str, method: str) -> Any:
         r = self.reference
+        if method == "cache":
+            return Cached(r.tree, format.removeprefix("cache "))
+        if "+" in format or "rotate" in method:
+            return self._folded(format, method.split())
         if method == "gptq":
             from trustcore.quant import gptq
 
@@ -191,11 +274,35 @@ class Methods:
         importance = self.importance() if method == "importance" else None
         return quantize(r.tree, format, where=r.where, importance=importance, search=method != "nearest")
 
-    def _collected(self, observer: Any) -> Any:
+    def _folded(self, format: str, steps: list[str]) -> Any:
+        """Weights packed behind other steps, and inputs rounded where the format says so."""
+        from trustcore.models import decoder_stream, untie
+        from trustcore.quant import rotate, smoothquant
+        from trustcore.quant.calibration import MinMax
+
+        r, (weights, _, inputs) = self.reference, format.partition("+")
+        tree = r.tree
+        if "unrotated" in steps:
+            assert r.unrotated is not None
+            tree = r.unrotated()
+        if "rotate" in steps:
+            tree = untie(tree)
+            tree = rotate(tree, decoder_stream(tree))
+        if "smoothquant" in steps:
+            tree = smoothquant(tree, r.links, self._collected(MinMax(per_channel=True), tree))
+        scales: dict[str, Any] = {}
+        if "static" in steps:
+            top = 127 if inputs == "int8" else float(jnp.finfo(INPUTS[inputs]).max)
+            found = self._collected(MinMax(), tree)
+            scales = {path: jnp.float32(at.largest / top) for path, at in found.items()}
+        packed = quantize(tree, weights, where=r.where, search="nearest" not in steps)
+        return quantize_activations(packed, inputs, input_scales=scales) if inputs else packed
+
+    def _collected(self, observer: Any, tree: Any = None) -> Any:
         from trustcore.quant.calibration import capture
 
         r = self.reference
-        collect = capture(r.fn, r.tree, observer, where=r.where)
+        collect = capture(r.fn, r.tree if tree is None else tree, observer, where=r.where)
         state = None
         for batch in r.batches:
             state = collect(*batch, state=state)
@@ -212,9 +319,28 @@ INTEGERS = [
     *(("int3:g32:asym", m) for m in ("nearest", "search", "importance", "gptq", "awq")),
     ("int3:g32", "hqq"),
     *(("int2:g32:asym", m) for m in ("search", "importance", "gptq")),
+    *((f"int{bits}:g32", m) for bits in (7, 6, 5) for m in ("nearest", "search")),
+    *((f, m) for f in ("int2:g32", "ternary:g32", "int1:g32") for m in ("search", "importance")),
 ]
+INPUTS_TOO = [
+    *(("int8:channel+int8", m) for m in ("search", "search static")),
+    *(("fp8_e4m3+fp8_e4m3", m) for m in ("search", "search static")),
+]
+FOLDED = [
+    *(("int8:channel+int8", m) for m in ("smoothquant", "smoothquant static", "rotate", "rotate static")),
+    *((f"int{bits}:g32", "rotate") for bits in (4, 3)),
+]
+UNROTATED = [
+    *(
+        ("int8:channel+int8", f"unrotated {m}")
+        for m in ("search", "search static", "smoothquant", "smoothquant static")
+    ),
+    *(("fp8_e4m3+fp8_e4m3", f"unrotated {m}") for m in ("search", "search static")),
+]
+CACHES = [(f"cache {dtype}", "cache") for dtype in ("int8", "float8_e4m3fn", "int4")]
+MX = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2")
 FLOATS = [
-    *((f, m) for f in ("fp8_e4m3", "fp8_e5m2", "mxfp8_e4m3", "mxfp6_e2m3", "mxfp6_e3m2") for m in ("search",)),
+    *((f, m) for f in ("fp8_e4m3", "fp8_e5m2", *MX) for m in ("search",)),
     *((f, m) for f in ("mxfp4", "nvfp4", "nf4:g64", "fp4:g64") for m in ("search", "importance")),
 ]
 SHORT_BLOCKS = [
@@ -224,13 +350,18 @@ SHORT_BLOCKS = [
 LONG_BLOCKS = [
     *((f, m) for f in ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs") for m in ("search", "importance")),
     *((f, "importance") for f in ("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")),
-    *((f, "search") for f in ("tq2_0", "q1_0")),
+    *((f, "search") for f in ("tq2_0", "tq1_0", "q1_0")),
     ("q4_k", "gptq"),
 ]
+DECODER = [*INPUTS_TOO, *FOLDED, *CACHES]
 PLANS = {
-    "smollm2": [case for case in (*INTEGERS, *FLOATS, *SHORT_BLOCKS) if case[1] != "awq" or "asym" not in case[0]],
-    "small": [*INTEGERS, *FLOATS, *SHORT_BLOCKS, *LONG_BLOCKS],
-    "minilm": [case for case in (*INTEGERS, *SHORT_BLOCKS) if case[1] != "awq"],
+    "smollm2": [
+        case
+        for case in (*INTEGERS, *FLOATS, *SHORT_BLOCKS, *DECODER, *UNROTATED)
+        if case[1] != "awq" or "asym" not in case[0]
+    ],
+    "small": [*INTEGERS, *FLOATS, *SHORT_BLOCKS, *LONG_BLOCKS, *DECODER],
+    "minilm": [*INTEGERS, *FLOATS, *SHORT_BLOCKS, *INPUTS_TOO],
 }
 
 
@@ -239,8 +370,14 @@ PLANS = {
 
 def decoded(tree: Any) -> Any:
     """Returns the tree with every packed matrix as the floats it stands for."""
+
+    def floats(leaf: Any) -> Any:
+        if isinstance(leaf, ActivationQuantized):
+            return RoundedInputs(leaf.dequantize(), leaf.input_scale, leaf.inputs)
+        return leaf.dequantize() if isinstance(leaf, Weight) else leaf
+
     return jax.tree.map(
-        lambda leaf: leaf.dequantize() if isinstance(leaf, Weight) else leaf,
+        floats,
         tree,
         is_leaf=lambda leaf: isinstance(leaf, Weight),
     )
@@ -248,11 +385,23 @@ def decoded(tree: Any) -> Any:
 
 def packed_matrices(tree: Any) -> list[QuantizedArray]:
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    leaves = [leaf.weight if isinstance(leaf, ActivationQuantized) else leaf for leaf in leaves]
     return [leaf for leaf in leaves if isinstance(leaf, QuantizedArray)]
 
 
 def measure(methods: Methods, format: str, method: str) -> dict[str, Any]:
-    """Returns the figures of one row. Quick methods run twice; the second run, which compiles nothing, is timed."""
+    """Returns the figures of one row. Quick methods run twice; the second run, which compiles nothing, is timed.
+
+    What is folded or calibrated first has no speed of packing.
+    """
+    if method == "cache":
+        tree = methods.pack(format, method)
+        return {"format": format, "method": method, "bits": tree.bits, **methods.reference.measure(tree)}
+    if "+" in format or "rotate" in method:
+        tree = methods.pack(format, method)
+        matrices = packed_matrices(tree)
+        bits = 8 * sum(m.nbytes for m in matrices) / sum(m.size for m in matrices)
+        return {"format": format, "method": method, "bits": bits, **methods.reference.measure(decoded(tree))}
     if method in ("importance", "awq"):  # collecting is not packing
         methods.importance() if method == "importance" else methods.samples()
     for _ in range(1 if method in ("gptq", "awq") else 2):

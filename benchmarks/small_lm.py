@@ -1,6 +1,7 @@
 """A small language model of bytes, trained here: its weights lie on no grid, and its rows fit every block.
 
     python benchmarks/small_lm.py --steps 600 --out small_lm.safetensors
+    python benchmarks/small_lm.py --open small_lm.safetensors --gguf FOLDER     # for llama.cpp to read
 
 The text is Python's standard library, as it lies beside the interpreter; every tenth file is kept for measuring. D and
 F are multiples of 256, which the K-quants need. The same seed, steps and library give the same model.
@@ -100,12 +101,50 @@ def open_saved(path: Path) -> Decoder:
     return jax.tree_util.tree_map_with_path(lambda p, leaf: jnp.asarray(held[path_name(p)], leaf.dtype), model)
 
 
+def write_gguf_files(model: Decoder, folder: Path) -> None:
+    """Writes F16.gguf, without a tokenizer; imatrix.gguf, mean squares of inputs; and text.bin to measure on."""
+    import tempfile
+
+    import trustcore as tc
+    from trustcore.models import importance_by_tensor
+    from trustcore.quant.calibration import MeanSquare, capture
+    from trustcore.weights.checkpoint import TOKENIZER_GGUF
+    from trustcore.weights.gguf_writer import write_gguf
+    from trustcore.weights.imatrix import Entry, Imatrix, write_imatrix
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text, held = texts()
+    with tempfile.TemporaryDirectory() as made:
+        tc.save(model, Path(made) / "model")
+        none = {"general.architecture": "tokenizer", "tokenizer.ggml.model": "none"}
+        write_gguf(Path(made) / "model" / TOKENIZER_GGUF, none, {})
+        tc.quantize_checkpoint(Path(made) / "model", folder / "F16.gguf", "f16")
+    collect = capture(
+        lambda m, tokens: m.hidden_states(tokens)[0],
+        model,
+        MeanSquare(),
+        where=lambda path, leaf: path.startswith("blocks.") and path.endswith("kernel"),
+    )
+    rows = text[100000 : 100000 + 64 * CONTEXT].astype(np.int32).reshape(64, CONTEXT)
+    means = importance_by_tensor(collect.finish(collect(jnp.asarray(rows))), model.config)
+    counts = np.full(1, rows.size, np.float32)
+    entries = {name: Entry(mean, counts) for name, mean in means.items()}
+    write_imatrix(folder / "imatrix.gguf", Imatrix(entries, ("python",), 64, CONTEXT))
+    (folder / "text.bin").write_bytes(held[20000 : 20000 + 64 * CONTEXT].tobytes())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--open", type=Path, help="weights that are there, in place of training")
+    parser.add_argument("--out", type=Path, help="where the weights are written")
+    parser.add_argument("--gguf", type=Path, help="a folder for the model in float16, an importance matrix and a text")
     args = parser.parse_args()
-    save(train(args.steps), args.out)
+    model = open_saved(args.open) if args.open else train(args.steps)
+    if args.out:
+        save(model, args.out)
+    if args.gguf:
+        write_gguf_files(model, args.gguf)
 
 
 if __name__ == "__main__":

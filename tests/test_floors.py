@@ -61,6 +61,7 @@ FLOORS: dict[str, int] = {
 PAIRS: frozenset[tuple[str, str]] = frozenset(
     {
         ("trustcore.catalogue", "trustcore.hub"),  # a catalogue hands ids of Hugging Face on
+        ("trustcore.convert", "trustcore.saving"),  # what is packed weight by weight is saved as a model is
         ("trustcore.cli", "trustcore"),  # the command line calls what Python users call
         ("trustcore.serve", "trustcore"),
         ("trustcore.tune", "trustcore.quant"),  # products with packed weights declare what may be tuned of them

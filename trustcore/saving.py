@@ -3,7 +3,7 @@
     model ── names, orientation, order of rotary channels ──▶ tensors of a layout ──▶ safetensors, config.json
 
 The folder appears when it is complete, and not before; a failure leaves nothing behind. Tensors are written one by one:
-beside the model, the host holds one of them.
+beside the model, the host holds one of them; `save_streamed` needs no model in memory.
 """
 
 from __future__ import annotations
@@ -73,14 +73,60 @@ def save(
     Example:
         >>> trustcore.save(trustcore.quantize(model, "int4:g128"), "model-gptq", scheme="gptq")  # doctest: +SKIP
     """
+    parameters = parameters_of(model)
+    where = _checked(folder, scheme, shard_size)
+    return _save(model, where, lambda path: parameters[path].get_value(), scheme, tokenizer, shard_size, again=False)
+
+
+def save_streamed(
+    model: Model,
+    folder: str | os.PathLike[str],
+    value: Callable[[str], Any],
+    *,
+    scheme: str = "trustcore",
+    tokenizer: str | os.PathLike[str] | None = None,
+    shard_size: int | str = SHARD_BYTES,
+) -> Path:
+    """Writes a model whose parameters are brought one at a time; arguments and errors as in `save`.
+
+    Args:
+        model: its parameters may be abstract.
+        folder: see `save`.
+        value: from the path of a parameter to its value. Called when the tensors are planned, and again for each of
+            them when it is written; what it returns is let go at once.
+        scheme: see `save`.
+        tokenizer: see `save`.
+        shard_size: see `save`.
+    """
+    return _save(model, _checked(folder, scheme, shard_size), value, scheme, tokenizer, shard_size, again=True)
+
+
+def check_scheme(scheme: str) -> None:
+    """Raises the ModelError that says which schemes there are, unless it is one."""
     if scheme not in WRITERS:
         raise ModelError(f"scheme is {scheme!r}; choose from {', '.join(WRITERS)}.")
-    folder = Path(folder)
-    shard_bytes = parse_size(shard_size)
-    refuse_occupied(folder)
+
+
+def _checked(folder: str | os.PathLike[str], scheme: str, shard_size: int | str) -> Path:
+    check_scheme(scheme)
+    parse_size(shard_size)
+    refuse_occupied(Path(folder))
+    return Path(folder)
+
+
+def _save(
+    model: Model,
+    folder: Path,
+    value: Callable[[str], Any],
+    scheme: str,
+    tokenizer: str | os.PathLike[str] | None,
+    shard_size: int | str,
+    *,
+    again: bool,
+) -> Path:
     writer = WRITERS[scheme]()
     config, rules = _described(model)
-    units, packed, plain = _units(model, rules, writer)
+    units, packed, plain = _units(model, rules, writer, value, again)
     if packed:
         config["quantization_config"] = writer.config(packed, plain)
     beside = _tokenizer_files(model, tokenizer)
@@ -91,44 +137,43 @@ def save(
         return {"format": "pt", **(header(here) if here else {})}
 
     with appearing(folder) as partial:
-        write_shards(partial, units, metadata, shard_bytes=shard_bytes)
+        write_shards(partial, units, metadata, shard_bytes=parse_size(shard_size))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         beside(partial)
     return folder
 
 
-def _units(model: Model, rules: list[Rule], writer: Writer) -> tuple[Units, list[str], list[str]]:
-    """Tensors by weight, and the modules of matrices that are packed and that are not; or every fault at once."""
+def _units(
+    model: Model, rules: list[Rule], writer: Writer, value: Callable[[str], Any], again: bool
+) -> tuple[Units, list[str], list[str]]:
+    """Tensors by weight, and the modules of matrices that are packed and that are not; or every fault at once.
+
+    With `again`, no value is kept: what a tensor is made of is asked for when its turn comes.
+    """
     units: Units = {}
     packed: list[str] = []
     plain: list[str] = []
     faults: list[str] = []
     scales = dict(model.input_scales) if isinstance(writer, OwnWriter) else {}
-    parameters = parameters_of(model)
     for rule in rules:
-        values = [parameters[path].get_value() for path in rule.paths]
         path = rule.paths[0]
         modules = [name.removesuffix(".weight") for name in rule.names]
+
+        def of_rule(rule: Rule = rule) -> tuple[Units, bool]:
+            return _of_rule(model, rule, [value(path) for path in rule.paths], writer)
+
         try:
-            order = half_order(model.config, path)
-            strange = next((v for v in values if isinstance(v, Weight) and not isinstance(v, QuantizedArray)), None)
-            if strange is not None:
-                raise ModelError(f"is a {type(strange).__name__}, which has no place in a file: merge or densify it")
-            if all(isinstance(value, QuantizedArray) and value.format not in _PLAIN for value in values):
-                if rule.is_table and not isinstance(writer, OwnWriter):
-                    units[rule.stored] = {rule.stored: _decoded(values[0])}
-                    continue
-                turned = values if order is None else [outputs_in(values[0], order)]
-                for module, weight in zip(modules, rule.join_packed(turned), strict=True):
-                    units[f"{module}.weight"] = writer.tensors(module, weight)
-                packed += modules
-            else:
-                for name, planned in zip(rule.names, _arrays(rule, values, order), strict=True):
-                    units[name] = {name: planned}
-                if rule.is_matrix and not rule.is_table:
-                    plain += modules
+            here, is_packed = of_rule()
         except ModelError as error:
             faults.append(f"{path} {error}")
+            continue
+        if again:
+            here = {unit: {name: _later(of_rule, unit, name, p) for name, p in ts.items()} for unit, ts in here.items()}
+        units |= here
+        if is_packed:
+            packed += modules
+        elif rule.is_matrix and not rule.is_table:
+            plain += modules
         if path in scales and rule.stored in units:
             scale = np.full(1, scales[path], np.float32)
             units[rule.stored][f"{modules[0]}.input_scale"] = Planned.of(scale)
@@ -139,6 +184,30 @@ def _units(model: Model, rules: list[Rule], writer: Writer) -> tuple[Units, list
             "(trustcore.quantize(model, ..., requantize=True)), or write it with scheme='trustcore'."
         )
     return units, packed, plain
+
+
+def _later(of_rule: Callable[[], tuple[Units, bool]], unit: str, name: str, planned: Planned) -> Planned:
+    def make() -> np.ndarray:
+        return of_rule()[0][unit][name].make()
+
+    return Planned(planned.shape, planned.dtype, make)
+
+
+def _of_rule(model: Model, rule: Rule, values: list[Any], writer: Writer) -> tuple[Units, bool]:
+    """The tensors of one rule by weight, and whether they are a packed matrix in the writer's layout."""
+    order = half_order(model.config, rule.paths[0])
+    strange = next((v for v in values if isinstance(v, Weight) and not isinstance(v, QuantizedArray)), None)
+    if strange is not None:
+        raise ModelError(f"is a {type(strange).__name__}, which has no place in a file: merge or densify it")
+    if not all(isinstance(value, QuantizedArray) and value.format not in _PLAIN for value in values):
+        arrays = zip(rule.names, _arrays(rule, values, order), strict=True)
+        return {name: {name: planned} for name, planned in arrays}, False
+    if rule.is_table and not isinstance(writer, OwnWriter):
+        return {rule.stored: {rule.stored: _decoded(values[0])}}, False
+    turned = values if order is None else [outputs_in(values[0], order)]
+    modules = [name.removesuffix(".weight") for name in rule.names]
+    weights = zip(modules, rule.join_packed(turned), strict=True)
+    return {f"{module}.weight": writer.tensors(module, weight) for module, weight in weights}, True
 
 
 def _decoded(table: QuantizedArray) -> Planned:

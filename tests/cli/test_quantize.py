@@ -139,6 +139,9 @@ def test_ctrl_c_leaves_nothing(program, tmp_path: Path) -> None:
         (["--format", "q4_0", "--method", "gptq"], "it needs a text to measure by"),
         (["--budget", "many", "--calib", "t.txt"], "is no number of bits"),
         (["--format", "q4_0", "--importance", "i.gguf", "--calib", "t.txt"], "give one of them"),
+        (["--format", "q4_0", "--scheme", "gptq"], "it goes with a folder"),
+        (["--format", "q4_0", "--method", "hqq"], "it goes with a folder"),
+        (["--format", "q4_0", "--method", "hqq", "--calib", "t.txt"], "hqq looks at the weights alone"),
     ],
 )
 def test_options_that_do_not_go_together(cli, model: Path, options, words) -> None:
@@ -177,7 +180,33 @@ def test_a_folder_takes_every_family(cli, tmp_path: Path) -> None:
     for start, end, more, complaint in (
         (out, "c", (), "is packed already, and packing it again adds to its error"),
         (tmp_path / "a", "c", ("--keep", "nothing"), "keep: nothing match no weight"),
-        (tmp_path / "a", "c", ("--pure",), "it goes with a .gguf file; a folder takes a format alone"),
+        (tmp_path / "a", "c", ("--pure",), "it goes with a .gguf file; a folder takes one format"),
     ):
         done = cli("quantize", str(start), "-o", str(tmp_path / end), "-f", "int8:channel", *more)
         assert done.status == 2 and complaint in done.err and not (tmp_path / end).exists()
+
+
+def test_a_folder_in_the_layout_of_others(cli, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    hugging_face_folder(tmp_path / "a")
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over 12 lazy dogs. " * 60)
+    words = ("quantize", str(tmp_path / "a"), "-f", "int4:g32", "--keep", "embed,output", "--json", "-o")
+    text = ("--calib", str(tmp_path / "t.txt"), "--method")
+    found, noise = {}, {}
+    for name, more in (
+        ("plain", ()), ("imatrix", (*text, "imatrix")), ("gptq", (*text, "gptq")), ("awq", (*text, "awq")),
+        ("hqq", ("--method", "hqq")),
+    ):  # fmt: skip
+        scheme = ("--scheme", "compressed-tensors") if name != "hqq" else ()
+        done = cli(*words, str(tmp_path / name), *scheme, *more)
+        assert done.status == 0, done.err
+        told = {leaf["path"]: leaf for leaf in json.loads(done.out)["tensors"]}
+        noise[name] = told["blocks.0.attention.query.kernel"]["sqnr_db"]
+        model = trustcore.load(tmp_path / name)
+        found[name] = model.blocks[0].attention.query.kernel.get_value()
+        kind = "int4:g32:asym" if name == "hqq" else "int4:g32"
+        assert found[name].description == kind and told["embedding.table"]["format"] == "float32"
+    assert len({np.asarray(weight.dequantize()).tobytes() for weight in found.values()}) == len(found)
+    assert min(noise.values()) > 10
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"

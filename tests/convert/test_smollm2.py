@@ -18,6 +18,7 @@ from trustcore.loading import load
 
 DATA = Path(__file__).parents[1] / "data"
 RECORD = json.loads((DATA / "perplexity.json").read_text())
+SMALL = json.loads((DATA / "perplexity_small.json").read_text())
 ROTATED = json.loads((DATA / "perplexity_rotated.json").read_text())
 FORMATS = list(RECORD["trustcore"])
 TEXT = (DATA / "moby_dick.txt").read_text(encoding="utf-8").removesuffix("\n")
@@ -40,9 +41,34 @@ def test_llama_cpp_finds_our_files_of_spread_weights_no_worse_than_its_own(forma
     assert ours["kl_divergence"] <= 1.005 * theirs["kl_divergence"]
 
 
+LOW = ("iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m")
+
+
+@pytest.mark.parametrize("format", list(SMALL["trustcore"]))
+def test_llama_cpp_finds_our_files_with_an_importance_no_worse_than_its_own(format):
+    """Of a model whose rows blocks of 256 divide; `perplexity_small.json` tells how it was made."""
+    ours, theirs = SMALL["trustcore"][format], SMALL["llama_cpp"][format]
+    assert ours["bytes"] == theirs["bytes"]
+    assert ours["perplexity"] <= 1.005 * theirs["perplexity"]
+    # Of 5 and 6 bits both lose less than a thousandth of a nat: no ratio there.
+    assert ours["kl_divergence"] <= theirs["kl_divergence"] + 1.25e-4
+
+
+OWN = {"F16": SMALL["source"], **SMALL["trustcore"]}
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OWN.items() if "own_perplexity" in entry])
+def test_our_perplexity_of_our_files_is_llama_cpps(name):
+    """llama.cpp rounds activations to 8 bits on the way."""
+    assert OWN[name]["own_perplexity"] == pytest.approx(OWN[name]["perplexity"], rel=0.01)
+
+
 def test_the_records_cover_the_common_formats():
     common = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"}
     assert common <= set(FORMATS) and common <= set(ROTATED["trustcore"])
+    low = {"tq1_0", "tq2_0", "q1_0", "iq3_xxs", "iq3_s", "iq4_xs", "q2_k_s", "bf16", *LOW}
+    assert all("own_perplexity" in SMALL["trustcore"][name] for name in LOW)
+    assert low | common - {"q3_k_m"} <= set(SMALL["trustcore"]) and SMALL["about"]["importance"]
 
 
 @pytest.fixture(scope="module")

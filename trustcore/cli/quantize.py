@@ -1,14 +1,13 @@
 """`trustcore quantize`: a model on disk to a packed one, and a report of what it cost.
 
-A GGUF file is written tensor by tensor, of a decoder. A folder takes a model of any family, which is loaded, packed and
-saved in trustcore's own layout.
+A GGUF file is written tensor by tensor, of a decoder. A folder takes a model of any family in the layout of `--scheme`,
+tensor by tensor as well; with a calibration text the model is held in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import fnmatch
 import functools
 import json
 import math
@@ -23,15 +22,25 @@ import typer
 from trustcore import units
 from trustcore.cli import console, options
 from trustcore.cli.perplexity import read_text
-from trustcore.errors import CheckpointError, QuantizationError
+from trustcore.errors import CheckpointError
 
 
 class Method(enum.StrEnum):
-    """Names of `trustcore.convert.METHODS`."""
+    """Names of `trustcore.convert.METHODS`, which read a text, and what folders take without one."""
 
     imatrix = "imatrix"
     gptq = "gptq"
     awq = "awq"
+    hqq = "hqq"
+
+
+class Scheme(enum.StrEnum):
+    """Names of `trustcore.models.schemes.write.WRITERS`."""
+
+    trustcore = "trustcore"
+    gptq = "gptq"
+    awq = "awq"
+    compressed_tensors = "compressed-tensors"
 
 
 def quantize(
@@ -45,9 +54,15 @@ def quantize(
     ] = None,
     method: Annotated[
         Method | None,
-        typer.Option(help="What --calib is used for: to weigh inputs (imatrix), choose codes (gptq), scale (awq)."),
+        typer.Option(
+            help="What --calib is used for: to weigh inputs (imatrix), choose codes (gptq), scale (awq). Without a "
+            "text, to a folder: float zero points (hqq)."
+        ),
     ] = None,
-    calib: Annotated[Path | None, typer.Option(help="A text like those that the model will read.")] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="A text like those that the model will read. The model is then held in memory."),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(metavar="3.5bpw", help="Bits a weight of the whole file: formats are chosen matrix by matrix."),
@@ -62,6 +77,9 @@ def quantize(
     search: Annotated[
         bool, typer.Option("--search/--no-search", help="Look for the scales that fit best; --no-search is faster.")
     ] = True,
+    scheme: Annotated[
+        Scheme | None, typer.Option(help="How a folder spells packed matrices; trustcore's own layout holds all.")
+    ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="Every matrix in the one format.")] = False,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Pack again what is packed already, which costs quality.")
@@ -72,10 +90,23 @@ def quantize(
     """Write a model packed: as a GGUF file, or as a folder of safetensors. Ctrl-C leaves nothing behind."""
     _check(out, force)
     bits = _check_calibration(format, method, calib, budget, importance)
+    _check_kind(out, method, scheme, budget, pure)
     kept = [word.strip() for words in keep or () for word in words.split(",") if word.strip()]
     if out.suffix != ".gguf":
-        given = {"--calib": calib, "--importance": importance, "--pure": pure}
-        _to_folder(source, out, format, kept, search, requantize, as_json, [name for name, x in given.items() if x])
+        assert format is not None  # a folder takes no budget
+        _to_folder(
+            source,
+            out,
+            format,
+            keep=kept,
+            method=method,
+            calib=calib,
+            importance=importance,
+            search=search,
+            requantize=requantize,
+            scheme=(scheme or Scheme.trustcore).value,
+            as_json=as_json,
+        )
         return
     import trustcore
     from trustcore.catalogue import resolve
@@ -117,52 +148,51 @@ def quantize(
         _print(report)
 
 
-_KEPT = {"embed": ("embedding.table", "words.table")}
 _OTHER_FILES = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".msgpack")
 
 
 def _to_folder(
     source: str,
     out: Path,
-    format: str | None,
+    format: str,
+    *,
     keep: list[str],
+    method: Method | None,
+    calib: Path | None,
+    importance: Path | None,
     search: bool,
     requantize: bool,
+    scheme: str,
     as_json: bool,
-    unfit: list[str],
 ) -> None:
     """Packs the matrices of a model of any family and saves it; `keep` are patterns of paths."""
-    if unfit:
-        raise typer.BadParameter("it goes with a .gguf file; a folder takes a format alone", param_hint=f"'{unfit[0]}'")
-    assert format is not None  # a budget needs a text
-    import trustcore
     from trustcore.catalogue import resolve
-    from trustcore.models.model import parameters_of
-    from trustcore.quant import QuantizedArray, report
+    from trustcore.convert import quantize_to_folder
     from trustcore.weights.folder import refuse_occupied
+    from trustcore.weights.imatrix import read_imatrix
 
     refuse_occupied(out)
     begin = time.perf_counter()
     with console.progress_bar() as progress:
-        model = trustcore.load(resolve(source, progress=progress), progress=functools.partial(progress, "reading"))
-        leaves = {path: parameter.get_value() for path, parameter in parameters_of(model).items()}
-        held = (path for path, x in leaves.items() if isinstance(x, QuantizedArray) and x.format not in ("f16", "bf16"))
-        again = next(held, None)
-        if again is not None and not requantize:
-            raise QuantizationError(
-                f"{again} is packed already, and packing it again adds to its error: start from a model in floats, or "
-                "allow it (--requantize)"
-            )
-        patterns = [pattern for word in keep for pattern in _KEPT.get(word, (word, f"{word}.*"))]
-        if keep and not any(fnmatch.filter(leaves, pattern) for pattern in patterns):
-            raise QuantizationError(f"keep: {', '.join(keep)} match no weight; give 'output', 'embed' or a path")
-        formats = {**dict.fromkeys(patterns), "*": format}
-        packed = trustcore.quantize(model, formats, requantize=True, search=search)
+        path = resolve(source, progress=progress)
         try:
-            trustcore.save(packed, out)
+            if calib is not None:
+                text = read_text(calib)
+                found = _by_text(path, out, format, text, (method or Method.imatrix).value, keep, scheme, progress)
+            else:
+                found = quantize_to_folder(
+                    path,
+                    out,
+                    format,
+                    keep=keep,
+                    method="hqq" if method is Method.hqq else "search" if search else "nearest",
+                    importance=None if importance is None else read_imatrix(importance).importance,
+                    requantize=requantize,
+                    scheme=scheme,
+                    progress=functools.partial(progress, "packing"),
+                )
         except OSError as error:
             raise CheckpointError(f"cannot be written: {error}", path=out) from error
-    found = report(model, packed)
     if not as_json:
         console.out().print(f"{found}\n{console.plain(str(out))}: {time.perf_counter() - begin:.1f} s", soft_wrap=True)
         return
@@ -172,6 +202,25 @@ def _to_folder(
     ]
     totals = {"path": str(out), "format": format, "bits_per_weight": found.bits_per_weight}
     print(json.dumps({**totals, "tensors": tensors}, indent=2, allow_nan=False))
+
+
+def _by_text(
+    path: Path, out: Path, format: str, text: str, method: str, keep: list[str], scheme: str, progress: Any
+) -> Any:
+    """Packs a model that is held in memory by what a text says, saves it, and returns the report."""
+    import trustcore
+    from trustcore.convert.calibrated import pack_by_text
+    from trustcore.convert.folder import with_kept
+    from trustcore.models.model import parameters_of
+    from trustcore.quant import report
+    from trustcore.saving import check_scheme
+
+    check_scheme(scheme)
+    model = trustcore.load(path, dtype="float32", progress=functools.partial(progress, "reading"))
+    formats = with_kept(format, keep, list(parameters_of(model)))
+    packed = pack_by_text(model, formats, text, method=method, progress=progress)
+    trustcore.save(packed, out, scheme=scheme)
+    return report(model, packed)
 
 
 def _check(out: Path, force: bool) -> None:
@@ -191,12 +240,28 @@ def _check(out: Path, force: bool) -> None:
         )
 
 
+def _check_kind(out: Path, method: Method | None, scheme: Scheme | None, budget: str | None, pure: bool) -> None:
+    """Refuses options of the other kind of output."""
+    is_file = out.suffix == ".gguf"
+    of_folders = {"--scheme": scheme is not None, "--method": method is Method.hqq}
+    of_files = {"--budget": budget is not None, "--pure": pure}
+    unfit = next((name for name, given in (of_folders if is_file else of_files).items() if given), None)
+    if unfit is not None:
+        what = "a folder" if is_file else "a .gguf file; a folder takes one format"
+        raise typer.BadParameter(f"it goes with {what}", param_hint=f"'{unfit}'")
+
+
 def _check_calibration(
     format: str | None, method: Method | None, calib: Path | None, budget: str | None, importance: Path | None
 ) -> float | None:
     """Returns the budget in bits a weight; refuses options that do not go together."""
     if format is None and budget is None:
         raise typer.BadParameter("give a format such as q4_k_m, or a --budget", param_hint="'--format'")
+    if method is Method.hqq:
+        if calib is not None or importance is not None:
+            unused = "--calib" if calib is not None else "--importance"
+            raise typer.BadParameter("hqq looks at the weights alone; leave it out", param_hint=f"'{unused}'")
+        method = None
     if calib is None and (method is not None or budget is not None):
         name = "--budget" if method is None else "--method"
         raise typer.BadParameter("it needs a text to measure by: add --calib FILE", param_hint=f"'{name}'")

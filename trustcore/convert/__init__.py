@@ -2,6 +2,7 @@
 
 from trustcore.convert.calibrated import METHODS, Prepared, prepare
 from trustcore.convert.convert import ConvertReport, convert_checkpoint
+from trustcore.convert.folder import quantize_to_folder
 from trustcore.convert.mixes import RECIPES
 from trustcore.convert.quantize import ConversionReport, TensorReport, quantize_checkpoint
 from trustcore.convert.verify import Verification, verify_conversion
@@ -17,5 +18,6 @@ __all__ = [
     "convert_checkpoint",
     "prepare",
     "quantize_checkpoint",
+    "quantize_to_folder",
     "verify_conversion",
 ]

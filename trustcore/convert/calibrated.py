@@ -4,7 +4,8 @@
                                                                   -> the cost of each format -> formats under a budget
 
 Everything here works on the matrices of a decoder's blocks, held as floats; embedding and output layer, and what GGUF
-files hold as one tensor of several, are packed as without a text. Results go by GGUF names, rows in GGUF's order.
+files hold as one tensor of several, are packed as without a text. Results of `prepare` go by GGUF names, rows in GGUF's
+order; `pack_by_text` gives a model to be saved in other layouts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from trustcore.errors import QuantizationError
 from trustcore.models import Decoder, decoder_links, importance_by_tensor
 from trustcore.models.importance import gguf_names
 from trustcore.ops.weight import Weight
-from trustcore.quant import Sample, allocate, awq, gptq, sensitivity
+from trustcore.quant import Sample, allocate, awq, gptq, quantize, sensitivity
 from trustcore.quant.calibration import MeanSquare, capture
 from trustcore.quant.gptq import GRIDS
-from trustcore.quant.quantize import path_name
+from trustcore.quant.quantize import is_table, path_name, plan_leaves
 from trustcore.weights import open_checkpoint
 from trustcore.weights.gguf_types import GGML_IDS, GGML_TYPES
 
@@ -120,6 +121,53 @@ def prepare(
     )
     again = _collected(scaled, batches, paths, MeanSquare(), progress)
     return Prepared(wanted, importance_by_tensor(again, model.config), _changed(model, scaled, names, orders))
+
+
+def pack_by_text(
+    model: Decoder, formats: Any, text: str, *, method: str = "imatrix", progress: Progress | None = None
+) -> Decoder:
+    """Returns the model with its matrices packed, those of the blocks by what the text says.
+
+    Args:
+        model: a decoder of float weights.
+        formats: as `trustcore.quantize` takes them; see `with_kept`.
+        text, method, progress: see `prepare`.
+
+    Raises:
+        QuantizationError: an unknown method or format, or a text that is too short.
+
+    Holds the model twice.
+    """
+    if method not in METHODS:
+        raise QuantizationError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}.")
+    if not isinstance(model, Decoder):
+        raise QuantizationError(
+            f"a text is read by decoders here, and this is a {model.config.family} model: pack it without one."
+        )
+    batches = _batches(model, text)
+    leaves = _leaves(model)
+    plans = plan_leaves(list(leaves.items()), formats, None, is_table, {}, False)
+    paths = tuple(path for path, plan in zip(leaves, plans, strict=True) if plan is not None and _is_block_matrix(path))
+    if method == "gptq":
+        told = _counted("choosing codes", len(paths), progress)
+        return quantize(gptq(_hidden, model, batches, format=formats, where=paths, progress=told), formats)
+    if method == "awq":
+        samples = _collected(model, batches, paths, Sample(512), progress)
+        return quantize(awq(model, formats, decoder_links(model), samples, where=_of(paths)), formats)
+    importance = _collected(model, batches, paths, MeanSquare(), progress)
+    return quantize(model, formats, importance=importance)
+
+
+def _counted(what: str, total: int, progress: Progress | None) -> Callable[[Any], None]:
+    done = 0
+
+    def told(_: Any) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(what, done, total)
+
+    return told
 
 
 def _is_block_matrix(path: str) -> bool:
@@ -216,14 +264,7 @@ def _gptq(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Returns packed matrices `[N, K]` by GGUF name."""
-    done = 0
-
-    def told(_: Any) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress("choosing codes", done, len(targets))
-
+    told = _counted("choosing codes", len(targets), progress)
     packed = gptq(
         _hidden, model, batches, format=lambda path, leaf: targets.get(path), where=tuple(targets), progress=told
     )

@@ -64,22 +64,14 @@ def model_from_checkpoint(
         ModelError: the architecture, the quantization or the dtype is not supported, or tensors are missing, unexpected
             or of the wrong shape or encoding: all of them in one message.
     """
-    compute = compute_dtype(dtype)
-    described = None if checkpoint.format == "gguf" else described_in(checkpoint)
-    config, names, module = _read(checkpoint)
-    model = module(config, dtype=compute)
-    parameters = parameters_of(model)
-    shapes = {path: tuple(parameter.get_value().shape) for path, parameter in parameters.items()}
-    scheme = None if described is None else _scheme(checkpoint)
-    found = Matching(names, config, shapes, checkpoint, scheme=scheme)
-
-    total, done = sum(match.nbytes for match in found.matches), 0
+    outline = outline_of(checkpoint, dtype=dtype)
+    model, parameters = outline.model, parameters_of(outline.model)
+    total, done = sum(match.nbytes for match in outline.matches), 0
     shelved: dict[str, int] = {}
     # NumPy moves bytes without the interpreter's lock, so tensors are laid out side by side; onto a shelf one by one.
     with ThreadPoolExecutor(max_workers=2) as pool:
         each = pool.map if shelf is None else map
-        loaded = each(lambda match: _values(match, dtype is not None, compute), found.matches)
-        for match, values in zip(found.matches, loaded, strict=True):
+        for match, values in zip(outline.matches, each(outline.read, outline.matches), strict=True):
             for path, value in zip(match.rule.paths, values, strict=True):
                 if shelf is not None and path.startswith(tuple(f"{place}." for place in model.stacks)):
                     shelved[path] = shelf.put(value)
@@ -91,6 +83,37 @@ def model_from_checkpoint(
                 progress(done, total)
     if shelf is not None:
         put_on_shelf(model, shelf, shelved)
+    return model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outline:
+    """A model without its weights, and where they are.
+
+    Attributes:
+        model: its parameters are abstract; all else is as the checkpoint says.
+        matches: the tensors that make the parameters, in the order of the family's names.
+        decode: whether packed matrices become arrays.
+    """
+
+    model: Model
+    matches: tuple[Match, ...]
+    decode: bool
+
+    def read(self, match: Match) -> list[Any]:
+        """Returns the parameters of a match, in the order of its paths, and lets the pages of the file go."""
+        return _values(match, self.decode, self.model.dtype)
+
+
+def outline_of(checkpoint: Checkpoint, *, dtype: Any = None) -> Outline:
+    """Returns the model in a checkpoint before any of its weights is read; arguments and errors as there."""
+    compute = compute_dtype(dtype)
+    described = None if checkpoint.format == "gguf" else described_in(checkpoint)
+    config, names, module = _read(checkpoint)
+    model = module(config, dtype=compute)
+    shapes = {path: tuple(parameter.get_value().shape) for path, parameter in parameters_of(model).items()}
+    scheme = None if described is None else _scheme(checkpoint)
+    found = Matching(names, config, shapes, checkpoint, scheme=scheme)
     packed = ((m.rule.paths[0], m.sources[0]) for m in found.matches if len(m.rule.paths) == len(m.sources) == 1)
     scales = ((path, input_scale(tensor)) for path, tensor in packed if isinstance(tensor, Packed))
     model.input_scales = tuple((path, scale) for path, scale in scales if scale is not None)
@@ -101,7 +124,7 @@ def model_from_checkpoint(
         model.writing = read_writing(checkpoint.path.parent, described, model)
     if isinstance(model, TextEncoder):
         model.pooling = read_pooling(checkpoint.path.parent)
-    return model
+    return Outline(model, tuple(found.matches), dtype is not None)
 
 
 def decoder_from_checkpoint(checkpoint: Checkpoint, *, dtype: Any = None, progress: Progress | None = None) -> Decoder:

@@ -66,7 +66,7 @@ def hqq(
 
     Scales and zero points are float16. O(iterations * K * N); temporaries of a few matrices.
     """
-    bits, group = _parse(format)
+    bits, group = parse_format(format)
     if not 0 < p <= 1 or beta <= 0 or kappa < 1 or iterations < 0:
         raise QuantizationError(
             f"hqq: p={p}, beta={beta}, kappa={kappa}, iterations={iterations}; p lies in (0, 1], beta is positive, "
@@ -160,8 +160,12 @@ def _half_precision(zero: jax.Array) -> jax.Array:
     return zero.astype(jnp.float16).astype(jnp.float32)
 
 
-def _parse(format: str) -> tuple[int, int]:
-    """Returns bits and group, 0 for all rows."""
+def parse_format(format: str) -> tuple[int, int]:
+    """Returns bits and group, 0 for all rows.
+
+    Raises:
+        QuantizationError: it is none of the formats that `hqq` packs in.
+    """
     name, _, grain = format.partition(":")
     if name in BITS and grain in ("", "channel"):
         return BITS[name], 0 if grain else 64

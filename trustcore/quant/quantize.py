@@ -177,7 +177,7 @@ def plan_leaves(
         fault = _fault(path, leaf, name, transposed)
         if fault is None:
             plan = LeafPlan(name, leaf.transposed if isinstance(leaf, QuantizedArray) else transposed(path, leaf))
-            same = isinstance(leaf, QuantizedArray) and any(_is_stored_as(leaf, s) for s in storages(name))
+            same = isinstance(leaf, QuantizedArray) and any(is_stored_as(leaf, s) for s in storages(name))
             packed_already = packed_already or same
             plans[-1] = None if same else plan
         elif where is None and fault.startswith("K="):
@@ -220,7 +220,7 @@ def _fault(path: str, leaf: Any, name: str, transposed: Predicate) -> str | None
     return storages(name)[0].refusal(k) or None
 
 
-def _is_stored_as(leaf: QuantizedArray, storage: Storage) -> bool:
+def is_stored_as(leaf: QuantizedArray, storage: Storage) -> bool:
     """Returns whether the leaf is of that format and granularity, with or without rows in another order."""
     if leaf.spec is not storage.format:
         return False

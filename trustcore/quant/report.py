@@ -219,14 +219,38 @@ def _weights(tree: Any) -> dict[str, Any]:
     }
 
 
+class Distance:
+    """How far a leaf is from what it was, over pieces of it: sums of squares in float64."""
+
+    def __init__(self) -> None:
+        self._before = self._after = self._both = self._apart = self._largest = 0.0
+
+    def add(self, before: Any, after: Any) -> None:
+        """Adds a piece, float32: what stood there, and what stands there now."""
+        if not math.prod(before.shape):
+            return
+        unit, *sums, largest = map(float, _sums(before, after))
+        self._before += sums[0] * unit**2
+        self._after += sums[1] * unit**2
+        self._both += sums[2] * unit**2
+        self._apart += sums[3] * unit**2
+        self._largest = max(self._largest, largest)
+
+    def report(self, path: str, shape: tuple[int, ...], after: Any, kl: float | None = None) -> LeafReport:
+        """Returns the figures for a leaf of that shape, of which `after` is all there is now."""
+        ratio = 10 * math.log10(self._before / self._apart) if self._before and self._apart else -math.inf
+        sqnr = ratio if self._apart else math.inf
+        norms = math.sqrt(self._before) * math.sqrt(self._after)
+        cosine = 1.0 if not self._before and not self._after else self._both / norms if norms else 0.0
+        format = after.description if isinstance(after, QuantizedArray) else str(after.dtype)
+        bits = 8 * after.nbytes / max(math.prod(shape), 1)
+        return LeafReport(path, tuple(shape), format, bits, sqnr, self._largest, max(min(cosine, 1.0), -1.0), kl)
+
+
 def _compare(path: str, before: Any, after: Any, kl: float | None) -> LeafReport:
-    signal, noise, error, cosine = (0.0, 0.0, 0.0, 1.0)
-    if math.prod(before.shape):
-        signal, noise, error, cosine = map(float, _distance(_decoded(before), _decoded(after)))
-    sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
-    format = after.description if isinstance(after, QuantizedArray) else str(after.dtype)
-    bits = 8 * after.nbytes / max(math.prod(after.shape), 1)
-    return LeafReport(path, tuple(before.shape), format, bits, sqnr, error, cosine, kl)
+    distance = Distance()
+    distance.add(_decoded(before), _decoded(after))
+    return distance.report(path, tuple(before.shape), after, kl)
 
 
 def _decoded(leaf: Any) -> jax.Array:
@@ -234,13 +258,12 @@ def _decoded(leaf: Any) -> jax.Array:
 
 
 @jax.jit
-def _distance(before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums of squares, relative to the largest number so that none vanishes, the largest difference, the cosine."""
+def _sums(before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the largest number, sums of squares and of products in units of it, so that none vanishes, and the
+    largest difference."""
     largest = jnp.max(jnp.maximum(jnp.abs(before), jnp.abs(after)))
     unit = jnp.where(largest > 0, largest, 1)
     difference = before - after
     a, b = before / unit, after / unit
-    squares = jnp.sum(a * a) * jnp.sum(b * b)
-    cosine = jnp.where(squares > 0, jnp.sum(a * b) / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
-    cosine = jnp.where(largest > 0, jnp.clip(cosine, -1, 1), 1)
-    return jnp.sum(a * a), jnp.sum((difference / unit) ** 2), jnp.max(jnp.abs(difference)), cosine
+    squares = jnp.sum((difference / unit) ** 2)
+    return unit, jnp.sum(a * a), jnp.sum(b * b), jnp.sum(a * b), squares, jnp.max(jnp.abs(difference))

@@ -3,7 +3,7 @@
     w = scale * (2 s + 1) * step * value[level] * sign       s from 0 to 15 (iq1: 7) for each sub-block of 16 or 32
 
 iq1 has no signs: its values are 8 t + 1 or all 8 t - 1, t in -1, 0, 1. Four steps, judged by the squared error of the
-decoded weights, as for the K-quants:
+decoded weights, as for the K-quants; a fifth at one and two bits:
 
 1. A scale for each sub-block by itself: candidates around what its mean square suggests. Under a given scale the
    entries that cost least are found among all there are (`nearest_entry`), and the scale that fits those is solved for.
@@ -16,7 +16,10 @@ decoded weights, as for the K-quants:
 Formats that store seven signs of eight turn one sign where the number of minus signs is odd: that of the weight with
 the least `weight * |x|`, for the cost of turning a weight of magnitude v that becomes m is `4 * weight * v * m`.
 
-Without an importance the formats of one and two bits weigh errors as llama.cpp does (`_default_weight`).
+Errors are weighed by the weights' own size as llama.cpp does (`_by_size`): at one and two bits always, at three with an
+importance, which it multiplies. At one and two bits a power of that product is taken, `_Kind.power`: an importance
+says nothing of how errors of several inputs add up, and where errors are as large as weights those of the inputs that
+it calls unimportant matter more than it tells.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from trustcore.quant.encode.search import HALF_MAX, better, half, inverse, power
 from trustcore.quant.formats.iq_grids import GRIDS
 
 BLOCK = 256
+_MOST = 1.25  # what step 5 may multiply a scale by: in blocks of few large weights there is no more to be kept
 
 
 class _Kind(NamedTuple):
@@ -53,6 +57,7 @@ class _Kind(NamedTuple):
         candidates: the values' unit in units of the root mean square of a sub-block, to be tried; the first alone
             where there is no search.
         neighbours: of the nearest s, to be tried; the first alone where there is no search.
+        power: of the weights of errors.
     """
 
     grid: str
@@ -65,10 +70,16 @@ class _Kind(NamedTuple):
     run: int = 32
     candidates: tuple[float, ...] = ()
     neighbours: tuple[int, ...] = (0,)
+    power: float = 1.0
 
     @property
     def d(self) -> int:
         return 4 if len(self.values) == 8 else 8
+
+    @property
+    def coarse(self) -> bool:
+        """Whether it has one or two bits."""
+        return self.d == 8
 
     @property
     def bits(self) -> int:
@@ -187,6 +198,12 @@ def _encode(x: jax.Array, weight: jax.Array | None, search: bool, kind: _Kind) -
     found = stored(_sum(odd(s) * product) * inverse(_sum(odd(s) ** 2 * square)))
     after, _, _ = sums_of(index, number, found * odd(s))
     scale = jnp.where((_sum(after) < _sum(before)) & (found > 0), found, scale)
+
+    # 5: the mean square of the weights.
+    if kind.coarse:
+        kept = jnp.sqrt(_sum(sums[0]) * inverse(_sum(odd(s) ** 2 * square)))
+        fine = scale * unit >= 2.0**-18  # coarser steps of half precision would round it far off
+        scale = jnp.where(fine, stored(jnp.clip(kept, scale, _MOST * scale)), scale)
     return _Found(index, minus, number, s, scale * unit)
 
 
@@ -340,8 +357,8 @@ def _iq1_m(found: _Found) -> Encoded:
     return {"codes": _low(found.index), "high": fold(high, 4), "scales": scales | nibbles}
 
 
-def _default_weight(x: jax.Array) -> jax.Array:
-    """Returns `[256, M]`: `sqrt(mean x^2 + x^2)` over the block, what llama.cpp makes of an importance of ones.
+def _by_size(x: jax.Array) -> jax.Array:
+    """Returns `[256, M]`: `sqrt(mean x^2 + x^2)` over the block, what llama.cpp multiplies an importance by.
 
     At one or two bits an error of the mean square keeps the many small weights at the cost of the few large ones, on
     which more depends.
@@ -352,11 +369,11 @@ def _default_weight(x: jax.Array) -> jax.Array:
 
 
 def _encoder(kind: _Kind, pack: Callable[[_Found], Encoded]) -> Encoder:
-    weighted = kind.grid.startswith(("iq1", "iq2"))
-
     def blocks(x: jax.Array, weight: jax.Array | None, search: bool) -> Encoded:
-        if weight is None and weighted:
-            weight = _default_weight(x)
+        if weight is not None or kind.coarse:
+            size = _by_size(x)
+            weight = size if weight is None else size * weight
+            weight = weight if kind.power == 1 else weight**kind.power
         return pack(_encode(x, weight, search, kind))
 
     # Well below what the scales reach: weights of about one size are best as the smallest value under a large scale.
@@ -387,10 +404,10 @@ _KINDS: dict[str, tuple[_Kind, Callable[[_Found], Encoded]]] = {
         _Kind("iq3_s", tuple(range(1, 16, 2)), 1.0, 32, candidates=(0.17, 0.14, 0.11, 0.21), neighbours=_NEAR),
         _iq3_s,
     ),
-    "iq2_xxs": (_Kind("iq2_xxs", _UP_TO_43, 0.125, 32, even=True, candidates=_TWO_BITS), _iq2_xxs),
-    "iq2_xs": (_Kind("iq2_xs", _UP_TO_43, 0.125, 16, even=True, candidates=_TWO_BITS), _iq2_xs),
-    "iq2_s": (_Kind("iq2_s", _UP_TO_43, 0.125, 16, candidates=_TWO_BITS), _iq2_s),
-    "iq1_s": (_Kind("iq1", _TERNARY, 0.125, 32, 7, shifts=(1, -1), candidates=_ONE_BIT), _iq1_s),
-    "iq1_m": (_Kind("iq1", _TERNARY, 0.125, 16, 7, shifts=(1, -1), run=8, candidates=_ONE_BIT), _iq1_m),
+    "iq2_xxs": (_Kind("iq2_xxs", _UP_TO_43, 0.125, 32, even=True, candidates=_TWO_BITS, power=0.5), _iq2_xxs),
+    "iq2_xs": (_Kind("iq2_xs", _UP_TO_43, 0.125, 16, even=True, candidates=_TWO_BITS, power=0.5), _iq2_xs),
+    "iq2_s": (_Kind("iq2_s", _UP_TO_43, 0.125, 16, candidates=_TWO_BITS, power=0.5), _iq2_s),
+    "iq1_s": (_Kind("iq1", _TERNARY, 0.125, 32, 7, shifts=(1, -1), candidates=_ONE_BIT, power=0.8), _iq1_s),
+    "iq1_m": (_Kind("iq1", _TERNARY, 0.125, 16, 7, shifts=(1, -1), run=8, candidates=_ONE_BIT, power=0.8), _iq1_m),
 }
 IQ: dict[str, Encoder] = {name: _encoder(kind, pack) for name, (kind, pack) in _KINDS.items()}

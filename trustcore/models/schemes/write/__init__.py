@@ -19,7 +19,10 @@ __all__ = ["WRITERS", "Writer"]
 
 
 class Writer(Protocol):
-    """Plans the tensors of one model; `holds` says of which formats, for errors."""
+    """Plans the tensors of one model; `holds` says of which formats, for errors.
+
+    Planning a module again changes nothing.
+    """
 
     name: str
     holds: str

@@ -36,7 +36,7 @@ class CompressedTensorsWriter:
     )
 
     def __init__(self) -> None:
-        self.groups: dict[str, tuple[str, dict[str, Any], list[str]]] = {}
+        self.groups: dict[str, tuple[str, dict[str, Any], dict[str, None]]] = {}
 
     def tensors(self, module: str, weight: QuantizedArray) -> dict[str, Planned]:
         """Returns the tensors of a matrix.
@@ -46,7 +46,7 @@ class CompressedTensorsWriter:
         """
         format, arguments, parts = _plan(weight)
         key = json.dumps([format, arguments], sort_keys=True)
-        self.groups.setdefault(key, (format, arguments, []))[2].append(module)
+        self.groups.setdefault(key, (format, arguments, {}))[2][module] = None
         return {f"{module}.{suffix}": planned for suffix, planned in parts.items()}
 
     def config(self, packed: Sequence[str], plain: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class CompressedTensorsWriter:
         for index, (format, arguments, modules) in enumerate(self.groups.values()):
             formats.append(format)
             groups[f"group_{index}"] = {
-                "targets": ["Linear"] if alone else modules,
+                "targets": ["Linear"] if alone else list(modules),
                 "weights": arguments,
                 "input_activations": None,
                 "output_activations": None,
