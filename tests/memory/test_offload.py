@@ -193,10 +193,10 @@ def layers(ws, x):
 
 *ws, x = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=put) for s in (*[(2048, 2048)] * 8, (8, 2048))]
 adam = optax.adam(1e-3)
-kept = fit(layers, 10**10, ws, x, optimizer=adam, donate=True).plain.peak
+kept = fit(layers, 10**10, ws, x, optimizer=adam).plain.peak
 seen = account(jax.grad(layers), ws, x)
 assert seen.by == "jaxpr" and seen.arguments < seen.peak < 1.5 * kept, str(seen)
-found = fit(layers, int(0.65 * kept), ws, x, optimizer=adam, donate=True)
+found = fit(layers, int(0.65 * kept), ws, x, optimizer=adam)
 print(json.dumps([found.plan.offloaded, found.plan.peak / kept, found.plan.host, str(found.plan)]))
 """
 
