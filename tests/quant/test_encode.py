@@ -196,23 +196,25 @@ def test_hardly_an_entry_of_the_grid_is_cheaper_under_the_stored_scales(name, di
     values = np.asarray(kind.values, np.float64)[levels]  # [entries, d]
     codes = codes.astype(np.float64).reshape(-1, kind.d, N).swapaxes(1, 2).reshape(-1, kind.d)
     scale = np.repeat(scale.astype(np.float64), kind.sub // kind.d, axis=-2).reshape(-1, 1)
+    squares = weights.astype(np.float64).reshape(-1, 256, N) ** 2
+    weight = np.sqrt(np.mean(squares, 1, keepdims=True) + squares) ** kind.power  # an importance of ones, by their size
     if kind.coarse:
-        squares = weights.astype(np.float64).reshape(-1, 256, N) ** 2
-        weight = np.sqrt(np.mean(squares, 1, keepdims=True) + squares) ** kind.power
         product, square = (
             np.sum(weight * (decoded * other).reshape(weight.shape), 1, keepdims=True) for other in (weights, decoded)
         )
         fit = np.broadcast_to(product / square, (len(weights) // 256, 256 // kind.d, N)).reshape(-1, 1)
         assert np.all(fit > 0.75)
         scale = scale * fit
-    x = weights.astype(np.float64).reshape(-1, kind.d, N).swapaxes(1, 2).reshape(-1, kind.d)
-    found = np.sum((x - scale * codes) ** 2, axis=1)
+    x, weight = (
+        a.astype(np.float64).reshape(-1, kind.d, N).swapaxes(1, 2).reshape(-1, kind.d) for a in (weights, weight)
+    )
+    found = np.sum(weight * (x - scale * codes) ** 2, axis=1)
     if len(kind.shifts) == 1:
         offered = np.sign(codes)[:, None] * values
     else:
         shift = codes[:, :1] - 8 * np.round(codes[:, :1] / 8)
         offered = values + shift[:, None]
-    least = np.min(np.sum((x[:, None] - scale[:, None] * offered) ** 2, axis=2), axis=1)
+    least = np.min(np.sum(weight[:, None] * (x[:, None] - scale[:, None] * offered) ** 2, axis=2), axis=1)
     assert np.sum(found) <= 1.02 * np.sum(least)
 
 
